@@ -1,0 +1,927 @@
+"""Byte-level byte pair encoding (BPE): train, encode, decode, save, exchange.
+
+A tokenizer turns text into integers and back. BPE starts from the 256 bytes, so nothing is ever
+unknown, and learns `merges` from a corpus: it replaces the most frequent pair of neighbouring
+tokens by a new token, again and again. Common words end up as one token, rare ones as several.
+The whole algorithm is `train_slowly` and `encode_slowly` below; the rest of the file is the same
+algorithm made fast (training in numpy, encoding in tiktoken), and the file formats.
+
+Before that, a regular expression (the `pattern`) cuts the text into pieces such as " word" or
+"123"; merges never cross pieces, so "dog", "dog." and "dog!" share one token for the word.
+
+In: text, as files or strings. Out: a Tokenizer, kept in a readable tok.json.
+
+    python bpe.py train FILE... --vocab-size=32000 --out=tok.json [--pattern=gpt2|gpt4|none|REGEX]
+    python bpe.py encode --tokenizer=tok.json < text > ids
+    python bpe.py decode --tokenizer=tok.json < ids > text
+    python bpe.py compare FILE... --tokenizer=gpt2 --tokenizer=tok.json
+
+    >>> tok = Tokenizer.train(["aaabdaaabac"], 259, special_tokens=())
+    >>> tok.merges, tok.encode("aaabdaaabac")
+    ([(97, 97), (97, 98), (256, 257)], [258, 100, 258, 97, 99])
+
+Ids: 0..255 are the bytes, 256 + i is what merge i makes, special tokens come last. Tokenizers of
+others may put their bytes in another order (GPT-2) or their special tokens first (Hugging Face).
+
+References: BPE for text, Sennrich et al. 2016, arXiv 1508.07909. Byte level and the pattern:
+GPT-2, Radford et al. 2019. Lazy evaluation of a falling score: Minoux 1978.
+"""
+import argparse
+import hashlib
+import heapq
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import unicodedata
+import urllib.request
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import regex
+import tiktoken
+from tqdm import tqdm
+
+GPT2_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+GPT4_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+")
+NO_PATTERN = r"[\s\S]+"
+PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "none": NO_PATTERN}
+END_OF_TEXT = "<|endoftext|>"
+
+BLOCK = 1 << 20        # characters that are read, split and counted at once
+MAX_PIECE = 1 << 24    # one piece costs about 40 bytes of memory per byte while merges are learned
+
+
+# ------------------------------------------------------------------------- 1. the specification
+
+def train_slowly(pieces, num_merges, min_frequency=1):
+    """The definition of BPE training. `pieces` maps bytes to counts; `learn_merges` is equal."""
+    words = {piece: list(piece) for piece in pieces}
+    merges = []
+    for new in range(256, 256 + num_merges):
+        counts = Counter()
+        for piece, word in words.items():
+            for pair in zip(word, word[1:]):
+                counts[pair] += pieces[piece]
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))   # ties: the smaller pair
+        if counts[best] < min_frequency:
+            break
+        merges.append(best)
+        words = {piece: merge(word, best, new) for piece, word in words.items()}
+    return merges
+
+
+def merge(word, pair, new):
+    """Replace each `pair` by `new`, left to right: merge([7, 7, 7], (7, 7), 8) is [8, 7]."""
+    out, i = [], 0
+    while i < len(word):
+        if tuple(word[i:i + 2]) == pair:
+            out.append(new)
+            i += 2
+        else:
+            out.append(word[i])
+            i += 1
+    return out
+
+
+# ---------------------------------------------------------------------------- 2. text to pieces
+
+# Where a long text may be cut without changing its pieces: after a letter or a number, before
+# anything else. In the GPT-2 and GPT-4 patterns no piece reaches across such a place (a letter
+# is followed by letters only, a number by numbers only), and nothing looks behind.
+SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")   # (?r): the last one
+SAFE_PATTERNS = (GPT2_PATTERN, GPT4_PATTERN)
+
+
+def compile_pattern(pattern):
+    """The compiled pattern; one line that says why it cannot serve otherwise."""
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}; allowed: "
+                         f"{', '.join(PATTERNS)} or a regex of the `regex` module") from None
+    if compiled.groups:
+        raise ValueError(f"pattern={pattern!r} has capturing groups; write (?:...) for (...)")
+    if pattern not in PATTERNS.values():
+        split(compiled, PROBE)
+    return compiled
+
+
+def split(compiled, text):
+    """The pieces of a text. A pattern that loses characters is refused, by an example."""
+    pieces = compiled.findall(text)
+    if sum(map(len, pieces)) != len(text) or "" in pieces:
+        end = 0
+        for match in compiled.finditer(text):
+            if match.start() != end or match.end() == end:
+                break
+            end = match.end()
+        raise ValueError(f"pattern={compiled.pattern!r} drops {text[end]!r} or matches nothing "
+                         "there; every character must fall into a piece, for example add |[\\s\\S]")
+    return pieces
+
+
+# Every ASCII character and one character of each Unicode category, between letters.
+PROBE = "a".join(dict.fromkeys(
+    [chr(i) for i in range(128)] + list("éǅʰ中\u0301\u0903\u20dd٣Ⅷ²‿–‘’“”§€^©\u00a0\u2028\u2029\u200d"
+                                        "\ue000\U0001f600")))
+
+
+def read_blocks(paths, pattern=GPT2_PATTERN, errors="strict", block=BLOCK, progress=None):
+    """Yield the text of files in blocks that may be split one by one, as if they were whole."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        if not Path(path).stat().st_size:
+            raise ValueError(f"{path} is empty")
+        rest = []   # what follows the last safe cut
+        with open(path, "rb") as file:
+            for text in decode_stream(file, path, errors, block, progress):
+                cut = pattern in SAFE_PATTERNS and SAFE_CUT.search(text, 1)
+                if cut:
+                    yield "".join(rest) + text[:cut.start()]
+                    rest = [text[cut.start():]]
+                else:
+                    rest.append(text)
+        yield "".join(rest)
+
+
+def decode_stream(file, path, errors, block, progress):
+    """Decode UTF-8 block by block; an error names the byte offset in the file."""
+    offset, tail = 0, b""
+    while True:
+        data = file.read(block)
+        if progress is not None:
+            progress.update(len(data))
+        raw = tail + data
+        keep = len(raw)
+        if data:   # do not cut inside a character: go back to its first byte
+            for back in range(1, min(4, keep) + 1):
+                if raw[-back] & 0xC0 != 0x80:
+                    keep -= back
+                    break
+        try:
+            text = raw[:keep].decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
+                             f"{offset + error.start}; --errors=replace goes on") from None
+        if text:
+            yield text
+        offset, tail = offset + keep, raw[keep:]
+        if not data:
+            return
+
+
+def cut_text(text, pattern):
+    """A long text in blocks, where the pattern allows it."""
+    while len(text) > 2 * BLOCK and pattern in SAFE_PATTERNS:
+        cut = SAFE_CUT.search(text, 1, BLOCK)
+        if not cut:
+            break
+        yield text[:cut.start()]
+        text = text[cut.start():]
+    yield text
+
+
+def in_batches(texts, pattern):
+    """Lists of texts of about one block: one message to a worker each."""
+    batch, size = [], 0
+    for text in texts:
+        for part in cut_text(text, pattern):
+            batch.append(part)
+            size += len(part)
+            if size >= BLOCK:
+                yield batch
+                batch, size = [], 0
+    yield batch
+
+
+def count_pieces(texts, pattern, num_proc=None, progress=False):
+    """Counter of the distinct pieces (bytes) of the texts; memory for distinct pieces only."""
+    compiled = compile_pattern(pattern)
+    counts, batches = Counter(), in_batches(texts, pattern)
+    num_proc = num_proc or os.cpu_count()
+    first = next(batches)
+    second = next(batches, None)
+    if second is None or num_proc < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        batches = (b for part in ([first], [second or []], batches) for b in part)
+        for batch in batches:
+            for text in batch:
+                counts.update(split(compiled, text))
+    else:
+        for batch in (first, second):
+            for text in batch:
+                counts.update(split(compiled, text))
+        counts = count_in_processes(compiled, counts, batches, num_proc)
+    try:
+        return Counter({piece.encode(): count for piece, count in counts.items()})
+    except UnicodeEncodeError as error:
+        raise ValueError(surrogate_message(error)) from None
+
+
+def count_in_processes(compiled, counts, batches, num_proc):
+    """Workers take batches from a queue of bounded length, so that the reader cannot run ahead."""
+    context = multiprocessing.get_context("fork")
+    queue, results = context.Queue(2 * num_proc), context.Queue()
+    workers = [context.Process(target=count_worker, args=(compiled.pattern, queue, results),
+                               daemon=True) for _ in range(num_proc)]
+    with warnings.catch_warnings():   # Python 3.12+ warns of fork beside threads; we only count
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for worker in workers:
+            worker.start()
+    try:
+        for batch in batches:
+            queue.put(batch)
+        for _ in workers:
+            queue.put(None)
+        for _ in workers:
+            part = results.get()
+            if isinstance(part, Exception):
+                raise part
+            counts.update(part)
+    finally:
+        for worker in workers:
+            worker.terminate()
+    return counts
+
+
+def count_worker(pattern, queue, results):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is the parent's to handle
+    compiled, counts, error = regex.compile(pattern), Counter(), None
+    for batch in iter(queue.get, None):
+        try:
+            for text in batch if error is None else ():
+                counts.update(split(compiled, text))
+        except ValueError as problem:
+            error = problem
+    results.put(error or counts)
+
+
+# --------------------------------------------------------------------------- 3. pieces to merges
+
+def learn_merges(pieces, num_merges, min_frequency=1, progress=False):
+    """The merges of `train_slowly`, fast.
+
+    All distinct pieces lie end to end in one array, a separator (-1) between them. A token keeps
+    its id at its first byte (in `first`) and at its last byte (in `last`), so the neighbours of
+    the token at p are last[p - 1] and first[p + length], and a merge of all its occurrences is
+    four array assignments. Occurrences are known by position; nothing else is ever rescanned.
+
+    New pairs always hold the newest token, so the count of a pair can only fall after the merge
+    that made it. A count on the heap is therefore an upper bound: take the top, recount it from
+    its positions (some may be gone), and if it is still right it is the true maximum. No count
+    is ever updated in between. Pairs under the `floor` are dropped, which is most of them; when
+    the top falls under the floor, `index_pairs` finds the next best few thousand.
+    """
+    first, last, weight = lay_out(pieces)
+    length = np.ones(256 + num_merges, np.int64)   # in bytes, by id
+    merges, heap, floor = [], [], None
+    bar = tqdm(total=num_merges, desc="merging", unit="merge", disable=not progress)
+    while len(merges) < num_merges:
+        if not heap or -heap[0][0] < floor:
+            if floor is not None and floor <= min_frequency:
+                break
+            heap, floor = index_pairs(first, length, weight, min_frequency)
+            if not heap:
+                break
+        upper, a, b, at = heapq.heappop(heap)
+        at = at[(first[at] == a) & (first[at + length[a]] == b)]
+        weights = weight[at]
+        count = int(weights.sum())
+        if count < -upper:
+            if count >= floor:
+                heapq.heappush(heap, (-count, a, b, at))
+            continue
+        new = 256 + len(merges)
+        merges.append((a, b))
+        bar.update()
+        length[new] = length[a] + length[b]
+        if a == b:
+            at, weights = drop_overlaps(at, weights, length[a])
+        first[at] = new
+        first[at + length[a]] = -2                 # the start of b is no start any more
+        last[at + length[new] - 1] = new
+        for pair in new_pairs(first, last, weight, length, at, weights, new, floor):
+            heapq.heappush(heap, pair)
+    bar.close()
+    return merges
+
+
+def lay_out(pieces):
+    """Arrays over all bytes of all distinct pieces: token starts, token ends, count of piece."""
+    flat = b"\0" + b"\0".join(pieces) + b"\0"
+    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces)) + 1
+    first = np.frombuffer(flat, np.uint8).astype(np.int32)
+    first[0] = -1
+    first[sizes.cumsum()] = -1
+    weight = np.zeros(len(first), np.int64)
+    weight[1:] = np.repeat(np.fromiter(pieces.values(), np.int64, len(pieces)), sizes)
+    return first, first.copy(), weight
+
+
+def index_pairs(first, length, weight, min_frequency, size=2000):
+    """A heap of the `size` most frequent pairs with their positions, and the count they reach."""
+    at = np.flatnonzero(first >= 0)
+    left = first[at]
+    right = first[at + length[left]]
+    inside = right >= 0
+    at, key = at[inside], left[inside].astype(np.int64) << 32 | right[inside]
+    if not len(at):
+        return [], min_frequency
+    order, starts, counts = group(key, weight[at])
+    floor = max(min_frequency, int(np.partition(counts, -min(size, len(counts)))[-size:].min()))
+    heap = [(-count, pair >> 32, pair & 0xFFFFFFFF, at[order[start:stop]])
+            for pair, count, start, stop in frequent(key[order], starts, counts, floor)]
+    heapq.heapify(heap)
+    return heap, floor
+
+
+def new_pairs(first, last, weight, length, at, weights, new, floor):
+    """The pairs that a merge made, (left, new) and (new, right), if they reach the floor."""
+    left, right = last[at - 1], first[at + length[new]]
+    i = np.flatnonzero(left >= 0)
+    j = np.flatnonzero((right >= 0) & (right != new))   # (new, new) is among the left ones
+    key = np.concatenate((left[i], right[j] + (1 << 30)))
+    if not len(key):
+        return
+    order, starts, counts = group(key, np.concatenate((weights[i], weights[j])))
+    at = np.concatenate((at[i] - length[left[i]], at[j]))
+    for k, count, start, stop in frequent(key[order], starts, counts, floor):
+        pair = (k, new) if k < 1 << 30 else (new, k - (1 << 30))
+        yield (-count, *pair, at[order[start:stop]])
+
+
+def group(key, weights):
+    """Sort by key; where each group of equal keys starts, and its summed weight."""
+    order = key.argsort()
+    ordered = key[order]
+    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+    return order, starts, np.add.reduceat(weights[order], starts)
+
+
+def frequent(key, starts, counts, floor):
+    """(key, count, start, stop) of the groups whose count reaches the floor."""
+    hot = np.flatnonzero(counts >= floor)
+    stops = np.append(starts[1:], len(key))
+    return zip(key[starts[hot]].tolist(), counts[hot].tolist(),
+               starts[hot].tolist(), stops[hot].tolist())
+
+
+def drop_overlaps(at, weights, step):
+    """For a pair of equal tokens: of positions that overlap in a run, keep every other one."""
+    order = at.argsort()
+    at, weights = at[order], weights[order]
+    run_starts = np.flatnonzero(np.concatenate(([True], np.diff(at) != step)))
+    place = np.arange(len(at)) - np.repeat(run_starts, np.diff(np.append(run_starts, len(at))))
+    return at[place % 2 == 0], weights[place % 2 == 0]
+
+
+# ---------------------------------------------------------------------------- 4. the tokenizer
+
+class Tokenizer:
+    """Merges, pattern and special tokens; everything else follows from them.
+
+    Text is always encoded as ordinary text. A special token comes out only when it is allowed
+    by name, tok.encode(text, allowed_special=("<|endoftext|>",)), or put in by its id, tok.eot:
+    what a user types can never end a document.
+    """
+
+    def __init__(self, merges, pattern=GPT2_PATTERN, special_tokens=(END_OF_TEXT,),
+                 byte_ids=range(256), first_merge=256):
+        """`special_tokens` is a dict name -> id, or names whose ids follow the merges.
+
+        byte_ids[b] is the id of byte b; merge i makes id first_merge + i. Both are the plain
+        ones unless the tokenizer was made elsewhere (GPT-2's id 0 is "!").
+        """
+        compile_pattern(pattern)
+        self.pattern = pattern
+        self.merges = [(int(a), int(b)) for a, b in merges]
+        self.byte_ids, self.first_merge = tuple(byte_ids), first_merge
+        after = max(first_merge + len(self.merges), 256)
+        self.special_tokens = check_specials(special_tokens, after)
+        self.token_bytes = self._spell()
+        self.vocab_size = len(self.token_bytes)
+        self.eot = self.special_tokens.get(END_OF_TEXT)
+        self._encoding = self._hash = None
+
+    def _spell(self):
+        """The bytes of every id; b"" for special tokens (and ids that nothing has)."""
+        end = self.first_merge + len(self.merges)
+        spelled = {i: bytes([b]) for b, i in enumerate(self.byte_ids)}
+        if len(spelled) != 256 or max(spelled) >= self.first_merge:
+            raise ValueError("byte_ids must be 256 different ids under "
+                             f"first_merge={self.first_merge}")
+        for i, (a, b) in enumerate(self.merges, self.first_merge):
+            if a not in spelled or b not in spelled:
+                raise ValueError(f"merges[{i - self.first_merge}]=({a}, {b}) uses an id that no "
+                                 "byte or earlier merge has")
+            spelled[i] = spelled[a] + spelled[b]
+        if len(set(spelled.values())) != len(spelled):
+            raise ValueError("two merges make the same token; no BPE trainer does that")
+        for name, i in self.special_tokens.items():
+            if i in spelled:
+                raise ValueError(f"special token {name!r} has id {i}, which a byte or merge has")
+        size = max([end, 256, *(i + 1 for i in self.special_tokens.values())])
+        return [spelled.get(i, b"") for i in range(size)]
+
+    @classmethod
+    def train(cls, texts, vocab_size, pattern=GPT2_PATTERN, special_tokens=(END_OF_TEXT,),
+              min_frequency=1, num_proc=None, progress=False):
+        """Learn merges from an iterable of texts, which is read once and not kept."""
+        pattern = PATTERNS.get(pattern, pattern)
+        special_tokens = check_specials(tuple(special_tokens), 256)
+        num_merges = vocab_size - 256 - len(special_tokens)
+        if num_merges < 0:
+            raise ValueError(f"vocab_size={vocab_size} is under 256 bytes + {len(special_tokens)} "
+                             f"special tokens; give at least {256 + len(special_tokens)}")
+        if min_frequency < 1:
+            raise ValueError(f"min_frequency={min_frequency} must be at least 1")
+        pieces = count_pieces([texts] if isinstance(texts, str) else texts, pattern, num_proc,
+                              progress)
+        merges = learn_merges(pieces, num_merges, min_frequency, progress)
+        if len(merges) < num_merges:
+            warnings.warn(f"stopped after {len(merges)} of {num_merges} merges: no pair is left "
+                          f"that occurs {min_frequency} times or more", stacklevel=2)
+        return cls(merges, pattern, tuple(special_tokens))
+
+    @classmethod
+    def gpt2(cls, folder=None):
+        """GPT-2's own tokenizer; its two files are downloaded once unless a folder holds them."""
+        return cls.load(folder or find_gpt2())
+
+    def add_special_tokens(self, names):
+        """A new tokenizer with more special tokens, their ids after all existing ones."""
+        more = check_specials(tuple(names), self.vocab_size)
+        for name in more:
+            if name in self.special_tokens:
+                raise ValueError(f"special token {name!r} exists already, as id "
+                                 f"{self.special_tokens[name]}")
+        return Tokenizer(self.merges, self.pattern, {**self.special_tokens, **more},
+                         self.byte_ids, self.first_merge)
+
+    def encode(self, text, allowed_special=()):
+        """Ids of a text; special tokens only where `allowed_special` (names, or "all") says."""
+        encoding, allowed = self.to_tiktoken(), self._allowed(allowed_special)
+        check_surrogates(text)
+        if not allowed:
+            return encoding.encode_ordinary(text)
+        return encoding.encode(text, allowed_special=allowed, disallowed_special=())
+
+    def encode_batch(self, texts, num_threads=None):
+        """Ids of each text, special tokens as ordinary text, in threads."""
+        for text in texts:
+            check_surrogates(text)
+        return self.to_tiktoken().encode_ordinary_batch(
+            texts, num_threads=num_threads or os.cpu_count())
+
+    def encode_bytes(self, data):
+        """Ids of any bytes: what is valid UTF-8 as text, each other byte as itself."""
+        ids = []
+        text = data.decode("utf-8", "surrogateescape")   # invalid byte 0xff is then U+DCFF
+        for i, part in enumerate(re.split("([\udc80-\udcff]+)", text)):
+            if i % 2:
+                ids += [self.byte_ids[ord(char) - 0xDC00] for char in part]
+            else:
+                ids += self.encode(part)
+        return ids
+
+    def encode_slowly(self, text):
+        """The definition of encoding: within a piece, apply the earliest merge, until none fits."""
+        ranks = {pair: i for i, pair in enumerate(self.merges)}
+        ids = []
+        for piece in split(regex.compile(self.pattern), text):
+            word = [self.byte_ids[byte] for byte in piece.encode()]
+            while True:
+                pairs = [pair for pair in zip(word, word[1:]) if pair in ranks]
+                if not pairs:
+                    break
+                pair = min(pairs, key=ranks.get)
+                word = merge(word, pair, self.first_merge + ranks[pair])
+            ids += word
+        return ids
+
+    def decode_bytes(self, ids):
+        """The bytes of ids; special tokens as their names."""
+        names = {i: name.encode() for name, i in self.special_tokens.items()}
+        out = []
+        for i in ids:
+            token = self.token_bytes[i] if 0 <= i < self.vocab_size else b""
+            out.append(token or names.get(int(i)) or unknown_id(i, self.vocab_size))
+        return b"".join(out)
+
+    def decode(self, ids):
+        """The text of ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def _allowed(self, names):
+        if names == "all":
+            return set(self.special_tokens)
+        for name in names:
+            if name not in self.special_tokens:
+                raise ValueError(f"allowed_special={name!r} is not a special token; allowed: "
+                                 f"{', '.join(self.special_tokens) or 'none, there are none'}")
+        return set(names)
+
+    # ------------------------------------------------------------------------ in and out
+
+    @property
+    def _state(self):
+        """What a tokenizer is, in JSON; a token's spelling stands beside its merge, to read."""
+        spell = [readable(token) for token in self.token_bytes]
+        return {"pattern": self.pattern, "special_tokens": self.special_tokens,
+                "byte_ids": list(self.byte_ids), "first_merge": self.first_merge,
+                "merges": [[a, b, spell[i]] for i, (a, b) in
+                           enumerate(self.merges, self.first_merge)]}
+
+    @property
+    def hash(self):
+        """sha256 over pattern, merges and special tokens: equal means the same ids."""
+        if self._hash is None:
+            state = json.dumps(self._state, sort_keys=True)
+            self._hash = hashlib.sha256(state.encode()).hexdigest()
+        return self._hash
+
+    def save(self, path):
+        """tok.json: readable, one merge a line, with a checksum; written whole or not at all."""
+        state = self._state
+        merges = ",\n".join(json.dumps(row, ensure_ascii=False) for row in state.pop("merges"))
+        head = {"format": FORMAT, "version": VERSION, "sha256": self.hash, **state}
+        lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+                 for key, value in head.items()]
+        write_text(path, "{\n" + ",\n".join(lines) + f',\n"merges": [\n{merges}\n]}}\n')
+
+    @classmethod
+    def load(cls, path):
+        """Read our tok.json, a Hugging Face tokenizer.json, or a folder with one of them or with
+        GPT-2's files (vocab.bpe and encoder.json, or merges.txt and vocab.json)."""
+        path = Path(path)
+        if path.is_dir():
+            for name in ("tok.json", "tokenizer.json"):
+                if (path / name).is_file():
+                    return cls.load(path / name)
+            for vocab, merges in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+                if (path / vocab).is_file() and (path / merges).is_file():
+                    return cls(**from_gpt2_files(path / vocab, path / merges))
+            raise FileNotFoundError(f"{path} holds no tok.json, tokenizer.json, or GPT-2 files "
+                                    "(vocab.bpe and encoder.json, or merges.txt and vocab.json)")
+        data = read_json(path)
+        if isinstance(data, dict) and "model" in data:
+            return cls(**from_hugging_face(data, path))
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"{path} is neither our tok.json nor a Hugging Face tokenizer.json")
+        if data.get("version") != VERSION:
+            raise ValueError(f"{path} has version {data.get('version')!r}; this code reads "
+                             f"version {VERSION}: train again or use the code that wrote it")
+        try:
+            tok = cls([row[:2] for row in data["merges"]], data["pattern"],
+                      data["special_tokens"], data["byte_ids"], data["first_merge"])
+            intact = {**tok._state, "format": FORMAT, "version": VERSION, "sha256": tok.hash}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} was changed or damaged: {error!r}") from None
+        if data != intact:
+            raise ValueError(f"{path} was changed after it was written: its checksum does not fit")
+        return tok
+
+    def to_tiktoken(self):
+        """The same tokenizer as a tiktoken.Encoding, which is what encodes, in Rust."""
+        if self._encoding is None:
+            ranks = {token: i for i, token in enumerate(self.token_bytes) if token}
+            pattern = TIKTOKEN_GPT2 if self.pattern == GPT2_PATTERN else self.pattern
+            try:
+                self._encoding = tiktoken.Encoding(
+                    f"oneloop-{self.hash[:8]}", pat_str=pattern, mergeable_ranks=ranks,
+                    special_tokens=self.special_tokens)
+            except ValueError as error:
+                raise ValueError(f"pattern={self.pattern!r} is not one that tiktoken's regex "
+                                 f"engine reads: {error}") from None
+        return self._encoding
+
+    @classmethod
+    def from_tiktoken(cls, encoding):
+        """From a tiktoken.Encoding. It keeps tokens without merges; a token's merge is the pair
+        that is left of it when only the earlier tokens are known."""
+        ranks = encoding._mergeable_ranks
+        tokens = sorted(ranks, key=ranks.get)
+        byte_ids = [ranks[bytes([b])] for b in range(256)]
+        merges, known = [], {}
+        for token in tokens[256:]:
+            word = [ranks[bytes([b])] for b in token]
+            while len(word) > 2:
+                pair = min(zip(word, word[1:]), key=lambda pair: known.get(pair, len(ranks)))
+                if pair not in known:
+                    raise ValueError(f"token {token!r} of {encoding.name} is not made of two "
+                                     "earlier ones, so this is no BPE")
+                word = merge(word, pair, known[pair])
+            merges.append(tuple(word))
+            known[tuple(word)] = ranks[token]
+        first = ranks[tokens[256]] if merges else 256
+        if [ranks[t] for t in tokens[256:]] != list(range(first, first + len(merges))):
+            raise ValueError(f"the ids of {encoding.name} have gaps; only gap-free ones are read")
+        pattern = encoding._pat_str
+        return cls(merges, GPT2_PATTERN if pattern == TIKTOKEN_GPT2 else pattern,
+                   dict(encoding._special_tokens), byte_ids, first)
+
+    def save_pretrained(self, folder):
+        """tokenizer.json and tokenizer_config.json for Hugging Face's AutoTokenizer."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        spell = ["".join(BYTE_TO_CHAR[b] for b in token) for token in self.token_bytes]
+        vocab = {token: i for i, token in enumerate(spell) if token} | self.special_tokens
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                      "use_regex": self.pattern == GPT2_PATTERN}
+        pre_tokenizer = byte_level if byte_level["use_regex"] else {
+            "type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated",
+                 "invert": False}, byte_level]}
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        data = {
+            "version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": i, "content": name, **flags, "special": True}
+                             for name, i in sorted(self.special_tokens.items(),
+                                                   key=lambda item: item[1])],
+            "normalizer": None, "pre_tokenizer": pre_tokenizer, "post_processor": None,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                      "vocab": vocab, "merges": [[spell[a], spell[b]] for a, b in self.merges]}}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": int(1e30),
+                  "clean_up_tokenization_spaces": False}
+        if self.eot is not None:
+            config.update(bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
+        write_text(folder / "tokenizer.json", json.dumps(data, ensure_ascii=False, indent=1))
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1))
+
+
+FORMAT, VERSION = "oneloop-bpe", 1
+# GPT-2's pattern as tiktoken writes it: the same pieces, less backtracking.
+TIKTOKEN_GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
+
+
+def check_specials(names, first_id):
+    """Names (or name -> id) of special tokens as a dict; duplicates and empty ones are refused."""
+    if isinstance(names, str):
+        raise ValueError(f"special_tokens={names!r} must be a list of names")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"special token {name!r} is empty or not a string; give it a name")
+    if len(set(names)) != len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise ValueError(f"special token {twice!r} is given twice; each name may stand once")
+    if not isinstance(names, dict):
+        return {name: i for i, name in enumerate(names, first_id)}
+    if len(set(names.values())) != len(names):
+        raise ValueError(f"two special tokens share an id: {names}")
+    return dict(names)
+
+
+def check_surrogates(text):
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(surrogate_message(error)) from None
+
+
+def surrogate_message(error):
+    return (f"text has a lone surrogate, U+{ord(error.object[error.start]):04X} at character "
+            f"{error.start}, which no UTF-8 can hold; clean it with "
+            "text.encode('utf-8', 'replace').decode()")
+
+
+def unknown_id(i, vocab_size):
+    raise ValueError(f"id {i} is not in the vocabulary; allowed: 0 to {vocab_size - 1}")
+
+
+# ------------------------------------------------------------------------- 5. others' files
+
+def byte_to_char():
+    """GPT-2's printable character for each byte, as its files and Hugging Face's spell tokens:
+    visible Latin-1 characters stand for themselves, the others move up to U+0100 and on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {**{b: chr(b) for b in visible}, **{b: chr(256 + i) for i, b in enumerate(hidden)}}
+
+
+BYTE_TO_CHAR = byte_to_char()
+CHAR_TO_BYTE = {char: b for b, char in BYTE_TO_CHAR.items()}
+
+
+def from_vocab(vocab, merges, specials, pattern, path):
+    """Tokenizer arguments from a vocabulary (spelling -> id) and merges of spellings."""
+    try:
+        byte_ids = [vocab[BYTE_TO_CHAR[b]] for b in range(256)]
+        pairs = [(vocab[a], vocab[b]) for a, b in merges]
+        made = [vocab[a + b] for a, b in merges]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no byte-level BPE: its vocabulary lacks {error}") from None
+    first = made[0] if made else max(256, max(byte_ids) + 1)
+    if made != list(range(first, first + len(made))):
+        raise ValueError(f"{path}: the ids of its merges are not consecutive, which is not "
+                         "supported")
+    extra = set(vocab) - set(specials) - set(BYTE_TO_CHAR.values()) - {a + b for a, b in merges}
+    if extra:
+        raise ValueError(f"{path}: token {min(extra)!r} is no byte, merge or special token")
+    return {"merges": pairs, "pattern": pattern, "special_tokens": specials,
+            "byte_ids": byte_ids, "first_merge": first}
+
+
+def from_gpt2_files(vocab_path, merges_path):
+    vocab = read_json(vocab_path)
+    lines = Path(merges_path).read_text(encoding="utf-8").splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    made = {a + b for a, b in merges}
+    specials = {token: i for token, i in vocab.items()
+                if token not in made and token not in CHAR_TO_BYTE}
+    return from_vocab(vocab, merges, specials, GPT2_PATTERN, vocab_path)
+
+
+def from_hugging_face(data, path):
+    """Tokenizer arguments from a tokenizer.json; what would change ids silently is refused."""
+    model, pre = data["model"], data.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    splits = [step for step in steps if step.get("type") == "Split"]
+    levels = [step for step in steps if step.get("type") == "ByteLevel"]
+    problems = [
+        (model.get("type", "BPE") != "BPE", f"its model is {model.get('type')}, not BPE"),
+        (data.get("normalizer"), "it normalizes text, so decoding would not give the text back"),
+        (len(levels) != 1 or len(splits) + 1 != len(steps) or len(splits) > 1,
+         "its pre-tokenizer is not byte-level with at most one split"),
+        (levels and levels[0].get("add_prefix_space"), "it puts a space before the text"),
+        (splits and (splits[0].get("behavior") != "Isolated" or splits[0].get("invert")
+                     or levels[0].get("use_regex", True)), "it splits text in an unusual way"),
+        (model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+         or model.get("byte_fallback"), "it marks parts of words, so it is not byte-level"),
+    ]
+    for found, reason in problems:
+        if found:
+            raise ValueError(f"{path} cannot be read exactly: {reason}")
+    if splits:
+        pattern = splits[0]["pattern"].get("Regex") or regex.escape(splits[0]["pattern"]["String"])
+    else:
+        pattern = GPT2_PATTERN if levels[0].get("use_regex", True) else NO_PATTERN
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    specials = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+    return from_vocab(model["vocab"], merges, specials, pattern, path)
+
+
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
+
+
+def find_gpt2():
+    """The folder of GPT-2's two files: beside the repository, in the cache, or downloaded."""
+    shared = os.environ.get("ONELOOP_SHARED", Path(__file__).resolve().parent.parent / "shared/data")
+    if (Path(shared) / "gpt2_vocab" / "vocab.bpe").is_file():
+        return Path(shared) / "gpt2_vocab"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "oneloop" / "gpt2"
+    cache.mkdir(parents=True, exist_ok=True)
+    for name, sha256 in GPT2_SHA256.items():
+        if not (cache / name).is_file():
+            try:
+                with urllib.request.urlopen(GPT2_URL + name, timeout=60) as response:
+                    data = response.read()
+            except OSError as error:
+                raise FileNotFoundError(
+                    f"cannot download {GPT2_URL + name} ({error}); put vocab.bpe and encoder.json "
+                    f"into {cache} or name their folder") from None
+            if hashlib.sha256(data).hexdigest() != sha256:
+                raise ValueError(f"{GPT2_URL + name} has not the expected sha256 {sha256}")
+            write_bytes(cache / name, data)
+    return cache
+
+
+def readable(token):
+    """A token for people: text where it is text, \\x.. where it is not."""
+    text = token.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such file: {path}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or not JSON: {error}") from None
+
+
+def write_text(path, text):
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, data):
+    """Write beside and rename, so that no reader ever sees half a file."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------- 6. the command line
+
+def train_command(args):
+    pattern = PATTERNS.get(args.pattern, args.pattern)
+    start, num_bytes, held_out = time.time(), 0, []
+
+    def training_blocks():
+        """Nine of ten blocks; the tenth is kept to measure on, 8 MB of them at most."""
+        nonlocal num_bytes
+        size = sum(Path(path).stat().st_size for path in args.files if Path(path).is_file())
+        block = min(BLOCK, max(size // 50, 1000))
+        held = 0
+        with tqdm(total=size, desc="counting", unit="B", unit_scale=True) as bar:
+            for i, text in enumerate(read_blocks(args.files, pattern, args.errors, block, bar)):
+                num_bytes += len(text.encode())
+                if i % 10 == 9 and held < 8 * BLOCK and not args.no_held_out:
+                    held_out.append(text)
+                    held += len(text)
+                else:
+                    yield text
+
+    tok = Tokenizer.train(training_blocks(), args.vocab_size, pattern, args.special,
+                          args.min_frequency, args.num_proc, progress=True)
+    tok.save(args.out)
+    print(f"{num_bytes:,} bytes, vocabulary {tok.vocab_size:,}, {time.time() - start:.1f} s "
+          f"-> {args.out}")
+    if held_out:
+        size = sum(len(text.encode()) for text in held_out)
+        tokens = sum(map(len, tok.encode_batch(held_out)))
+        print(f"held-out text: {size:,} bytes, {size / tokens:.3f} bytes per token")
+    made = [readable(token) for token in tok.token_bytes[256:256 + len(tok.merges)]]
+    print("first merges:  ", " ".join(f"[{token}]" for token in made[:10]))
+    print("last merges:   ", " ".join(f"[{token}]" for token in made[-10:]))
+    print("longest tokens:", " ".join(f"[{token}]" for token in sorted(made, key=len)[-5:]))
+
+
+def find_tokenizer(name):
+    return Tokenizer.gpt2() if name == "gpt2" else Tokenizer.load(name)
+
+
+def encode_command(args):
+    print(*find_tokenizer(args.tokenizer).encode_bytes(sys.stdin.buffer.read()))
+
+
+def decode_command(args):
+    words = sys.stdin.read().split()
+    for word in words:
+        if not word.isdecimal():
+            raise ValueError(f"{word!r} is not an id; give whole numbers separated by spaces")
+    data = find_tokenizer(args.tokenizer).decode_bytes(map(int, words))
+    sys.stdout.buffer.write(data)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="bpe.py", description=__doc__.split("\n")[0],
+        epilog="for all options: python bpe.py train --help")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="learn merges from text files")
+    train.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text files")
+    train.add_argument("--vocab-size", type=int, required=True,
+                       help="bytes (256) + merges + special tokens")
+    train.add_argument("--out", required=True, help="where tok.json is written")
+    train.add_argument("--pattern", default="gpt2", help="gpt2 (default), gpt4, none, or a regex")
+    train.add_argument("--special", action="append", metavar="TOKEN",
+                       help="a special token, repeatable (default: <|endoftext|>)")
+    train.add_argument("--min-frequency", type=int, default=1,
+                       help="stop when the best pair is rarer (default 1)")
+    train.add_argument("--num-proc", type=int, help="processes that count (default: all cores)")
+    train.add_argument("--errors", choices=("strict", "replace"), default="strict",
+                       help="what to do with bytes that are not UTF-8 (default strict)")
+    train.add_argument("--no-held-out", action="store_true",
+                       help="train on all text; the default measures on a held-out tenth")
+    train.set_defaults(run=train_command)
+    for name, run, text in (("encode", encode_command, "text on stdin to ids on stdout"),
+                            ("decode", decode_command, "ids on stdin to text on stdout")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--tokenizer", default="gpt2", help="gpt2, a file or a folder")
+        command.set_defaults(run=run)
+    args = parser.parse_args(argv)
+    if args.command == "train" and args.special is None:
+        args.special = [END_OF_TEXT]
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"bpe.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bpe.py: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
