@@ -1,0 +1,33 @@
+# make train   set up .venv, then train the demo: a small GPT, offline, in minutes
+# make test    set up .venv with the test packages, then run the tests
+# make bench   step time, tokens/s and share of the machine's peak
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: train test bench clean
+
+train: .venv/run
+	$(BIN)/python train.py
+
+test: .venv/dev
+	$(BIN)/python -m pytest
+
+bench: .venv/dev
+	$(BIN)/python -m bench
+
+.venv/run: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "oneloop needs Python 3.10 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "setting up .venv (PyTorch is large; this takes some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) torch
+	@$(PIP) -e ".[plots]"
+	@touch $@
+
+.venv/dev: .venv/run
+	@$(PIP) -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,197 @@
+"""Dataclasses to command line: one mechanism for every setting of the project.
+
+A setting is a field of a frozen dataclass, made by `option(default, help)`; its type, default and
+help text are the `--help`. A field that is itself a dataclass becomes dotted flags:
+
+    @dataclass(frozen=True)
+    class TrainConfig:
+        learning_rate: float = option(6e-4, "peak learning rate")
+        model: GPTConfig = option(GPTConfig(), "the network")
+
+    config = parse(TrainConfig, ["--learning_rate=1e-3", "--model.n_layer=6"], prog="train.py")
+    config = build(TrainConfig, {"learning_rate": 1e-3, "model": {"n_layer": 6}})     # the same
+
+A wrong setting is a ValueError of one line. `run_command` prints it on stderr and exits with 2.
+"""
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import types
+import typing
+from typing import Any, Callable, Literal, TypeVar
+
+Config = TypeVar("Config")
+BOOLS = {"true": True, "yes": True, "on": True, "1": True,
+         "false": False, "no": False, "off": False, "0": False}
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def settings_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field]]:
+    """Every setting of a config class as {"model.n_layer": (type, field)}, nested ones dotted."""
+    found = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found.update(settings_of(hints[field.name], f"{prefix}{field.name}."))
+        else:
+            found[prefix + field.name] = (hints[field.name], field)
+    return found
+
+
+def build(cls: type[Config], values: dict[str, Any]) -> Config:
+    """A config from a dict, nested or dotted; what it does not name keeps its default.
+
+    The inverse of `dataclasses.asdict`. An unknown name is a ValueError with the nearest known one.
+    """
+    known = settings_of(cls)
+    values = flatten(values)
+    for name in values:
+        if name not in known:
+            raise ValueError(_unknown(name, known))
+    return _assemble(cls, values)
+
+
+def parse(cls: type[Config], words: list[str], prog: str, base: dict[str, Any] | None = None,
+          about: str = "") -> Config:
+    """A config from command-line words on top of the settings in `base` (a preset).
+
+    `--key=value` or `--key value`, `-` and `_` alike; a bool alone means true. `--help` prints
+    every setting with type, default and meaning, and exits.
+    """
+    known, base = settings_of(cls), flatten(base or {})
+    parser = _Parser(prog=prog, description=about, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                     usage=f"{prog} [--key=value ...]")
+    groups: dict[str, Any] = {}
+    for name, (kind, field) in known.items():
+        section = name.rpartition(".")[0] or "settings"
+        group = groups.setdefault(section, parser.add_argument_group(section))
+        default = base.get(name, _default(field))
+        text = f"{field.metadata['help']} [{_spell(default)}]".replace("%", "%%")
+        bare = {"nargs": "?", "const": True} if kind is bool else {}
+        group.add_argument("--" + name, type=_converter(kind), default=argparse.SUPPRESS,
+                           metavar=_type_name(kind), help=text, **bare)
+    # Only the name of a flag may be written with dashes; a value keeps its own.
+    words = [flag.replace("-", "_").replace("__", "--", 1) + sep + value if flag[:2] == "--"
+             else word for word in words for flag, sep, value in [word.partition("=")]]
+    given, rest = parser.parse_known_args(words)
+    for word in rest:
+        if word.startswith("--"):
+            raise ValueError(_unknown(word[2:].partition("=")[0], known))
+        raise ValueError(f"unexpected argument {word!r}: settings are written --key=value")
+    return build(cls, {**base, **vars(given)})
+
+
+def run_command(main: Callable[[list[str]], Any]) -> None:
+    """Run a command line; what its user got wrong becomes one line on stderr and exit code 2.
+
+    ONELOOP_TRACEBACK=1 shows where it was raised.
+    """
+    try:
+        main(sys.argv[1:])
+    except BrokenPipeError:                                         # `... --help | head`
+        raise SystemExit(0) from None
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("ONELOOP_TRACEBACK"):
+            raise
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{rank}error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"n_layer": 2}} as {"model.n_layer": 2}."""
+    flat = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict) and not name.endswith("_pattern")  # a setting, not a group
+        flat.update(flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value})
+    return flat
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def _assemble(cls: type[Config], values: dict[str, Any], prefix: str = "") -> Config:
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for field in dataclasses.fields(cls):
+        name, kind = prefix + field.name, hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            arguments[field.name] = _assemble(kind, values, name + ".")
+        elif name in values:
+            value = values[name]
+            arguments[field.name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    missing = field.default is dataclasses.MISSING
+    return field.default_factory() if missing else field.default
+
+
+def _converter(kind: Any) -> Callable[[str], Any]:
+    """The function that turns a word into a value of type `kind`."""
+    def convert(text: str) -> Any:
+        try:
+            return _convert(kind, text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not allowed; give {_type_name(kind)}") from None
+    return convert
+
+
+def _convert(kind: Any, text: str) -> Any:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):                   # X | None
+        return None if text.lower() == "none" else _convert(inner[0], text)
+    if origin is Literal:
+        if text not in inner:
+            raise ValueError(text)
+        return text
+    if origin is tuple:
+        return tuple(_convert(inner[0], part) for part in text.split(",") if part)
+    if origin is dict:                                              # c_fc:4,c_attn:8
+        pairs = (part.rpartition(":") for part in text.split(",") if part)
+        return {key: _convert(inner[1], value) for key, _, value in pairs}
+    if kind is bool:
+        if text.lower() not in BOOLS:
+            raise ValueError(text)
+        return BOOLS[text.lower()]
+    if kind is int and float(text) == int(float(text)):             # 1e9 and 524_288 are whole
+        return int(float(text)) if "e" in text.lower() else int(text)
+    return kind(text)
+
+
+def _type_name(kind: Any) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "|".join(inner)
+    if origin in (typing.Union, types.UnionType):
+        return "|".join("none" if arg is type(None) else _type_name(arg) for arg in inner)
+    if origin is tuple:
+        return f"{_type_name(inner[0])},..."
+    if origin is dict:
+        return f"name:{_type_name(inner[1])},..."
+    return "true|false" if kind is bool else kind.__name__
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _unknown(name: str, known: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    # "n_layer" is what a nanoGPT user types for "model.n_layer"
+    near = [key for key in known if key.rpartition(".")[2] == name] or near
+    hint = f"did you mean --{near[0]}?" if near else "--help lists them all"
+    return f"unknown setting --{name}; {hint}"

@@ -1,0 +1,176 @@
+"""A corpus that is always there: the documentation inside every Python; or any text of yours.
+
+    python -m data.corpus                               docstrings and topics, about 2.3 MB
+    python -m data.corpus --code                        and the sources, about 13 MB
+    python -m data.corpus --from=PATH                   a file or folder of .txt and .jsonl
+    python -m data.corpus --from=PATH --tokenizer=gpt2 --out=data/mine
+
+Documents: each module's docstrings together (and its source, with --code) and each help topic of
+pydoc; of your text, each .txt file and each line of a .jsonl file ({"text": ...}). They are split
+into training and validation whole: documents are ordered by the hash of their text, and those that
+come first, up to `validation` of the bytes, validate. A single document is cut at a line end.
+Everything is in memory here; for many gigabytes, use data/fineweb.py --from.
+"""
+import ast
+import hashlib
+import importlib
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+from bpe import Tokenizer, find_tokenizer
+from config import option, parse, run_command
+from data.shards import DATA, ShardWriter
+from data.texts import find_files, read_documents
+
+BATCH = 256             # documents encoded at once
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    source: str = option("", "file or folder of .txt and .jsonl; empty: Python's own documentation "
+                             "(--from=PATH is the same)")
+    code: bool = option(False, "add the sources of the standard library")
+    tokenizer: str = option("", "gpt2, a tokenizer's path, or bytes; empty: train one on the text")
+    vocab_size: int = option(4096, "of the tokenizer that is trained")
+    validation: float = option(0.05, "share of the bytes that validates")
+    shard_tokens: int = option(100_000_000, "tokens of a shard")
+    out: str = option("", "folder of the shards; empty: data/corpus")
+
+    def __post_init__(self):
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation={self.validation} is not in (0, 1)")
+
+
+def documentation() -> list[str]:
+    """Docstrings of the standard library, a document a module, and pydoc's help topics.
+
+    Read from the source text, nothing is imported or run; tests are left out. Deterministic for a
+    Python version.
+    """
+    documents = []
+    for path in library_files():
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):       # templates, and files that are wrong on purpose
+            continue
+        name = ".".join(path.relative_to(library()).with_suffix("").parts)
+        parts = list(docstrings(tree, name.removesuffix(".__init__")))
+        if parts:
+            documents.append("\n\n".join(parts) + "\n")
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return documents + [topics[name].strip() + "\n" for name in sorted(topics)]
+
+
+def docstrings(tree: ast.Module, name: str) -> Iterator[str]:
+    """Every docstring of a module under the name of what it documents, in the order of the file."""
+    nodes: list[tuple[str, Any]] = [(name, tree)]
+    while nodes:
+        name, node = nodes.pop()
+        text = ast.get_docstring(node)
+        if text and text.strip():
+            yield f"{name}{signature(node)}\n\n{text}"
+        inner = [(f"{name}.{child.name}", child) for child in ast.iter_child_nodes(node)
+                 if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+        nodes.extend(reversed(inner))
+
+
+def signature(node: ast.AST) -> str:
+    """"(a, b=1)" of a function, nothing of a class or module."""
+    return f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
+
+
+def sources() -> list[str]:
+    """The standard library's own code, a document a file."""
+    return [text for path in library_files()
+            if (text := path.read_text(encoding="utf-8", errors="replace")).strip()]
+
+
+def library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def library_files() -> list[Path]:
+    """The .py files of the standard library in a fixed order, without tests and installed packages."""
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = [path for path in library().rglob("*.py")
+             if not skipped & set(path.relative_to(library()).parts)]
+    return sorted(files, key=lambda path: path.as_posix())
+
+
+def split_documents(documents: list[str], validation: float) -> tuple[list[str], list[str]]:
+    """Training and validation documents; a single document is cut at a line end."""
+    if len(documents) == 1:
+        text = documents[0]
+        cut = text.rfind("\n", 0, int(len(text) * (1 - validation))) + 1
+        if not cut:
+            raise ValueError("the only document has no line end to cut it into training and "
+                             "validation; give more text, or text with line ends")
+        return [text[:cut]], [text[cut:]]
+    ranks = [hashlib.sha256(text.encode()).digest() for text in documents]
+    wanted = validation * sum(map(len, documents))
+    chosen: set[int] = set()
+    size = 0
+    for i in sorted(range(len(documents)), key=lambda i: ranks[i])[:-1]:
+        if size >= wanted:
+            break
+        chosen.add(i)
+        size += len(documents[i])
+    return ([text for i, text in enumerate(documents) if i not in chosen],
+            [text for i, text in enumerate(documents) if i in chosen])
+
+
+def write_dataset(folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer,
+                  source: str, shard_tokens: int = 100_000_000) -> dict[str, Any]:
+    """Encode documents, each behind an end-of-text token, into shards. Returns meta.json."""
+    writer = ShardWriter(folder, tokenizer, source, shard_tokens)
+    start = [] if tokenizer.eot is None else [tokenizer.eot]
+    for split, documents in (("train", train), ("val", val)):
+        for i in range(0, len(documents), BATCH):
+            for ids in tokenizer.encode_batch(documents[i:i + BATCH]):
+                writer.add(split, start + ids)
+    meta = writer.finish()
+    tokens = {split: facts["tokens"] for split, facts in meta["splits"].items()}
+    print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate "
+          f"({len(train):,} and {len(val):,} documents), vocabulary {tokenizer.vocab_size:,}, "
+          f"unigram entropy {meta['unigram_entropy']:.3f} nats")
+    return meta
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """"gpt2", "bytes" (256 ids and no merge), or a tokenizer's path."""
+    return Tokenizer([], special_tokens=()) if name == "bytes" else find_tokenizer(name)
+
+
+def prepare(config: CorpusConfig = CorpusConfig()) -> Path:
+    """Collect the documents, train a tokenizer on those of training, write the shards."""
+    folder = Path(config.out or DATA / "corpus")
+    if config.source:
+        documents, source = list(read_documents(find_files(config.source))), config.source
+    else:
+        print("collecting the documentation of this Python")
+        documents = documentation() + (sources() if config.code else [])
+        source = f"documentation{' and sources' if config.code else ''} of Python " \
+                 f"{sys.version.split()[0]}"
+    size = sum(len(text.encode(errors="surrogatepass")) for text in documents)
+    if not documents:
+        raise ValueError(f"{source} holds no text")
+    train, val = split_documents(documents, config.validation)
+    print(f"{len(documents):,} documents, {size / 1e6:.2f} MB")
+    if config.tokenizer:
+        tokenizer = named_tokenizer(config.tokenizer)
+    else:
+        tokenizer = Tokenizer.train(train, config.vocab_size, progress=sys.stderr.isatty())
+    write_dataset(folder, train, val, tokenizer, source, config.shard_tokens)
+    return folder
+
+
+def main(words: list[str]) -> None:
+    words = ["--source" + word[6:] if word.startswith("--from") else word for word in words]
+    prepare(parse(CorpusConfig, words, "python -m data.corpus", about=__doc__))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,52 @@
+"""Tiny shakespeare: 1.1 MB of plays, the classic first data set for a language model.
+
+    python -m data.shakespeare                      downloads it once, with a checksum
+    python -m data.shakespeare --from=input.txt     or reads a copy
+    python -m data.shakespeare --tokenizer=gpt2     by default the tokens are the bytes
+
+The first 90% train and the rest validates, as in char-rnn and nanoGPT, so that losses can be
+compared; the text is pure ASCII, so a byte is a character. Source: github.com/karpathy/char-rnn.
+"""
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import option, parse, run_command
+from data.corpus import named_tokenizer, write_dataset
+from data.shards import DATA
+from data.texts import download
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+@dataclass(frozen=True)
+class ShakespeareConfig:
+    source: str = option("", "a local copy (--from=PATH is the same); empty: download it once")
+    tokenizer: str = option("bytes", "bytes, gpt2, or a tokenizer's path")
+    out: str = option("", "folder of the shards; empty: data/shakespeare")
+
+
+def prepare(config: ShakespeareConfig = ShakespeareConfig()) -> Path:
+    folder = Path(config.out or DATA / "shakespeare")
+    path = Path(config.source) if config.source else download(
+        URL, folder / "input.txt", SHA256, "python -m data.shakespeare --from=FILE")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    raw = path.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != SHA256:
+        raise ValueError(f"{path} is not tiny shakespeare (its SHA-256 differs); "
+                         f"for another text use: python -m data.corpus --from={path}")
+    text = raw.decode("ascii")
+    cut = int(0.9 * len(text))
+    write_dataset(folder, [text[:cut]], [text[cut:]], named_tokenizer(config.tokenizer), URL)
+    return folder
+
+
+def main(words: list[str]) -> None:
+    words = ["--source" + word[6:] if word.startswith("--from") else word for word in words]
+    prepare(parse(ShakespeareConfig, words, "python -m data.shakespeare", about=__doc__))
+
+
+if __name__ == "__main__":
+    run_command(main)

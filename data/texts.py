@@ -1,0 +1,103 @@
+"""Documents from files: .txt (a file is a document), .jsonl ({"text": ...} a line), .parquet.
+
+    for text in read_documents(find_files("folder")): ...
+    path = download(url, path, sha256, instead="python -m data.NAME --from=FILE")
+"""
+import hashlib
+import json
+import os
+import urllib.request
+from pathlib import Path
+from typing import Iterable, Iterator
+
+ENDINGS = (".txt", ".jsonl", ".parquet")
+
+
+def find_files(source: str | Path) -> list[Path]:
+    """The text files that `source` names: a file, a folder (searched below), or several by comma."""
+    files: list[Path] = []
+    for name in str(source).split(","):
+        path = Path(name)
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if p.suffix in ENDINGS)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"there is no file or folder {path}")
+    if not files:
+        raise FileNotFoundError(f"{source} holds no {', '.join(ENDINGS)} file")
+    return files
+
+
+def read_documents(files: Iterable[Path]) -> Iterator[str]:
+    """Every document that is not blank, in order. Errors name the file and the line or byte."""
+    for path in files:
+        read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix, _read_text)
+        for text in read(path):
+            if text.strip():
+                yield text
+
+
+def download(url: str, path: Path, sha256: str, instead: str) -> Path:
+    """Fetch a file once and check it. `instead` is what to do where there is no network."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        try:
+            with urllib.request.urlopen(url, timeout=30) as answer, open(temporary, "wb") as file:
+                while block := answer.read(1 << 20):
+                    file.write(block)
+        except OSError as error:
+            raise FileNotFoundError(f"cannot download {url} ({error}); get the file elsewhere and "
+                                    f"use: {instead}") from None
+        os.replace(temporary, path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        path.unlink()
+        raise ValueError(f"{path} had SHA-256 {found}, expected {sha256}; it is removed, try again")
+    return path
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    try:
+        yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} is "
+                         f"0x{error.object[error.start]:02x}; convert it first") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _text_of(line, f"{path}, line {number}")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it first") from None
+
+
+def _text_of(line: str, place: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is no JSON: {error}") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'{place} is no {{"text": "..."}} object')
+    return text
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('.parquet files need the extra "datasets": pip install '
+                                  '-c constraints.txt -e ".[datasets]"') from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is no parquet file: {error}") from None
+    if "text" not in file.schema_arrow.names:
+        raise ValueError(f"{path} has no column 'text', only {', '.join(file.schema_arrow.names)}")
+    for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+        yield from (text for text in batch.column(0).to_pylist() if text)

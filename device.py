@@ -1,0 +1,106 @@
+"""What the machine can do: device, precision, compiler, peak speed.
+
+    device = pick_device("auto"); dtype = pick_dtype("auto", device)
+    with autocast(device, dtype): ...
+"""
+import contextlib
+import os
+import shutil
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense bf16 peaks in FLOP/s from NVIDIA's data sheets, for the model FLOPs utilisation (MFU). The
+# first entry whose name occurs in the device's name counts; one that is not here has MFU "?".
+PEAK_FLOPS = {
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12,
+    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """"auto" is this process's GPU, else Apple's, else the CPU; or what `name` says, if it is here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else \
+               "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
+        raise ValueError(f"device={name} is unknown; choose auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda":
+        number = int(index or os.environ.get("LOCAL_RANK", 0))
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"device={name} needs GPU number {number}; PyTorch sees "
+                             f"{torch.cuda.device_count()} here; use --device=cpu, or start one "
+                             f"process for each GPU")
+        torch.cuda.set_device(number)
+        return torch.device("cuda", number)
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device=mps is not available here; use --device=cpu")
+    return torch.device(kind)
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return False
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of matrix products: "auto" is bfloat16 where it is native, else float32."""
+    if name == "auto":
+        name = "bfloat16" if native_bf16(device) else "float32"
+    if name == "float16" and device.type == "cpu":
+        raise ValueError("dtype=float16 is not for training on a CPU; use bfloat16 or float32")
+    if name == "bfloat16" and device.type == "cuda" and not native_bf16(device):
+        raise ValueError(f"dtype=bfloat16 is not native on {torch.cuda.get_device_name(device)} "
+                         f"(before Ampere); use float16 or float32")
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Mixed precision: matrix products in dtype, weights and reductions in float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile can work here: it writes C++ for the CPU, Triton for the GPU."""
+    if device.type == "cuda":
+        return torch.utils._triton.has_triton()
+    return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else "mps"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak in FLOP/s, None when it is not in the table."""
+    name = device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that the clock measures work and not its submission."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: of the GPU by this process, else of the process itself."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+    kib = 1 if sys.platform == "darwin" else 1024                   # macOS counts in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib

@@ -1,0 +1,407 @@
+"""GPT-2, by hand: token ids in, logits and loss out.
+
+    model = GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768))
+    logits, _ = model(idx)                         # idx (B, T) -> logits (B, T, V)
+    _, loss = model(idx, targets)                  # targets (B, T), -100 where there is no label
+    ids = model.generate(idx, max_new_tokens=50)   # (B, T + 50)
+    model = GPT.from_pretrained("gpt2")            # OpenAI's weights, or a Hugging Face folder
+    model.save_pretrained("folder")                # and back
+
+Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+
+References: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's
+code for it (github.com/openai/gpt-2); tensors are named as there and in Hugging Face's GPT2LMHead.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from config import option
+
+IGNORE = -100           # the target of a position that has no label
+LAYER_NORM_EPS = 1e-5
+INIT_STD = 0.02
+
+SIZES = {               # parameters: 124,439,808  354,823,168  774,030,080  1,557,611,200
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    block_size: int = option(1024, "the longest context, in tokens")
+    vocab_size: int = option(50257, "number of tokens; training takes it from the data's tokenizer")
+    n_layer: int = option(12, "number of blocks")
+    n_head: int = option(12, "attention heads of a block")
+    n_embd: int = option(768, "channels; a multiple of n_head")
+    dropout: float = option(0.0, "share of activations dropped: embeddings, attention, residuals")
+    bias: bool = option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
+    vocab_multiple: int = option(1, "embedding rows are padded to a multiple of this (128: 50257 -> "
+                                    "50304, faster on GPUs); padded ids are never scored or sampled")
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            near = max(1, round(self.n_embd / self.n_head)) * self.n_head
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
+                             f"try {near}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
+
+
+class KVCache:
+    """Keys and values of the tokens that a model has read, so that each is computed once.
+
+    `length` tokens are held, of at most `capacity`; `append` is called by every attention layer,
+    `GPT.features` advances `length` when all of them have.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, capacity: int, like: torch.Tensor):
+        shape = (config.n_layer, batch_size, config.n_head, capacity, config.n_embd // config.n_head)
+        self.keys = like.new_empty(shape)                           # (layer, B, H, capacity, D)
+        self.values = like.new_empty(shape)
+        self.length = 0
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Add k, v (B, H, T, D) of the new tokens; return those of all tokens so far."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+                   for part in self.c_attn(x).split(C, dim=2))      # (B, H, T, D) each
+        past = cache.length if cache else 0
+        if cache:
+            k, v = cache.append(self.layer, k, v)                   # (B, H, past + T, D)
+        # Token i sees the past and the new tokens up to itself. One new token sees everything.
+        mask = None
+        if past and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")                # (B, T, 4C); GPT-2 used tanh
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)                      # (B, T, C)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. `recompute_activations = True` trades a second forward pass of each block for memory."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.recompute_activations = False
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias),
+        ))
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight           # tied: one tensor, two uses
+        self.apply(self._init_weights)
+        # Every block adds two branches to the residual stream; scaled so, the sum of all keeps
+        # the variance of one (GPT-2 paper, section 2.3).
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=INIT_STD / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=INIT_STD)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def features(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """The last hidden states, after the final LayerNorm: idx (B, T) -> (B, T, C)."""
+        T, past = idx.size(1), cache.length if cache else 0
+        if past + T > self.config.block_size:
+            raise ValueError(f"a sequence of {past + T} tokens is longer than "
+                             f"block_size={self.config.block_size}; shorten it")
+        positions = torch.arange(past, past + T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)         # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.transformer.h:
+            if self.recompute_activations and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
+        if cache:
+            cache.length += T
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
+                reduction: str = "mean", cache: KVCache | None = None):
+        """Logits without targets, the loss with them.
+
+        idx: (B, T) int64 token ids. targets: (B, T) int64, IGNORE where there is no label.
+        Returns (logits (B, T, V), None) without targets, else (None, loss): the cross-entropy in
+        nats, `reduction` "mean" over the labelled tokens (0 when there is none) or "sum".
+        With a cache, idx are the tokens that follow those in it.
+        """
+        x = self.features(idx, cache)
+        if targets is None:
+            return self.lm_head(x)[..., :self.config.vocab_size], None          # (B, T, V)
+        logits = self.lm_head(x)[..., :self.config.vocab_size]
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                               ignore_index=IGNORE, reduction="sum")
+        if reduction == "mean":
+            loss = loss / (targets != IGNORE).sum().clamp(min=1)
+        return None, loss
+
+    def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
+        """An empty cache for `capacity` tokens (default block_size) of `batch_size` sequences."""
+        weight = self.transformer.wte.weight
+        if torch.is_autocast_enabled(weight.device.type):           # keys come in autocast's dtype
+            weight = weight.new_empty(0, dtype=torch.get_autocast_dtype(weight.device.type))
+        return KVCache(self.config, batch_size, capacity or self.config.block_size, weight)
+
+    @torch.no_grad()
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None, top_p: float | None = None,
+                 stop_ids: Iterable[int] = (), generator: torch.Generator | None = None):
+        """Continue idx (B, T) by max_new_tokens: (B, T + new) int64, dropout off.
+
+        temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the likeliest ones that
+        together have probability p. A row ends at its first stop id and repeats it from there; when
+        all rows have ended, fewer columns come back. Beyond block_size the model sees the last
+        block_size tokens: every position then shifts, so the cache is no use and each token costs
+        a full forward pass.
+        """
+        if idx.dim() != 2 or idx.size(1) == 0:
+            raise ValueError(f"idx has shape {tuple(idx.shape)}; generate needs (B, T) with T >= 1")
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
+        was_training = self.training
+        self.eval()
+        (B, T), block_size = idx.shape, self.config.block_size
+        stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=idx.device)
+        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        out = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
+        cache = self.new_cache(B, min(block_size, T + max_new_tokens)) if T < block_size else None
+        unread = idx[:, -block_size:]                               # what the cache has not seen
+        for end in range(T, T + max_new_tokens):
+            if cache and cache.length + unread.size(1) > block_size:
+                cache = None
+            if cache is None:
+                unread = out[:, max(0, end - block_size):end]
+            x = self.features(unread, cache)[:, -1]                 # (B, C): only the last token
+            logits = self.lm_head(x)[:, :self.config.vocab_size]
+            new = sample_token(logits.float(), temperature, top_k, top_p, generator)
+            new = torch.where(ended, out[:, end - 1], new)          # (B,)
+            out[:, end] = new
+            unread = new[:, None]
+            if len(stops):
+                ended |= torch.isin(new, stops)
+                if ended.all():
+                    out = out[:, :end + 1]
+                    break
+        self.train(was_training)
+        return out
+
+    def num_params(self) -> int:
+        """Parameters, tied ones counted once, padded rows of the vocabulary not at all."""
+        padding = self.config.padded_vocab_size - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations to train on one token, forward and backward.
+
+        6 per weight of a matrix product, 12·n_layer·C·T for attention (Chowdhery et al. 2022,
+        "PaLM", appendix B), full rather than causal, as MFU figures are published.
+        """
+        matmul = self.num_params() - self.transformer.wpe.weight.numel()
+        return 6 * matmul + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, dropout: float = 0.0) -> "GPT":
+        """GPT-2 from a Hugging Face folder, or from the hub: "gpt2", "gpt2-medium", "user/name".
+
+        Needs the extra `hf` (safetensors, huggingface_hub). ValueError names what does not fit.
+        """
+        folder = Path(name) if Path(name).is_dir() else _download(str(name))
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"{folder} has no config.json; it is no Hugging Face folder")
+        config = _read_config(json.loads((folder / "config.json").read_text()), dropout)
+        with torch.device("meta"):                                  # no init to be overwritten
+            model = cls(config)
+        model.load_state_dict(_from_hugging_face(_read_tensors(folder), model), assign=True)
+        model.lm_head.weight = model.transformer.wte.weight
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them.
+
+        Padded vocabulary rows are left out; without biases, zeros are written (GPT-2 has them, and
+        zeros compute the same).
+        """
+        save_file = _safetensors().save_file
+        folder, c = Path(folder), self.config
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            if name != "lm_head.weight":                            # tied to wte
+                tensor = tensor[:c.vocab_size] if name == "transformer.wte.weight" else tensor
+                tensors[name] = (tensor.t() if _is_conv1d(name) else tensor).contiguous().cpu()
+        for name in [name for name in tensors if not c.bias and _has_bias(name)]:
+            size = tensors[name].size(-1)                           # Conv1D weights are (in, out)
+            tensors[name.replace(".weight", ".bias")] = tensors[name].new_zeros(size)
+        eot = c.vocab_size - 1 if c.vocab_size == 50257 else None
+        settings = dict(
+            architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=c.vocab_size,
+            n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            activation_function="gelu_new", layer_norm_epsilon=LAYER_NORM_EPS,
+            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
+            tie_word_embeddings=True, bos_token_id=eot, eos_token_id=eot)
+        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+                 top_p: float | None = None, generator: torch.Generator | None = None):
+    """One token id a row: logits (B, V) -> (B,) int64. See `GPT.generate` for the settings."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        kth = logits.topk(top_k).values[:, -1:]                     # (B, 1)
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered                   # probability of likelier ones
+        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(dim=-1)), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights from and to Hugging Face. There a linear layer of GPT-2 is a "Conv1D", whose weight is
+# (in, out), the transpose of nn.Linear's; everything else has the same name and shape.
+
+def _is_conv1d(name: str) -> bool:
+    return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+
+
+def _has_bias(name: str) -> bool:
+    return _is_conv1d(name) or name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('Hugging Face folders need the extra "hf": '
+                                  'pip install -c constraints.txt -e ".[hf]"') from None
+    return safetensors.torch
+
+
+def _download(name: str) -> Path:
+    _safetensors()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    repository = f"openai-community/{name}" if name in SIZES else name
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["config.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{name!r} is neither a folder here nor a model that can be had "
+                                f"from the Hugging Face hub ({type(error).__name__})") from error
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no .safetensors file")
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:                                              # a large model has several
+        tensors.update(_safetensors().load_file(file))
+    return tensors
+
+
+def _read_config(settings: dict[str, Any], dropout: float) -> GPTConfig:
+    expected = dict(model_type="gpt2", activation_function="gelu_new",
+                    layer_norm_epsilon=LAYER_NORM_EPS, scale_attn_weights=True,
+                    scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    for key, value in expected.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"config.json: {key} is {settings[key]!r}; GPT-2 has {value!r}")
+    if settings.get("n_inner") not in (None, 4 * settings["n_embd"]):
+        raise ValueError(f"config.json: n_inner is {settings['n_inner']}; GPT-2 has 4 * n_embd")
+    return GPTConfig(block_size=settings["n_positions"], dropout=dropout,
+                     **{key: settings[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")})
+
+
+def _from_hugging_face(tensors: dict[str, torch.Tensor], model: GPT) -> dict[str, torch.Tensor]:
+    """Tensors under our names and shapes; ValueError names a missing, extra or misshapen one."""
+    ours = model.state_dict()
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(("transformer.", "lm_head.")):
+            name = "transformer." + name                            # a bare GPT2Model was saved
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue                                                # old files store the causal mask
+        found[name] = tensor.t().contiguous() if _is_conv1d(name) else tensor
+    found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
+    for name, tensor in ours.items():
+        if found.get(name) is None:
+            raise ValueError(f"the checkpoint has no tensor {name!r}")
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"tensor {name!r} is {tuple(found[name].shape)} in the checkpoint; "
+                             f"the config asks for {tuple(tensor.shape)}")
+    extra = sorted(found.keys() - ours.keys())
+    if extra:
+        raise ValueError(f"the checkpoint has a tensor {extra[0]!r} that GPT-2 does not"
+                         + (f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""))
+    if not torch.equal(found["lm_head.weight"], found["transformer.wte.weight"]):
+        raise ValueError("lm_head.weight differs from wte.weight; GPT-2 ties them")
+    return {name: found[name].float() for name in ours}
