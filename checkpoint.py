@@ -35,8 +35,8 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:      # whatever a damaged file makes the reader raise
-        raise ValueError(f"checkpoint {path} cannot be read: "
-                         f"{str(error).splitlines()[0][:200]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"checkpoint {path} cannot be read: {reason}") from error
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"checkpoint {path} is not of format {FORMAT_VERSION}")
     return state

@@ -180,7 +180,7 @@ def finished(out: Path, rank: int) -> dict[str, Any]:
     if rank == 0:
         print(f"{out} is finished: " + ", ".join(f"{key} {value}" for key, value
                                                  in run.get("final", {}).items()))
-        print(f"a larger --max_steps trains on; another --out starts anew")
+        print("a larger --max_steps trains on; another --out starts anew")
     return {"out": str(out), **run}
 
 
@@ -202,10 +202,6 @@ def provenance(device: torch.device, world: int, fingerprint: str) -> dict[str, 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def this_command() -> str:
@@ -257,13 +253,13 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, tokenizer: Any, w
     per_token = 17 * size * c.n_embd * c.n_layer + (4 + size) * c.padded_vocab_size
     if config.recompute_activations:
         per_token = size * c.n_embd * (c.n_layer + 17) + (4 + size) * c.padded_vocab_size
-    state, live = 4 * n + 12 * trained, config.micro_batch * c.block_size * per_token
+    state, live = 4 * n + 12 * trained, batches.micro_batch * c.block_size * per_token
     rates = [learning_rate(round(i * (config.max_steps - 1) / 59), config.schedule,
                            config.max_steps, config.warmup_steps, config.learning_rate,
                            config.min_learning_rate, config.optim) for i in range(60)]
     print(f"{config.max_steps} steps of {config.batch_tokens:,} tokens = "
-          f"{world} ranks x {batches.accumulation} micro-batches x {config.micro_batch} sequences x "
-          f"{c.block_size} tokens; {passes:.2f} passes over {len(batches.tokens):,} tokens")
+          f"{world} rank(s) x {batches.accumulation} micro-batch(es) x {batches.micro_batch} "
+          f"sequences x {c.block_size} tokens; {passes:.2f} passes over {len(batches.tokens):,} tokens")
     print(f"parameters {n:,}, trained {trained:,}; {model.flops_per_token() / 1e9:.3g} GFLOP a token, "
           f"{model.flops_per_token() * config.max_steps * config.batch_tokens:.3g} FLOP in all")
     print(f"memory a rank, estimated: {state / 2**30:.2f} GiB weights, gradients and AdamW, "

@@ -16,21 +16,14 @@ import dataclasses
 import difflib
 import importlib
 import math
-import os
-import signal
-import sys
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
@@ -40,17 +33,16 @@ import sample
 from bpe import Tokenizer
 from config import flatten, option, parse, run_command
 from data import loader, shards
-from device import autocast, has_compiler, pick_device, pick_dtype
+from device import autocast, pick_dtype
 from eval import hellaswag
 from eval.loss import evaluate_loss, token_lengths
+from launch import Processes, compiled, processes, stop_signals
 from model import GPT, GPTConfig
 from optim import OptimConfig, learning_rate, make_optimizer
 from presets import DEFAULT_PRESET, PRESETS
 
 SMALL_DATA = ("corpus", "shakespeare")      # made within a minute when a run asks for them
 EVALUATION_TOKENS = 4096                    # at once, at least: small micro-batches would be slow
-# Floating-point operations of a run on one device that make up for the time of torch.compile.
-COMPILE_WORTH = {"cuda": 1e17, "cpu": 1e13}
 
 
 @dataclass(frozen=True)
@@ -68,7 +60,7 @@ class TrainConfig:
     max_steps: int = option(0, "optimizer steps; 0: as many as `epochs` asks for")
     epochs: float = option(0.0, "passes over the training data; 0: `max_steps` counts")
     batch_tokens: int = option(524288, "tokens of a step, over all ranks and micro-batches")
-    micro_batch: int = option(16, "sequences in memory at once, on each rank")
+    micro_batch: int = option(16, "sequences in memory at once on each rank, at most")
     learning_rate: float = option(6e-4, "peak learning rate")
     min_learning_rate: float = option(6e-5, "floor of the schedule")
     schedule: Literal["cosine", "linear", "constant", "wsd", "polynomial"] = option(
@@ -113,57 +105,6 @@ class TrainConfig:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above "
                              f"learning_rate={self.learning_rate}; lower it, or raise the peak")
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those of the run. One alone needs no process group."""
-    rank: int
-    size: int
-    device: torch.device
-
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-
-@contextmanager
-def processes(device_name: str) -> Iterator[Processes]:
-    """Join the group that torchrun started; without torchrun, stand alone."""
-    device = pick_device(device_name)
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size == 1:
-        yield Processes(0, 1, device)
-        return
-    on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30),
-                            device_id=device if on_gpu else None)
-    try:
-        yield Processes(dist.get_rank(), size, device)
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM ask the loop to save and stop; a second one interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop                                      # Python delivers signals to the main thread
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -254,6 +195,8 @@ def open_run(out: Path, config: TrainConfig, data: Data, world: Processes) -> di
                                                   or name.startswith("model.")):
                 raise ValueError(f"{out} holds a run with {name}={there.get(name)}, this one has "
                                  f"{name}={here[name]}; choose another --out, or delete {out}")
+        if state["step"] >= config.max_steps:
+            return state                                            # nothing to do, leave it as it is
     if world.rank == 0:
         report.write_json(out / "config.json", dataclasses.asdict(config))
         report.write_json(out / "run.json", report.provenance(world.device, world.size,
@@ -261,37 +204,6 @@ def open_run(out: Path, config: TrainConfig, data: Data, world: Processes) -> di
         if data.tokenizer:
             data.tokenizer.save(out / "tokenizer.json")
     return state
-
-
-def compiled(network: nn.Module, config: TrainConfig, batches: loader.WindowLoader,
-             world: Processes, dtype: torch.dtype, steps: int) -> nn.Module:
-    """The network under torch.compile where that pays; as it is, with a warning, where it fails.
-
-    Compiles on a batch whose gradients are thrown away, so that a failure costs no training.
-    """
-    device = world.device
-    model = network.module if isinstance(network, DistributedDataParallel) else network
-    work = steps * config.batch_tokens / world.size * model.flops_per_token()
-    worth = work > COMPILE_WORTH.get(device.type, float("inf"))
-    if config.compile == "off" or (config.compile == "auto" and not (worth and has_compiler(device))):
-        return network
-    faster, worked = torch.compile(network, dynamic=False), torch.ones(())
-    x, y = next(batches.batches(0))
-    try:
-        if network is not model:
-            network.require_backward_grad_sync = False  # a rank that fails must not leave others
-        with autocast(device, dtype):
-            _, nats = faster(x.to(device), y.to(device), reduction="sum")
-        nats.backward()
-    except Exception as error:                          # whatever the compiler's many parts raise
-        report.warn(f"torch.compile failed, going on without: {type(error).__name__}: "
-                    f"{str(error).splitlines()[0][:200]}")
-        worked = torch.zeros(())
-    model.zero_grad(set_to_none=True)
-    if world.size > 1:                                  # all ranks do the same
-        worked = worked.to(device)
-        dist.all_reduce(worked, dist.ReduceOp.MIN)
-    return faster if worked else network
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -331,7 +243,8 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event) -> dict
         state = None                                    # as large as all the above
     # `model` stays the plain module: it is evaluated, sampled and saved. `network` is trained.
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else None
-    network = compiled(ddp or model, config, batches, world, dtype, config.max_steps - step)
+    work = (config.max_steps - step) * config.batch_tokens / world.size * model.flops_per_token()
+    network = compiled(ddp or model, config.compile, next(batches.batches(0)), work, world, dtype)
 
     log = report.RunLog(out, config, step, model.flops_per_token(), device, world.rank, world.size)
     log.say(f"{out}: {'from' if step == 0 else 'going on at'} step {step} of {config.max_steps}, "

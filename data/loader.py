@@ -28,10 +28,11 @@ class WindowLoader:
             raise ValueError(f"block_size={block_size} is longer than the data, which has "
                              f"{len(tokens):,} tokens; choose one below that or prepare more data")
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
-        self.rank, self.world, self.micro_batch = rank, world, micro_batch
+        self.rank, self.world = rank, world
         self.windows = -(-(len(tokens) - 1) // block_size)          # per epoch
         self.per_step = batch_tokens // block_size
-        self.accumulation = accumulation_steps(batch_tokens, micro_batch, block_size, world)
+        self.accumulation, self.micro_batch = divide_step(batch_tokens, micro_batch, block_size,
+                                                          world)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))     # the epoch at hand, permuted
 
     def order(self, step: int) -> np.ndarray:
@@ -59,8 +60,16 @@ class WindowLoader:
             yield read_windows(self.tokens, windows, self.block_size)
 
 
-def accumulation_steps(batch_tokens: int, micro_batch: int, block_size: int, world: int) -> int:
-    """Micro-batches of a step on each rank; ValueError gives the nearest batch_tokens that fits."""
+def divide_step(batch_tokens: int, micro_batch: int, block_size: int,
+                world: int) -> tuple[int, int]:
+    """Micro-batches of a step on each rank, and sequences in each.
+
+    A rank that has fewer than micro_batch sequences to do takes them at once. ValueError when the
+    work does not divide evenly, with the nearest batch_tokens that does.
+    """
+    per_rank = batch_tokens // (block_size * world)
+    if 0 < per_rank <= micro_batch and batch_tokens % (block_size * world) == 0:
+        return 1, per_rank
     once = micro_batch * block_size * world
     if batch_tokens < once or batch_tokens % once:
         near = sorted({max(1, batch_tokens // once) * once, -(-batch_tokens // once) * once})
@@ -68,7 +77,7 @@ def accumulation_steps(batch_tokens: int, micro_batch: int, block_size: int, wor
             f"batch_tokens={batch_tokens:,} is no multiple of micro_batch x block_size x ranks = "
             f"{micro_batch} x {block_size} x {world} = {once:,}; "
             f"try batch_tokens={' or '.join(map(str, near))}, or another micro_batch")
-    return batch_tokens // once
+    return batch_tokens // once, micro_batch
 
 
 def read_windows(tokens: Tokens, windows: np.ndarray, block_size: int):

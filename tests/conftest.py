@@ -1,0 +1,34 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("ONELOOP_SHARED", REPOSITORY.parent / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    """Tests run beside others; two threads keep their sums in the same order everywhere."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared():
+    """The folder of real data beside the repository; tests that use it are skipped without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data is not here ({SHARED})")
+    return SHARED
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A small byte-level data set: 5,000 tokens to train on, 1,000 to validate."""
+    from data.corpus import CorpusConfig, prepare
+    text = "".join(f"line {i * i % 97} of the text, {'odd' if i % 2 else 'even'}\n"
+                   for i in range(230))[:6000]
+    (tmp_path / "text.txt").write_text(text)
+    return prepare(CorpusConfig(source=str(tmp_path / "text.txt"), tokenizer="bytes",
+                                validation=1 / 6, out=str(tmp_path / "data")))

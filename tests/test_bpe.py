@@ -1,0 +1,297 @@
+"""bpe.py computes what its specification says, and what rustbpe and tiktoken compute."""
+import doctest
+import multiprocessing
+import os
+import unicodedata
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tiktoken
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+import bpe
+from bpe import GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, Tokenizer
+
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is a development extra")
+from hypothesis import given, settings, strategies as st  # noqa: E402
+
+SHARED = Path(os.environ.get("ONELOOP_SHARED", Path(__file__).parents[1].parent / "shared/data"))
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data at {SHARED}")
+examples = settings(max_examples=100, deadline=None)
+
+# Few different characters, so that pairs repeat, overlap and tie; apostrophes and spaces, which
+# the GPT-2 pattern treats apart; characters of every width in UTF-8 and of every kind.
+dense = st.text(alphabet="ab '\nsl", max_size=60)
+anything = st.text(max_size=60) | st.text(alphabet="aé中 \u3000\U0001f600'1²\t\u0301\u0558.", max_size=40)
+texts = st.lists(dense | anything, max_size=6)
+patterns = st.sampled_from([GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, r"\w+|\W", r"[\s\S]{1,3}"])
+
+
+def naive_pieces(texts, pattern):
+    compiled = bpe.compile_pattern(pattern)
+    return Counter(piece.encode() for text in texts for piece in bpe.split(compiled, text))
+
+
+def reference_gpt2():
+    """tiktoken's own GPT-2, built from the files rather than downloaded."""
+    folder = bpe.find_gpt2() if SHARED.is_dir() else pytest.skip("GPT-2's files are not here")
+    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"),
+                                            str(folder / "encoder.json"))
+    return tiktoken.Encoding("gpt2", pat_str=bpe.TIKTOKEN_GPT2, mergeable_ranks=ranks,
+                             special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257)
+
+
+def test_the_example_in_the_docstring_holds():
+    assert doctest.testmod(bpe).failed == 0 and doctest.testmod(bpe).attempted > 0
+
+
+@examples
+@given(texts, patterns, st.integers(0, 30), st.integers(1, 3), st.sampled_from([0, 16]),
+       st.sampled_from([1, 2, 2000]))
+def test_merges_equal_the_slow_trainer(texts, pattern, num_merges, min_frequency, few, size):
+    """Whatever the share of loop and numpy (FEW) and however often pairs are indexed again."""
+    pieces = naive_pieces(texts, pattern)
+    index = bpe.Corpus.index
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe, "FEW", few)
+        patch.setattr(bpe.Corpus, "index", lambda self, least: index(self, least, size))
+        fast = bpe.learn_merges(pieces, num_merges, min_frequency)
+    assert fast == bpe.train_slowly(pieces, num_merges, min_frequency)
+
+
+def test_overlapping_runs_merge_left_to_right():
+    assert bpe.merge([7] * 5, (7, 7), 8) == [8, 8, 7]
+    for few in (0, 16):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bpe, "FEW", few)
+            pieces = {b"aaaaaaa": 3, b"aaa": 2, b"baab": 1}
+            assert bpe.learn_merges(pieces, 5) == bpe.train_slowly(pieces, 5)
+
+
+def test_ties_go_to_the_smaller_pair():
+    assert bpe.learn_merges({b"xy": 2, b"ab": 2, b"ac": 2}, 3) == [(97, 98), (97, 99), (120, 121)]
+
+
+@examples
+@given(texts)
+def test_splitting_in_numpy_equals_the_regex(texts):
+    assert bpe.count_pieces(texts, GPT2_PATTERN) == naive_pieces(texts, GPT2_PATTERN)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.text(alphabet="ab1 \n.'s\u3000中é", max_size=400), st.sampled_from(bpe.SAFE_PATTERNS),
+       st.integers(1, 20))
+def test_blocks_split_as_the_whole_text(tmp_path_factory, text, pattern, block):
+    path = tmp_path_factory.getbasetemp() / "blocks.txt"
+    path.write_bytes((text or "a").encode())
+    blocks = list(bpe.read_blocks([path], pattern, block=block))
+    whole = naive_pieces([text or "a"], pattern)
+    assert "".join(blocks) == (text or "a")
+    assert naive_pieces(blocks, pattern) == whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe, "BLOCK", block)
+        assert bpe.count_pieces([text or "a"], pattern, num_proc=1) == whole
+
+
+@pytest.mark.parametrize("pattern", [GPT2_PATTERN, GPT4_PATTERN])
+def test_processes_count_as_one_does(monkeypatch, pattern):
+    monkeypatch.setattr(bpe, "BLOCK", 1000)
+    text = "It's one loop, 中文也行。 for x in range(10):\n\tprint('x')\n" * 1000
+    assert bpe.count_pieces([text], pattern, num_proc=2) == naive_pieces([text], pattern)
+
+
+def test_an_interrupted_count_leaves_no_process(monkeypatch):
+    monkeypatch.setattr(bpe, "BLOCK", 1000)
+
+    def texts():
+        for _ in range(50):
+            yield "some words " * 100
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bpe.count_pieces(texts(), GPT2_PATTERN, num_proc=2)
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_process_is_noticed(monkeypatch):
+    monkeypatch.setattr(bpe, "BLOCK", 1000)
+    monkeypatch.setattr(bpe, "count_worker", lambda *args: os._exit(9))
+    with pytest.raises(RuntimeError, match="killed"):
+        bpe.count_pieces(["some words " * 100] * 50, GPT2_PATTERN, num_proc=2)
+
+
+@needs_shared
+@pytest.mark.parametrize("corpus", ["novels", "chinese", "mix"])
+def test_merges_equal_rustbpe(corpus):
+    rustbpe = pytest.importorskip("rustbpe", reason="rustbpe is a development extra")
+    paths = {"novels": sorted(SHARED.glob("novels/*.txt")),
+             "chinese": sorted(SHARED.glob("chinese/*.txt"))}
+    paths["mix"] = (paths["novels"][:3] + paths["chinese"][:1] + [Path(bpe.__file__)]
+                    + sorted(SHARED.glob("multilingual/**/*.txt"))
+                    + sorted(SHARED.glob("alpaca/*.json")))
+    documents = [path.read_text(encoding="utf-8") for path in paths[corpus]]
+    ours = Tokenizer.train(documents, 32000, special_tokens=())
+    for vocab_size in (1000, 8192, 32000):
+        theirs = rustbpe.Tokenizer()
+        theirs.train_from_iterator(iter(documents), vocab_size, pattern=GPT2_PATTERN)
+        expected = sorted(theirs.get_mergeable_ranks(), key=lambda item: item[1])
+        assert ours.token_bytes[:vocab_size] == [bytes(token) for token, _ in expected]
+
+
+def shared_texts():
+    for path in sorted(path for path in SHARED.rglob("*") if path.is_file()):
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            yield path.read_text(encoding="latin-1")
+
+
+@needs_shared
+def test_gpt2_gives_tiktokens_ids():
+    tok, reference = Tokenizer.gpt2(), reference_gpt2()
+    assert (tok.vocab_size, tok.eot) == (50257, 50256)
+    for text in shared_texts():
+        assert tok.encode(text[:100_000]) == reference.encode_ordinary(text[:100_000])
+
+
+@needs_shared
+@pytest.mark.slow
+def test_gpt2_gives_tiktokens_ids_on_whole_files():
+    tok, reference = Tokenizer.gpt2(), reference_gpt2()
+    for text in shared_texts():
+        assert tok.encode(text) == reference.encode_ordinary(text)
+
+
+@pytest.fixture(scope="module")
+def toks():
+    """A tokenizer for each kind of pattern, with merges over several alphabets."""
+    text = "It's 2024, isn't it? naïve café 中文中文 日本 \U0001f600\U0001f600  \n\t x  = 10\n" * 3
+    return {name: Tokenizer.train([text], 330, pattern=pattern)
+            for name, pattern in [*bpe.PATTERNS.items(), ("own", r"\w+|\s|[^\w\s]+")]}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt4", "none", "own"])
+def test_round_trips_and_the_slow_encoder_agrees(toks, name):
+    tok = toks[name]
+
+    @examples
+    @given(st.text() | st.text(alphabet="It's2 024,中文\U0001f600 \n\té\u0558"), st.binary())
+    def holds(text, data):
+        ids = tok.encode(text)
+        assert ids == tok.encode_slowly(text) == tok.encode_batch([text])[0]
+        assert tok.decode(ids) == text
+        assert tok.decode_bytes(tok.encode_bytes(data)) == data
+
+    holds()
+
+
+@needs_shared
+def test_the_slow_encoder_agrees_on_24_languages():
+    tok = Tokenizer.gpt2()
+    for path in sorted(SHARED.glob("multilingual/udhr/*.txt")):
+        text = path.read_text(encoding="utf-8")[:3000]
+        assert tok.encode_slowly(text) == tok.encode(text), path.name
+
+
+def test_letters_newer_than_tiktokens_unicode_are_split_as_tiktoken_does(toks):
+    """`regex` and tiktoken know different versions of Unicode; the same pieces all the same."""
+    seen = {char for char in map(chr, bpe.POINTS.tolist()) if bpe.regex.match(r"\p{L}", char)}
+    known = {chr(i) for i in (bpe.kinds() == bpe.LETTER).nonzero()[0]}
+    for char in sorted(seen ^ known)[:200]:
+        text = f"a{char}a {char}a 1{char}"
+        assert bpe.count_pieces([text], GPT2_PATTERN) == naive_pieces([text], GPT2_PATTERN)
+        assert toks["gpt4"].encode(text) == toks["gpt4"].encode_slowly(text)
+
+
+def test_a_lone_surrogate_is_refused_with_its_place(toks):
+    for call in (toks["gpt2"].encode, lambda text: toks["gpt2"].encode_batch([text]),
+                 lambda text: Tokenizer.train([text], 300)):
+        with pytest.raises(ValueError, match=r"lone surrogate, U\+D800 at character 2"):
+            call("ab\ud800c")
+
+
+def test_user_text_never_becomes_a_special_token(toks):
+    tok = toks["gpt2"]
+    text = "a<|endoftext|>b"
+    assert tok.eot not in tok.encode(text) and tok.eot not in tok.encode_batch([text])[0]
+    assert tok.decode(tok.encode(text)) == text
+    for allowed in (["<|endoftext|>"], "all"):
+        assert tok.encode(text, allowed_special=allowed) == [97, tok.eot, 98]
+    assert tok.decode([97, tok.eot, 98]) == text
+    with pytest.raises(ValueError, match="'<|pad|>' is not a special token"):
+        tok.encode(text, allowed_special=["<|pad|>"])
+
+
+def test_added_special_tokens_follow_all_ids_and_change_nothing_else(toks):
+    tok = toks["gpt2"]
+    more = tok.add_special_tokens(["<|user|>", "<|pad|>"])
+    assert more.special_tokens == {"<|endoftext|>": 329, "<|user|>": 330, "<|pad|>": 331}
+    assert more.vocab_size == 332 and tok.vocab_size == 330 and more.hash != tok.hash
+    assert more.encode("naïve <|user|>") == tok.encode("naïve <|user|>")
+    for names in (["<|endoftext|>"], ["x", "x"], [""]):
+        with pytest.raises(ValueError, match="special token"):
+            tok.add_special_tokens(names)
+
+
+def test_every_id_has_its_bytes(toks):
+    tok = toks["gpt4"]
+    assert len(tok.token_bytes) == tok.vocab_size and tok.token_bytes[tok.eot] == b""
+    spelled = [token for token in tok.token_bytes if token]
+    assert len(set(spelled)) == len(spelled)
+    for i, (a, b) in enumerate(tok.merges, 256):
+        assert tok.token_bytes[i] == tok.token_bytes[a] + tok.token_bytes[b]
+
+
+def test_a_vocabulary_of_bytes_alone_works():
+    tok = Tokenizer.train(["héllo"], 256, special_tokens=())
+    assert (tok.vocab_size, tok.merges, tok.eot) == (256, [], None)
+    assert tok.encode("hé") == list("hé".encode()) == tok.encode_slowly("hé")
+    assert tok.decode(tok.encode("hé")) == "hé" and tok.encode("") == [] and tok.decode([]) == ""
+
+
+def test_unknown_ids_are_refused(toks):
+    for i in (-1, 330):
+        with pytest.raises(ValueError, match=f"id {i} is not in the vocabulary; .* 0 to 329"):
+            toks["gpt2"].decode([97, i])
+
+
+def test_training_stops_with_a_message_when_pairs_run_out():
+    with pytest.warns(UserWarning, match="stopped after 2 of 43 merges"):
+        tok = Tokenizer.train(["abc"], 300)
+    assert tok.special_tokens == {"<|endoftext|>": 258}
+    with pytest.warns(UserWarning, match="occurs 3 or more times"):
+        assert len(Tokenizer.train(["abab ab ac"], 300, min_frequency=3).merges) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Tokenizer.train("abc", 259)       # one str is one text, and two merges are all there are
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"vocab_size": 256}, "vocab_size=256 is under 256 bytes \\+ 1 special tokens; .* 257"),
+    ({"min_frequency": 0}, "min_frequency=0 is not allowed; give at least 1"),
+    ({"special_tokens": ["a", "a"]}, "special token 'a' is given twice"),
+    ({"special_tokens": [""]}, "special token '' is empty"),
+    ({"special_tokens": "<|endoftext|>"}, "must be a list of names"),
+    ({"pattern": "(unclosed"}, "is not a regular expression: missing \\)"),
+    ({"pattern": "(a)|."}, "capturing groups"),
+    ({"pattern": r"\w+|\s+"}, "drops '!'"),
+    ({"pattern": r"[\s\S]*"}, "matches nothing there"),
+    ({"pattern": r"[^\U0001f4a9]"}, "drops '\U0001f4a9'"),
+])
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.train(["some text \U0001f4a9"], **{"vocab_size": 300, **arguments})
+
+
+def test_pattern_none_refuses_a_text_that_is_too_long_for_one_piece(monkeypatch):
+    monkeypatch.setattr(bpe, "MAX_PIECE", 1000)
+    with pytest.raises(ValueError, match="a piece has 2,000 bytes; allowed are 1,000, because"):
+        Tokenizer.train(["ab" * 1000], 300, pattern="none")
+    assert Tokenizer.train(["ab" * 100], 258, pattern="none", special_tokens=()).merges[0] == (97, 98)
+
+
+def test_the_alphabet_of_the_property_tests_has_every_width_and_a_new_letter():
+    assert {len(char.encode()) for char in "aé中\U0001f600"} == {1, 2, 3, 4}
+    assert unicodedata.category("\u0558") in ("Cn", "Lo", "Ll", "Lu")

@@ -1,0 +1,102 @@
+"""Settings: dataclass, dict and command line say the same thing; mistakes are named."""
+import dataclasses
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from config import build, flatten, option, parse
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Inner:
+    n_layer: int = option(12, "blocks")
+    names: tuple[str, ...] = option(("c_attn",), "some names")
+
+
+@dataclass(frozen=True)
+class Outer:
+    rate: float = option(6e-4, "a rate of 50%")
+    limit: int | None = option(None, "a limit")
+    fast: bool = option(False, "a switch")
+    kind: Literal["cosine", "linear"] = option("cosine", "a choice")
+    model: Inner = option(Inner(), "nested")
+
+
+@pytest.mark.parametrize("words,expected", [
+    (["--rate=1e-3"], dict(rate=1e-3)),
+    (["--rate", "1e-3", "--fast"], dict(rate=1e-3, fast=True)),
+    (["--fast=no", "--limit=2e3"], dict(fast=False, limit=2000)),
+    (["--limit=none"], dict(limit=None)),
+    (["--model.n-layer=3", "--model.names=a,b-c"], {"model": dict(n_layer=3, names=("a", "b-c"))}),
+    (["--kind=linear"], dict(kind="linear")),
+])
+def test_words_and_dicts_build_the_same_config(words, expected):
+    assert parse(Outer, words, "prog") == build(Outer, expected)
+
+
+def test_a_config_survives_a_dict():
+    config = build(Outer, {"model.n_layer": 3, "limit": 7})
+    assert build(Outer, dataclasses.asdict(config)) == config
+    assert flatten(dataclasses.asdict(config))["model.n_layer"] == 3
+
+
+def test_words_override_the_preset_they_start_from():
+    config = parse(Outer, ["--rate=2"], "prog", {"rate": 1.0, "model": {"n_layer": 2}})
+    assert (config.rate, config.model.n_layer) == (2.0, 2)
+
+
+@pytest.mark.parametrize("words,message", [
+    (["--rte=1"], "unknown setting --rte; did you mean --rate?"),
+    (["--n_layer=3"], "did you mean --model.n_layer?"),
+    (["--zzz=1"], "--help lists them all"),
+    (["--kind=cos"], "argument --kind: 'cos' is not allowed; give cosine|linear"),
+    (["--model.n_layer=1.5"], "'1.5' is not allowed; give int"),
+    (["--fast=maybe"], "'maybe' is not allowed; give true|false"),
+    (["--rate"], "argument --rate: expected one argument"),
+    (["demo"], "unexpected argument 'demo': settings are written --key=value"),
+])
+def test_a_wrong_word_is_named_with_what_is_allowed(words, message):
+    with pytest.raises(ValueError) as error:
+        parse(Outer, words, "prog")
+    assert message in str(error.value)
+
+
+def test_help_shows_type_default_and_meaning_of_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Outer, ["--help"], "prog", {"rate": 0.5})
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for part in ("--rate float", "a rate of 50% [0.5]", "--kind cosine|linear", "--model.n_layer int",
+                 "blocks [12]", "--fast [true|false]"):
+        assert part in text
+
+
+@pytest.mark.parametrize("words,message", [
+    (["train.py", "dmo"], "there is no preset 'dmo'; did you mean demo?"),
+    (["train.py", "--learningrate=1"], "did you mean --learning_rate?"),
+    (["train.py", "--model.n_embd=770", "--model.n_head=12"], "try 768"),
+    (["train.py", "--batch_tokens=3000"], "try batch_tokens=2048 or 4096"),
+    (["train.py", "--data=nowhere"], "there is no prepared data set"),
+    (["train.py", "--dtype=float16", "--device=cpu"], "not for training on a CPU"),
+    (["train.py", "--device=cuda:99"], "needs GPU number 99"),
+    (["train.py", "--epochs=1"], "give one of them"),
+    (["sample.py", "out/nothing-here"], "there is no run"),
+    (["-m", "data.corpus", "--from=/no/such/file"], "there is no file or folder /no/such/file"),
+    (["-m", "eval.loss", "--model=nothing/here/at/all"], "neither a folder here nor a model"),
+])
+def test_a_command_line_mistake_is_one_line_and_exit_code_2(words, message, dataset, tmp_path):
+    if words[0] == "train.py":
+        words = [*words, f"--out={tmp_path}/run"]
+        words += [] if any("--data" in word for word in words) else [f"--data={dataset}"]
+    run = subprocess.run([sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True,
+                         env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=120)
+    assert run.returncode == 2, run.stderr
+    assert message in run.stderr and "Traceback" not in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1, run.stderr

@@ -1,0 +1,59 @@
+"""Imports point down only: the map of the house, held by reading the imports."""
+import ast
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+ALLOWED = {         # module or folder -> what of ours it may import when it is loaded
+    "config": set(), "device": set(), "bpe": set(), "checkpoint": set(), "presets": set(),
+    "model": {"config"}, "optim": {"config"}, "launch": {"device"},
+    "report": {"device", "optim"},
+    "sample": {"model", "bpe", "checkpoint", "config", "device"},
+    "data/shards": set(), "data/texts": set(), "data/loader": {"data"},
+    "data": {"bpe", "config", "data"},
+    "eval": {"data", "config", "device"},
+    "train": {"bpe", "checkpoint", "config", "data", "device", "eval", "launch", "model", "optim",
+              "presets", "report", "sample"},
+}
+OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {"data", "eval", "experiments", "bench"}
+
+
+def imports(tree, everywhere=False):
+    """Names of ours that a module imports at its top, or anywhere in it."""
+    nodes = ast.walk(tree) if everywhere else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (name.name.split(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def modules():
+    files = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("data/*.py"), *REPOSITORY.glob("eval/*.py")]
+    for path in files:
+        if path.name != "__init__.py":
+            yield path.relative_to(REPOSITORY).with_suffix("").as_posix(), ast.parse(path.read_text())
+
+
+def test_imports_point_down_only():
+    for name, tree in modules():
+        allowed = ALLOWED.get(name, ALLOWED.get(name.split("/")[0]))
+        assert allowed is not None, f"say in ALLOWED what {name} may import"
+        found = set(imports(tree)) & OURS
+        assert found <= allowed, f"{name} imports {sorted(found - allowed)}"
+
+
+def test_only_command_lines_of_eval_look_up():
+    """eval is handed the model; its `main`s load one by name, through sample.py."""
+    for name, tree in modules():
+        if name.startswith("eval/"):
+            assert set(imports(tree, everywhere=True)) & OURS <= ALLOWED["eval"] | {"sample"}, name
+
+
+def test_the_tokenizer_needs_no_torch():
+    tree = ast.parse((REPOSITORY / "bpe.py").read_text())
+    assert "torch" not in set(imports(tree, everywhere=True))
+
+
+def test_the_model_knows_nothing_of_lora_and_the_loop_nothing_of_tasks():
+    assert "lora" not in (REPOSITORY / "model.py").read_text().lower()
+    assert "if task" not in (REPOSITORY / "train.py").read_text()
