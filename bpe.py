@@ -34,6 +34,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import re
 import signal
 import sys
@@ -120,21 +121,60 @@ def compile_pattern(pattern):
 
 
 # Every ASCII character and one or two characters of each other kind, between letters.
-PROBE = "a".join([chr(i) for i in range(128)] + list(
+PROBE = "a".join([chr(i) for i in (*range(33, 128), *range(33))] + list(
     "éǅʰ中\u0301\u0903\u20dd٣Ⅷ²‿–‘’“”«§€¨©\u00a0\u2028\u2029\u3000\u200d\ue000\U0001f600"))
+
+
+LETTER, NUMBER, SPACE = 1, 2, 3   # 0 is everything else
+POINTS = np.concatenate((np.arange(0xD800), np.arange(0xE000, 0x40000))).astype("<u4")
+
+
+@functools.cache
+def kinds():
+    """The kind of every code point as tiktoken knows it (Unicode has letters up to U+3FFFF)."""
+    table = np.zeros(0x110000, np.uint8)
+    every = POINTS.tobytes().decode("utf-32-le")
+    for kind, name in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (SPACE, r"\s+")):
+        only = tiktoken.Encoding(name, pat_str=name, special_tokens={},
+                                 mergeable_ranks={bytes([b]): b for b in range(256)})
+        found = only.decode(only.encode_ordinary(every))   # it drops what does not match
+        table[np.frombuffer(found.encode("utf-32-le"), "<u4")] = kind
+    return table
+
+
+@functools.cache
+def shown_as():
+    """For each code point one that `regex` takes for the same kind: itself, unless its Unicode
+    version differs from tiktoken's, as it does for thousands of letters added since 2024."""
+    table = np.arange(0x110000, dtype="<u4")
+    every = POINTS.tobytes().decode("utf-32-le")
+    seen = np.zeros(0x110000, np.uint8)
+    for kind, name in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (SPACE, r"\s+")):
+        found = "".join(regex.findall(name, every))
+        seen[np.frombuffer(found.encode("utf-32-le"), "<u4")] = kind
+    for kind, example in enumerate("\u0378中² "):   # U+0378 is unassigned
+        table[(kinds() == kind) & (seen != kind)] = ord(example)
+    return table
 
 
 def split(compiled, text):
     """The pieces of a text. A pattern that loses characters is refused, with an example."""
-    pieces = compiled.findall(text)
+    shown = text
+    if not text.isascii():
+        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+        shown = shown_as()[codes].tobytes().decode("utf-32-le")
+    pieces = compiled.findall(shown)
     if sum(map(len, pieces)) != len(text) or "" in pieces:
         end = 0
-        for match in compiled.finditer(text):
+        for match in compiled.finditer(shown):
             if match.start() != end or match.end() == end:
                 break
             end = match.end()
         raise ValueError(f"pattern={compiled.pattern!r} drops {text[end:end + 1]!r} (it matches "
                          "nothing there); every character must fall into a piece: add |[\\s\\S]")
+    if shown is not text and shown != text:
+        ends = list(itertools.accumulate(map(len, pieces)))
+        pieces = [text[i:j] for i, j in zip([0] + ends, ends)]
     return pieces
 
 
@@ -201,7 +241,7 @@ def in_batches(texts, pattern):
 def count_pieces(texts, pattern, num_proc=None):
     """Count the distinct pieces (bytes) of the texts; memory grows with these, not the texts."""
     compile_pattern(pattern)
-    gpt2_kinds()   # before the fork, so that all processes share the table
+    kinds()   # before the fork, so that all processes share the table
     batches = in_batches(texts, pattern)
     head = list(itertools.islice(batches, 8))   # processes pay off for more than that
     batches = itertools.chain(head, batches)
@@ -237,8 +277,8 @@ def count_batches(batches, pattern):
 def count_in_processes(batches, pattern, num_proc):
     """Workers take batches from a queue of bounded length, so the reader cannot run ahead."""
     context = multiprocessing.get_context("fork")
-    queue, results = context.Queue(2 * num_proc), context.Queue()
-    workers = [context.Process(target=count_worker, args=(pattern, queue, results), daemon=True)
+    tasks, results = context.Queue(2 * num_proc), context.Queue()
+    workers = [context.Process(target=count_worker, args=(pattern, tasks, results), daemon=True)
                for _ in range(num_proc)]
     with warnings.catch_warnings():   # Python 3.12+ warns of fork beside threads; we only count
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -247,51 +287,50 @@ def count_in_processes(batches, pattern, num_proc):
     try:
         counts = Counter()
         for batch in itertools.chain(batches, [None] * num_proc):
-            queue.put(batch)
+            wait_for(tasks.put, workers, batch)
         for _ in workers:
-            part = results.get()
+            part = wait_for(results.get, workers)
             if isinstance(part, Exception):
                 raise part
             counts.update(part)
         return counts
     finally:
+        tasks.cancel_join_thread()
         for worker in workers:
             worker.terminate()
+            worker.join()
 
 
-def count_worker(pattern, queue, results):
+def wait_for(call, workers, *args):
+    """A queue's put or get that notices when a worker was killed."""
+    while True:
+        try:
+            return call(*args, timeout=1)
+        except (queue.Full, queue.Empty):
+            if any(worker.exitcode for worker in workers):
+                raise RuntimeError("a counting process was killed, perhaps for its memory; "
+                                   "use num_proc=1") from None
+
+
+def count_worker(pattern, tasks, results):
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for the parent, which ends us
     try:
-        results.put(count_batches(iter(queue.get, None), pattern))
+        results.put(count_batches(iter(tasks.get, None), pattern))
     except ValueError as error:
         results.put(error)
-        for _ in iter(queue.get, None):            # drain, so that the parent can finish writing
+        for _ in iter(tasks.get, None):            # drain, so that the parent can finish writing
             pass
 
 
 # The GPT-2 pattern in numpy: a fifth of the time of a regex engine, the same pieces. Each
 # character has a kind, and a piece is a run of one kind, but for the spaces and the apostrophe.
-LETTER, NUMBER, SPACE = 1, 2, 3   # 0 is everything else
 ONE = [ord(c) for c in "sdmt"]
 TWO = [ord(a) << 21 | ord(b) for a, b in ("ll", "ve", "re")]
 
 
-@functools.cache
-def gpt2_kinds():
-    """The kind of every code point."""
-    kinds = np.zeros(0x110000, np.uint8)
-    points = np.arange(0x110000, dtype="<u4")
-    every = points[(points < 0xD800) | (points > 0xDFFF)].tobytes().decode("utf-32-le")
-    for kind, name in ((LETTER, r"\p{L}+"), (NUMBER, r"\p{N}+"), (SPACE, r"\s+")):
-        for run in regex.finditer(name, every):
-            start, stop = (i + 0x800 * (i >= 0xD800) for i in run.span())
-            kinds[start:stop] = kind
-    return kinds
-
-
 def gpt2_starts(codes, begins):
     """Indices where a piece starts; `codes` are code points, `begins` marks starts of texts."""
-    kind = gpt2_kinds()[codes]
+    kind = kinds()[codes]
     start = begins.copy()
     start[1:] |= kind[1:] != kind[:-1]
     # Spaces before a word: the last one stands apart, and if it is " " the word takes it.
@@ -387,7 +426,7 @@ class Corpus:
     """
 
     def __init__(self, pieces, num_merges):
-        flat = b"\0" + b"\0".join(pieces) + b"\0"
+        flat = b"\0".join([b"", *pieces, b""])
         sizes = np.fromiter(map(len, pieces), np.int64, len(pieces)) + 1
         self.first = np.frombuffer(flat, np.uint8).astype(np.int32)
         self.first[0] = -1
@@ -568,19 +607,23 @@ class Tokenizer:
               min_frequency=1, num_proc=None, progress=False):
         """Learn merges from an iterable of texts, which is read once and not kept."""
         pattern = PATTERNS.get(pattern, pattern)
-        special_tokens = check_specials(tuple(special_tokens), 256)
-        num_merges = vocab_size - 256 - len(special_tokens)
-        if num_merges < 0:
-            raise ValueError(f"vocab_size={vocab_size} is under 256 bytes + {len(special_tokens)} "
-                             f"special tokens; give at least {256 + len(special_tokens)}")
-        if min_frequency < 1:
-            raise ValueError(f"min_frequency={min_frequency} must be at least 1")
-        pieces = count_pieces([texts] if isinstance(texts, str) else texts, pattern, num_proc)
+        special_tokens = tuple(check_specials(special_tokens, 256))
+        count_merges(vocab_size, special_tokens, min_frequency)
+        texts = [texts] if isinstance(texts, str) else texts
+        texts = tqdm(texts, desc="counting", unit="text", disable=not progress)
+        pieces = count_pieces(texts, pattern, num_proc)
+        return cls.from_pieces(pieces, vocab_size, pattern, special_tokens, min_frequency, progress)
+
+    @classmethod
+    def from_pieces(cls, pieces, vocab_size, pattern=GPT2_PATTERN, special_tokens=(END_OF_TEXT,),
+                    min_frequency=1, progress=False):
+        """Learn merges from `count_pieces`' counts."""
+        num_merges = count_merges(vocab_size, special_tokens, min_frequency)
         merges = learn_merges(pieces, num_merges, min_frequency, progress)
         if len(merges) < num_merges:
-            warnings.warn(f"stopped after {len(merges)} of {num_merges} merges: no pair is left "
-                          f"that occurs {min_frequency} times or more", stacklevel=2)
-        return cls(merges, pattern, tuple(special_tokens))
+            warnings.warn(f"stopped after {len(merges):,} of {num_merges:,} merges: no pair is "
+                          f"left that occurs {min_frequency} or more times", stacklevel=3)
+        return cls(merges, pattern, special_tokens)
 
     @classmethod
     def gpt2(cls, folder=None):
@@ -589,7 +632,7 @@ class Tokenizer:
 
     def add_special_tokens(self, names):
         """A new tokenizer with more special tokens, their ids after all existing ones."""
-        more = check_specials(tuple(names), self.vocab_size)
+        more = check_specials(names, self.vocab_size)
         for name in more:
             if name in self.special_tokens:
                 raise ValueError(f"special token {name!r} exists already, as id "
@@ -796,10 +839,22 @@ FORMAT, VERSION = "oneloop-bpe", 1
 TIKTOKEN_GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
 
 
+def count_merges(vocab_size, special_tokens, min_frequency):
+    """How many merges fill the vocabulary."""
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} is under 256 bytes + {len(special_tokens)} "
+                         f"special tokens; give at least {least}")
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency={min_frequency} is not allowed; give at least 1")
+    return vocab_size - least
+
+
 def check_specials(names, first_id):
     """Names (or name -> id) of special tokens as a dict; duplicates and empty ones are refused."""
     if isinstance(names, str):
-        raise ValueError(f"special_tokens={names!r} must be a list of names")
+        raise ValueError(f"special_tokens={names!r} is one string; give a list of names")
+    names = names if isinstance(names, dict) else tuple(names)
     for name in names:
         if not isinstance(name, str) or not name:
             raise ValueError(f"special token {name!r} is empty or not a string; give it a name")
@@ -962,36 +1017,41 @@ def write_bytes(path, data):
 
 def train_command(args):
     pattern = PATTERNS.get(args.pattern, args.pattern)
-    start, num_bytes, held_out = time.time(), 0, []
+    special = check_specials(args.special or [END_OF_TEXT], 256)
+    count_merges(args.vocab_size, special, args.min_frequency)
+    compile_pattern(pattern)
+    sizes = [Path(path).stat().st_size for path in args.files if Path(path).is_file()]
+    held_out, start = [], time.time()
 
     def training_blocks():
-        """Nine of ten blocks; the tenth is kept to measure on, 8 MB of them at most."""
-        nonlocal num_bytes
-        size = sum(Path(path).stat().st_size for path in args.files if Path(path).is_file())
-        block = min(BLOCK, max(size // 50, 1000))
-        held = 0
-        with tqdm(total=size, desc="counting", unit="B", unit_scale=True) as bar:
-            for i, text in enumerate(read_blocks(args.files, pattern, args.errors, block, bar)):
-                num_bytes += len(text.encode())
-                if i % 10 == 9 and held < 8 * BLOCK and not args.no_held_out:
+        """Nine of ten blocks; the tenth is kept to measure on, some 8 MB at most."""
+        blocks = read_blocks(args.files, pattern, args.errors, min(BLOCK, max(sum(sizes) // 50, 1)))
+        with tqdm(total=sum(sizes), desc="counting", unit="B", unit_scale=True) as bar:
+            for i, text in enumerate(blocks):
+                bar.update(len(text.encode()))
+                if i % 10 == 9 and len(held_out) < 32 and not args.no_held_out:
                     held_out.append(text)
-                    held += len(text)
                 else:
                     yield text
 
-    tok = Tokenizer.train(training_blocks(), args.vocab_size, pattern, args.special,
-                          args.min_frequency, args.num_proc, progress=True)
+    pieces = count_pieces(training_blocks(), pattern, args.num_proc)
+    with warnings.catch_warnings(record=True) as caught:   # a line each, not Python's two
+        warnings.simplefilter("always")
+        tok = Tokenizer.from_pieces(pieces, args.vocab_size, pattern, tuple(special),
+                                    args.min_frequency, progress=True)
+    for warning in caught:
+        print(f"bpe.py: {warning.message}", file=sys.stderr)
     tok.save(args.out)
-    print(f"{num_bytes:,} bytes, vocabulary {tok.vocab_size:,}, {time.time() - start:.1f} s "
-          f"-> {args.out}")
+    print(f"trained on {sum(sizes):,} bytes, {len(pieces):,} distinct pieces, vocabulary "
+          f"{tok.vocab_size:,}, in {time.time() - start:.1f} s: {args.out}")
     if held_out:
         size = sum(len(text.encode()) for text in held_out)
         tokens = sum(map(len, tok.encode_batch(held_out)))
         print(f"held-out text: {size:,} bytes, {size / tokens:.3f} bytes per token")
     made = [readable(token) for token in tok.token_bytes[256:256 + len(tok.merges)]]
-    print("first merges:  ", " ".join(f"[{token}]" for token in made[:10]))
-    print("last merges:   ", " ".join(f"[{token}]" for token in made[-10:]))
-    print("longest tokens:", " ".join(f"[{token}]" for token in sorted(made, key=len)[-5:]))
+    print("first merges:  ", *(f"[{token}]" for token in made[:10]))
+    print("last merges:   ", *(f"[{token}]" for token in made[-10:]))
+    print("longest tokens:", *(f"[{token}]" for token in sorted(made, key=len)[:-6:-1]))
 
 
 def find_tokenizer(name):
@@ -1011,42 +1071,92 @@ def decode_command(args):
     sys.stdout.buffer.write(data)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="bpe.py", description=__doc__.split("\n")[0],
-        epilog="for all options: python bpe.py train --help")
-    commands = parser.add_subparsers(dest="command", required=True)
+def compare_command(args):
+    toks = {name: find_tokenizer(name) for name in args.tokenizer or ["gpt2"]}
+    rows = {path: compare_file(path, toks.values(), args.errors) for path in args.files}
+    languages = {}
+    for language, size, figures in rows.values():
+        total = languages.setdefault(language, [0, np.zeros((len(toks), 2), np.int64), 0])
+        languages[language] = [total[0] + size[0], total[1] + figures, total[2] + size[1]]
+    table = [["file or language", "language", "bytes"]]
+    for name in toks:
+        table[0] += [f"{name}: tokens", "bytes/token", "split characters"]
+    lines = [(path, language, size[0], figures, size[1])
+             for path, (language, size, figures) in rows.items()]
+    if len(rows) > 1:
+        lines += [(f"all {language}", language, *total) for language, total in languages.items()]
+    for name, language, size, figures, characters in lines:
+        table.append([str(name), language, f"{size:,}"])
+        for tokens, split_characters in figures.tolist():
+            table[-1] += [f"{tokens:,}", f"{size / tokens:.2f}",
+                          f"{split_characters / characters:.1%}"]
+    for row in [table[0], ["---"] * 3 + ["---:"] * (len(table[0]) - 3), *table[1:]]:
+        print("| " + " | ".join(row) + " |")
+
+
+def compare_file(path, toks, errors):
+    """Language, (bytes, characters) and for each tokenizer (tokens, characters split)."""
+    size, figures, letters = np.zeros(2, np.int64), np.zeros((len(toks), 2), np.int64), Counter()
+    pattern = next((tok.pattern for tok in toks if tok.pattern not in SAFE_PATTERNS), GPT2_PATTERN)
+    for text in read_blocks([path], pattern, errors):
+        data = text.encode()
+        size += len(data), len(text)
+        letters.update(unicodedata.name(char, "?").split()[0].split("-")[0].capitalize()
+                       for char in text[:2000] if char.isalpha())
+        starts = np.frombuffer(data, np.uint8) & 0xC0 != 0x80     # bytes that start a character
+        for i, tok in enumerate(toks):
+            ids = tok.encode(text)
+            ends = np.cumsum([len(tok.token_bytes[j]) for j in ids])[:-1]
+            inside = ends[~starts[ends]]                          # a token ends inside a character
+            figures[i] += len(ids), len(np.unique(starts.cumsum()[inside]))
+    return letters.most_common(1)[0][0] if letters else "none", size, figures
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="bpe.py", description=__doc__.split("\n")[0],
+                                     epilog="all options: python bpe.py COMMAND --help")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="learn merges from text files")
-    train.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text files")
-    train.add_argument("--vocab-size", type=int, required=True,
-                       help="bytes (256) + merges + special tokens")
-    train.add_argument("--out", required=True, help="where tok.json is written")
-    train.add_argument("--pattern", default="gpt2", help="gpt2 (default), gpt4, none, or a regex")
-    train.add_argument("--special", action="append", metavar="TOKEN",
-                       help="a special token, repeatable (default: <|endoftext|>)")
-    train.add_argument("--min-frequency", type=int, default=1,
-                       help="stop when the best pair is rarer (default 1)")
-    train.add_argument("--num-proc", type=int, help="processes that count (default: all cores)")
-    train.add_argument("--errors", choices=("strict", "replace"), default="strict",
-                       help="what to do with bytes that are not UTF-8 (default strict)")
-    train.add_argument("--no-held-out", action="store_true",
-                       help="train on all text; the default measures on a held-out tenth")
     train.set_defaults(run=train_command)
-    for name, run, text in (("encode", encode_command, "text on stdin to ids on stdout"),
-                            ("decode", decode_command, "ids on stdin to text on stdout")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--tokenizer", default="gpt2", help="gpt2, a file or a folder")
-        command.set_defaults(run=run)
-    args = parser.parse_args(argv)
-    if args.command == "train" and args.special is None:
-        args.special = [END_OF_TEXT]
+    train.add_argument("--vocab-size", type=int, required=True,
+                       help="256 bytes + merges + special tokens")
+    train.add_argument("--out", required=True, help="the tok.json to write")
+    train.add_argument("--pattern", default="gpt2",
+                       help="gpt2, gpt4, none, or a regex (default gpt2)")
+    train.add_argument("--special", action="append", metavar="TOKEN",
+                       help=f"a special token, repeatable (default {END_OF_TEXT})")
+    train.add_argument("--min-frequency", type=int, default=1,
+                       help="stop when the most frequent pair is rarer (default 1)")
+    train.add_argument("--num-proc", type=int, help="counting processes (default: all cores)")
+    train.add_argument("--no-held-out", action="store_true",
+                       help="train on everything; else a tenth is kept to measure compression on")
+    encode = commands.add_parser("encode", help="bytes on stdin to ids on stdout")
+    encode.set_defaults(run=encode_command)
+    decode = commands.add_parser("decode", help="ids on stdin to bytes on stdout")
+    decode.set_defaults(run=decode_command)
+    compare = commands.add_parser("compare", help="tokens and compression, per file and language")
+    compare.set_defaults(run=compare_command)
+    for command in (train, compare):
+        command.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text files")
+        command.add_argument("--errors", choices=("strict", "replace"), default="strict",
+                             help="what to do with bytes that are not UTF-8 (default strict)")
+    for command in (encode, decode):
+        command.add_argument("--tokenizer", default="gpt2",
+                             help="gpt2, a file or a folder (default gpt2)")
+    compare.add_argument("--tokenizer", action="append",
+                         help="gpt2, a file or a folder; repeatable (default gpt2)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"bpe.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bpe.py: interrupted, nothing was written", file=sys.stderr)
+        print("bpe.py: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
 
