@@ -213,7 +213,7 @@ def decode_stream(file, path, errors, block):
             yield raw[:keep].decode("utf-8", errors)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
-                             f"{offset + error.start}; errors=replace goes on") from None
+                             f"{offset + error.start}; --errors=replace goes on") from None
         offset, tail = offset + keep, raw[keep:]
 
 
@@ -245,7 +245,9 @@ def count_pieces(texts, pattern, num_proc=None):
     batches = in_batches(texts, pattern)
     head = list(itertools.islice(batches, 8))   # processes pay off for more than that
     batches = itertools.chain(head, batches)
-    num_proc = num_proc or os.cpu_count()
+    num_proc = os.cpu_count() if num_proc is None else num_proc
+    if num_proc < 1:
+        raise ValueError(f"num_proc={num_proc} is not allowed; give at least 1")
     if len(head) == 8 and num_proc > 1 and "fork" in multiprocessing.get_all_start_methods():
         counts = count_in_processes(batches, pattern, num_proc)
     else:
@@ -1020,6 +1022,8 @@ def train_command(args):
     special = check_specials(args.special or [END_OF_TEXT], 256)
     count_merges(args.vocab_size, special, args.min_frequency)
     compile_pattern(pattern)
+    if not Path(args.out).parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {Path(args.out).parent}, for --out={args.out}")
     sizes = [Path(path).stat().st_size for path in args.files if Path(path).is_file()]
     held_out, start = [], time.time()
 
@@ -1042,8 +1046,8 @@ def train_command(args):
     for warning in caught:
         print(f"bpe.py: {warning.message}", file=sys.stderr)
     tok.save(args.out)
-    print(f"trained on {sum(sizes):,} bytes, {len(pieces):,} distinct pieces, vocabulary "
-          f"{tok.vocab_size:,}, in {time.time() - start:.1f} s: {args.out}")
+    print(f"{sum(sizes):,} bytes, {len(pieces):,} distinct pieces, vocabulary "
+          f"{tok.vocab_size:,}, {time.time() - start:.1f} s: {args.out}")
     if held_out:
         size = sum(len(text.encode()) for text in held_out)
         tokens = sum(map(len, tok.encode_batch(held_out)))
@@ -1078,7 +1082,7 @@ def compare_command(args):
     for language, size, figures in rows.values():
         total = languages.setdefault(language, [0, np.zeros((len(toks), 2), np.int64), 0])
         languages[language] = [total[0] + size[0], total[1] + figures, total[2] + size[1]]
-    table = [["file or language", "language", "bytes"]]
+    table = [["file", "language (script)", "bytes"]]
     for name in toks:
         table[0] += [f"{name}: tokens", "bytes/token", "split characters"]
     lines = [(path, language, size[0], figures, size[1])
@@ -1101,7 +1105,7 @@ def compare_file(path, toks, errors):
     for text in read_blocks([path], pattern, errors):
         data = text.encode()
         size += len(data), len(text)
-        letters.update(unicodedata.name(char, "?").split()[0].split("-")[0].capitalize()
+        letters.update(unicodedata.name(char, "?").split()[0]
                        for char in text[:2000] if char.isalpha())
         starts = np.frombuffer(data, np.uint8) & 0xC0 != 0x80     # bytes that start a character
         for i, tok in enumerate(toks):

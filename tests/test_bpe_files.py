@@ -1,0 +1,230 @@
+"""Tokenizer files: ours keep everything and notice changes, others' give the same ids."""
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import bpe
+from bpe import Tokenizer
+
+SHARED = Path(os.environ.get("ONELOOP_SHARED", Path(__file__).parents[1].parent / "shared/data"))
+TEXT = ("It's 2024, isn't it? We'll see: naïve café 中文中文 \U0001f600\U0001f600  \n\t x  = 10\n"
+        "the cat and the hat and the bat <|endoftext|> 12345 ") * 3
+PATTERNS = [*bpe.PATTERNS.values(), r"\w+|\s|[^\w\s]+"]
+
+
+@pytest.fixture(params=PATTERNS, ids=[*bpe.PATTERNS, "own"])
+def tok(request):
+    return Tokenizer.train([TEXT], 290, pattern=request.param,
+                           special_tokens=("<|endoftext|>", "<|two words é|>"))
+
+
+@pytest.fixture
+def small():
+    return Tokenizer.train([TEXT], 290)
+
+
+def same(a, b):
+    assert (a.pattern, a.merges, a.special_tokens, a.token_bytes, a.hash, a.eot) == (
+        b.pattern, b.merges, b.special_tokens, b.token_bytes, b.hash, b.eot)
+    assert a.encode(TEXT) == b.encode(TEXT)
+    assert a.encode(TEXT, allowed_special="all") == b.encode(TEXT, allowed_special="all")
+
+
+def test_save_and_load_keep_the_pattern_the_specials_and_every_id(tok, tmp_path):
+    tok.save(tmp_path / "tok.json")
+    same(Tokenizer.load(tmp_path / "tok.json"), tok)
+    same(Tokenizer.load(tmp_path), tok)
+    assert [path.name for path in tmp_path.iterdir()] == ["tok.json"]
+
+
+def test_the_hash_tells_tokenizers_apart(tok):
+    others = [Tokenizer(tok.merges[:-1], tok.pattern), Tokenizer(tok.merges, r"[\s\S]"),
+              Tokenizer(tok.merges, tok.pattern, ()), Tokenizer(tok.merges, tok.pattern, ("<x>",))]
+    assert len({tok.hash, *(other.hash for other in others)}) == 5 and len(tok.hash) == 64
+
+
+def test_a_tokenizer_of_bytes_alone_is_kept(tmp_path):
+    tok = Tokenizer([], special_tokens=())
+    tok.save(tmp_path / "tok.json")
+    same(Tokenizer.load(tmp_path / "tok.json"), tok)
+    same(Tokenizer.from_tiktoken(tok.to_tiktoken()), tok)
+    tok.save_pretrained(tmp_path / "hf")
+    same(Tokenizer.load(tmp_path / "hf"), tok)
+
+
+def test_the_file_can_be_read_by_people(small, tmp_path):
+    small.save(tmp_path / "tok.json")
+    lines = (tmp_path / "tok.json").read_text(encoding="utf-8").splitlines()
+    a, b = small.merges[0]
+    assert json.dumps([a, b, bpe.readable(small.token_bytes[256])]) + "," in lines
+    assert len(lines) < len(small.merges) + 15
+
+
+def change(data, key):
+    if key == "merges":
+        data["merges"][3][0] += 1
+    elif key == "spelling":
+        data["merges"][3][2] += "x"
+    elif key == "special_tokens":
+        data["special_tokens"] = {"<|end|>": 289}
+    elif key == "missing":
+        del data["pattern"]
+    else:
+        data[key] = {"pattern": r"[\s\S]", "sha256": "0" * 64, "byte_ids": [1] * 256}[key]
+
+
+@pytest.mark.parametrize("key", ["merges", "spelling", "special_tokens", "pattern", "sha256",
+                                 "missing", "byte_ids"])
+def test_a_changed_file_is_noticed(small, tmp_path, key):
+    path = tmp_path / "tok.json"
+    small.save(path)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data, key)
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ValueError, match="tok.json was changed"):
+        Tokenizer.load(path)
+
+
+def test_truncated_and_foreign_files_and_other_versions_are_refused(small, tmp_path):
+    path = tmp_path / "tok.json"
+    small.save(path)
+    text = path.read_text(encoding="utf-8")
+    for content, message in [(text[:len(text) // 2], "is truncated or not JSON"),
+                             ("", "is truncated or not JSON"),
+                             (text.replace('"version": 1', '"version": 2'), "has version 2; .* 1"),
+                             ("[1, 2]", "is neither our tok.json nor"),
+                             ("{}", "is neither our tok.json nor")]:
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.load(path)
+    with pytest.raises(FileNotFoundError, match="no such file: .*none.json"):
+        Tokenizer.load(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match="holds no tok.json, tokenizer.json, or GPT-2"):
+        path.unlink()
+        Tokenizer.load(tmp_path)
+
+
+def test_tiktoken_gives_the_same_ids_and_comes_back(tok):
+    encoding = tok.to_tiktoken()
+    assert encoding.encode_ordinary(TEXT) == tok.encode(TEXT) and encoding.n_vocab == tok.vocab_size
+    same(Tokenizer.from_tiktoken(encoding), tok)
+
+
+def test_autotokenizer_gives_the_same_ids(tok, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="a development extra")
+    tok.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(TEXT)["input_ids"] == tok.encode(TEXT, allowed_special="all")
+    plain = TEXT.replace("<|endoftext|>", "")
+    ids = theirs(plain)["input_ids"]
+    assert ids == tok.encode(plain) and theirs.decode(ids) == plain
+    assert len(theirs) == tok.vocab_size and theirs.eos_token_id == tok.eot
+    same(Tokenizer.load(tmp_path), tok)
+
+
+@pytest.mark.parametrize("specials", [[], ["<|endoftext|>", "<pad>"]])
+@pytest.mark.parametrize("pattern", [None, bpe.GPT4_PATTERN])
+def test_a_tokenizer_trained_by_hugging_face_keeps_its_ids(tmp_path, specials, pattern):
+    """Theirs put special tokens first and order the bytes in their own way."""
+    tokenizers = pytest.importorskip("tokenizers", reason="a development extra")
+    pre = tokenizers.pre_tokenizers
+    level = pre.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = level if pattern is None else pre.Sequence(
+        [pre.Split(tokenizers.Regex(pattern), "isolated"), level])
+    theirs.train_from_iterator([TEXT], tokenizers.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=specials, show_progress=False,
+        initial_alphabet=pre.ByteLevel.alphabet()))
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    tok = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert tok.vocab_size == theirs.get_vocab_size()
+    assert tok.special_tokens == {name: i for i, name in enumerate(specials)}
+    text = TEXT.replace("<|endoftext|>", "")
+    assert tok.encode(text) == theirs.encode(text).ids == tok.encode_slowly(text)
+    assert tok.decode(tok.encode(text)) == text
+    assert tok.encode(TEXT, allowed_special="all") == theirs.encode(TEXT).ids
+    tok.save(tmp_path / "tok.json")
+    same(Tokenizer.load(tmp_path / "tok.json"), tok)
+    same(Tokenizer.from_tiktoken(tok.to_tiktoken()), tok)
+    tok.save_pretrained(tmp_path / "again")
+    same(Tokenizer.load(tmp_path / "again"), tok)
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda d: d["model"].update(type="WordPiece"), "its model is WordPiece, not BPE"),
+    (lambda d: d.update(normalizer={"type": "NFC"}), "it normalizes text"),
+    (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "not byte-level"),
+    (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "a space before the text"),
+    (lambda d: d["model"].update(end_of_word_suffix="</w>"), "not byte-level"),
+    (lambda d: d["model"]["vocab"].pop("Ġ"), "no byte-level BPE: its vocabulary lacks 'Ġ'"),
+    (lambda d: d["model"]["vocab"].update(unreachable=290), "'unreachable' is no byte, merge or"),
+    (lambda d: d["model"]["merges"].pop(0), "not consecutive|is no byte, merge or"),
+])
+def test_a_hugging_face_file_that_cannot_be_read_exactly_is_refused(small, tmp_path, change, reason):
+    small.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ValueError, match=reason):
+        Tokenizer.load(path)
+
+
+def test_gpt2s_files_are_read_under_either_name(small, tmp_path):
+    small.save_pretrained(tmp_path / "hf")
+    model = json.loads((tmp_path / "hf" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"])
+    for names in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        (folder / names[0]).write_text(json.dumps(model["vocab"]), encoding="utf-8")
+        (folder / names[1]).write_text(merges, encoding="utf-8")
+        same(Tokenizer.load(folder), small)
+        same(Tokenizer.gpt2(folder), small)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data at {SHARED}")
+def test_gpt2_goes_through_every_format(tmp_path):
+    tok = Tokenizer.gpt2(SHARED / "gpt2_vocab")
+    tok.save(tmp_path / "tok.json")
+    tok.save_pretrained(tmp_path)
+    for again in (Tokenizer.load(tmp_path / "tok.json"), Tokenizer.load(tmp_path / "tokenizer.json"),
+                  Tokenizer.from_tiktoken(tok.to_tiktoken())):
+        same(again, tok)
+    assert tok.token_bytes[0] == b"!" and tok.decode([31373, 995]) == "hello world"
+
+
+def test_gpt2_is_downloaded_once_and_checked(monkeypatch, tmp_path):
+    """Offline: the download is replaced, and wrong bytes are refused."""
+    class Response:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read(self):
+            return b"something else"
+
+    monkeypatch.setenv("ONELOOP_SHARED", str(tmp_path / "none"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(bpe.urllib.request, "urlopen", lambda url, timeout: Response())
+    with pytest.raises(ValueError, match="vocab.bpe has not the expected sha256"):
+        Tokenizer.gpt2()
+    assert not list(tmp_path.rglob("vocab.bpe"))
+
+    def offline(url, timeout):
+        raise OSError("no route")
+
+    monkeypatch.setattr(bpe.urllib.request, "urlopen", offline)
+    with pytest.raises(FileNotFoundError, match="cannot download .*vocab.bpe .*no route.*; put"):
+        Tokenizer.gpt2()
+    monkeypatch.setattr(bpe, "GPT2_SHA256", {name: bpe.hashlib.sha256(b"something else").hexdigest()
+                                             for name in bpe.GPT2_SHA256})
+    monkeypatch.setattr(bpe.urllib.request, "urlopen", lambda url, timeout: Response())
+    folder = bpe.find_gpt2()
+    assert (folder / "vocab.bpe").read_bytes() == b"something else"
+    monkeypatch.setattr(bpe.urllib.request, "urlopen", offline)
+    assert bpe.find_gpt2() == folder
