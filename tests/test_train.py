@@ -1,0 +1,369 @@
+"""The loop: exact under ranks, accumulation, padding, interruption; clear when used wrongly."""
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import launch
+import report
+import train as loop
+from config import build
+from data import loader, shards
+from model import IGNORE, GPT
+from presets import PRESETS
+from sample import continue_text, load_model
+from train import TrainConfig, train
+
+REPOSITORY = Path(__file__).parent.parent
+MODEL = dict(block_size=32, n_layer=2, n_head=2, n_embd=32)
+
+
+def settings(dataset, out, **changes):
+    return build(TrainConfig, {**dict(
+        data=str(dataset), out=str(out), max_steps=20, batch_tokens=16 * 32, micro_batch=4,
+        learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2, eval_every=10, save_every=5,
+        log_every=3, dtype="float32", device="cpu", compile="off", sample_tokens=0, model=MODEL),
+        **changes})
+
+
+def steps(out):
+    """The training lines of a run, without what the clock decides."""
+    lines = report.read_log(Path(out) / "log.jsonl")
+    return [{key: value for key, value in line.items() if key != "tokens_per_s"}
+            for line in lines if "lr" in line]
+
+
+def weights(out):
+    return checkpoint.load(Path(out) / "last.pt")["model"]
+
+
+def assert_same_run(a, b):
+    """Bit for bit: parameters, optimizer state, log lines."""
+    one, two = (checkpoint.load(Path(out) / "last.pt") for out in (a, b))
+    assert steps(a) == steps(b)
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, two["model"][name]), name
+    for i, moments in one["optimizer"]["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(value, two["optimizer"]["state"][i][key]), (i, key)
+
+
+# ---- what a step computes
+
+def test_the_logged_loss_is_the_mean_over_all_labels_of_the_step(dataset, tmp_path):
+    train(settings(dataset, tmp_path, max_steps=1, learning_rate=0.0, min_learning_rate=0.0,
+                   weight_decay=0.0))
+    model, tokens = load_model(tmp_path, which="last.pt")[0], shards.open_split(dataset, "train")
+    x, y = next(loader.WindowLoader(tokens, 32, 16 * 32, 16).batches(0))
+    assert steps(tmp_path)[0]["loss"] == pytest.approx(model(x, y)[1].item(), rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def one_batch_run(tmp_path_factory, request):
+    """The reference of the matrix below: one rank, the whole step as one micro-batch."""
+    from data.corpus import CorpusConfig, prepare
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "text.txt").write_text("".join(f"line {i * i % 97} of the text\n" for i in range(300)))
+    data = prepare(CorpusConfig(source=str(folder / "text.txt"), tokenizer="bytes",
+                                out=str(folder / "data")))
+    return data, run_worker(folder / "run", data, ranks=1, micro_batch=16)
+
+
+def run_worker(out, data, ranks, micro_batch):
+    out.mkdir(parents=True)
+    command = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    words = ["--max_steps=20", "--batch_tokens=512", f"--micro_batch={micro_batch}",
+             "--learning_rate=1e-2", "--min_learning_rate=1e-3", "--eval_every=10", "--save_every=0",
+             "--dtype=float32", "--device=cpu", "--compile=off", "--sample_tokens=0", "--log_every=7",
+             *(f"--model.{key}={value}" for key, value in MODEL.items()), f"--data={data}",
+             f"--out={out}"]
+    run = subprocess.run([*command, str(REPOSITORY / "tests/worker.py"), str(out / "gradients"),
+                          *words], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("ranks,micro_batch", [(1, 8), (1, 4), (2, 8), (2, 2), (4, 2)])
+def test_gradients_and_losses_are_the_same_for_any_ranks_and_accumulation(
+        one_batch_run, tmp_path, ranks, micro_batch):
+    data, reference = one_batch_run
+    out = run_worker(tmp_path / "run", data, ranks, micro_batch)
+    expected, found = (torch.load(path / "gradients", weights_only=True)
+                       for path in (reference, out))
+    for a, b in zip(expected, found):                   # float32 sums in another order
+        assert (a - b).norm() <= 1e-5 * a.norm()
+    for a, b in zip(steps(reference), steps(out)):
+        # Adam divides by the gradient's size, so rounding grows a little with every step
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5), a["step"]
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3), a["step"]
+    assert len(steps(out)) == 20
+    a, b = (report.read_log(path / "log.jsonl")[-1] for path in (reference, out))
+    assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-4)
+
+
+def test_a_micro_batch_without_labels_changes_nothing(dataset, tmp_path, monkeypatch):
+    train(settings(dataset, tmp_path / "plain", max_steps=6))
+    serve = loader.WindowLoader.batches
+
+    def with_an_empty_one(self, step):
+        for i, (x, y) in enumerate(serve(self, step)):
+            if i == 1:
+                yield x, torch.full_like(y, IGNORE)
+            yield x, y
+    monkeypatch.setattr(loader.WindowLoader, "batches", with_an_empty_one)
+    train(settings(dataset, tmp_path / "padded", max_steps=6))
+    assert_same_run(tmp_path / "plain", tmp_path / "padded")
+
+
+def test_evaluation_is_the_mean_over_the_split_and_bytes_give_bits(dataset, tmp_path):
+    summary = train(settings(dataset, tmp_path, max_steps=4, eval_every=4))
+    model, tokens = load_model(tmp_path)[0], shards.open_split(dataset, "val")
+    with torch.no_grad():
+        nats = sum(model(x, y, reduction="sum")[1].item()
+                   for x, y in loader.evaluation_batches(tokens, 32, 1))
+    final = summary["final"]
+    assert final["val_loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
+    assert final["val_tokens"] == len(tokens) - 1
+    assert final["val_bits_per_byte"] == pytest.approx(final["val_loss"] / math.log(2))
+
+
+def test_clipping_bounds_the_norm_that_adamw_sees(dataset, tmp_path, monkeypatch):
+    seen = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def watch(parameters, max_norm):
+        norm = clip(parameters, max_norm)
+        seen.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+        return norm
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watch)
+    train(settings(dataset, tmp_path, max_steps=3, grad_clip=0.1))
+    assert all(line["grad_norm"] > 0.1 for line in steps(tmp_path))     # logged before clipping
+    assert max(seen) <= 0.1001
+
+
+def test_training_learns_the_text(dataset, tmp_path):
+    summary = train(settings(dataset, tmp_path, max_steps=60))
+    meta = shards.read_meta(dataset)
+    assert summary["final"]["val_loss"] < 0.6 * meta["unigram_entropy"]
+
+
+# ---- interruption
+
+@pytest.mark.parametrize("killed_after", [3, 5, 9])
+def test_a_run_that_died_and_goes_on_equals_one_that_did_not(dataset, tmp_path, monkeypatch,
+                                                              killed_after):
+    changes = dict(max_steps=12, model={**MODEL, "dropout": 0.1})
+    train(settings(dataset, tmp_path / "whole", **changes))
+    note = report.RunLog.step
+
+    def dying(self, step, *figures):
+        if step > killed_after:
+            raise MemoryError                           # nothing in the loop may catch it
+        note(self, step, *figures)
+    monkeypatch.setattr(report.RunLog, "step", dying)
+    with pytest.raises(MemoryError):
+        train(settings(dataset, tmp_path / "cut", **changes))
+    monkeypatch.setattr(report.RunLog, "step", note)
+    train(settings(dataset, tmp_path / "cut", **changes))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def start(dataset, out, *words):
+    return subprocess.Popen(
+        [sys.executable, "train.py", f"--data={dataset}", f"--out={out}", "--max_steps=100000",
+         "--batch_tokens=512", "--micro_batch=4", "--log_every=1", "--dtype=float32",
+         "--compile=off", "--device=cpu", "--eval_every=0", "--save_every=0", *words,
+         *(f"--model.{key}={value}" for key, value in MODEL.items())],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, out, step):
+    """Until the log has that step; the deadline only ends a test that is broken."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "log.jsonl").exists() and len(steps(out)) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_how_to_go_on_and_exits_with_0(dataset, tmp_path, number):
+    process = start(dataset, tmp_path / "run")
+    wait_for_step(process, tmp_path / "run", 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    saved = checkpoint.load(tmp_path / "run" / "last.pt")["step"]
+    assert saved == steps(tmp_path / "run")[-1]["step"] >= 3
+    assert f"stopped and saved at step {saved}; to go on: " in out and "train.py --data=" in out
+
+
+def test_max_minutes_saves_and_stops(dataset, tmp_path):
+    summary = train(settings(dataset, tmp_path, max_steps=10**6, max_minutes=1e-6))
+    assert summary["final"]["step"] == checkpoint.load(tmp_path / "last.pt")["step"] == 3
+
+
+def test_a_finished_run_is_left_alone(dataset, tmp_path, capsys):
+    first = train(settings(dataset, tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    again = train(settings(dataset, tmp_path))
+    assert "is finished" in capsys.readouterr().out
+    assert again["final"] == first["final"]
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_a_torn_log_is_repaired_and_no_step_appears_twice(dataset, tmp_path):
+    train(settings(dataset, tmp_path, max_steps=5))
+    with open(tmp_path / "log.jsonl", "a") as file:     # what a killed run may leave
+        file.write('{"step": 6, "loss": 1.0, "lr": 0, "grad_norm": 1}\n{"step": 7, "lo')
+    train(settings(dataset, tmp_path, max_steps=8))
+    assert [line["step"] for line in steps(tmp_path)] == list(range(1, 9))
+
+
+# ---- what it refuses
+
+@pytest.mark.parametrize("changes,message", [
+    ({"model": {**MODEL, "n_layer": 3}}, "holds a run with model.n_layer=2, this one has"),
+    ({"seed": 5}, "holds a run with seed=0, this one has seed=5; choose another --out"),
+    ({"batch_tokens": 1024}, "holds a run with batch_tokens=512"),
+])
+def test_another_run_in_the_same_folder_is_refused(dataset, tmp_path, changes, message):
+    train(settings(dataset, tmp_path, max_steps=2))
+    with pytest.raises(ValueError, match=message):
+        train(settings(dataset, tmp_path, max_steps=4, **changes))
+
+
+def test_other_data_in_the_same_folder_is_refused(dataset, tmp_path):
+    from data.corpus import write_dataset
+    from bpe import Tokenizer
+    train(settings(dataset, tmp_path / "run", max_steps=2))
+    write_dataset(tmp_path / "other", ["other text\n" * 300], ["other text\n" * 30],
+                  Tokenizer([], special_tokens=()), "other")
+    with pytest.raises(ValueError, match="holds a run with data="):
+        train(settings(tmp_path / "other", tmp_path / "run", max_steps=4))
+
+
+@pytest.mark.parametrize("changes,message", [
+    (dict(max_steps=0), "give one of them"),
+    (dict(warmup_ratio=0.1), "both given; give one"),
+    (dict(min_learning_rate=1.0), "is above learning_rate"),
+    (dict(batch_tokens=500), "try batch_tokens=384 or 512"),
+    (dict(model={**MODEL, "vocab_size": 300}), "model.vocab_size=300, but"),
+    (dict(model={**MODEL, "block_size": 10**5}), "longer than the data"),
+    (dict(init_from="no/such/folder"), "neither a folder here nor a model"),
+])
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(dataset, tmp_path, changes,
+                                                                         message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(settings(dataset, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(dataset, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(PermissionError, match="cannot be written: .*; choose another --out"):
+        train(settings(dataset, tmp_path / "file" / "run"))
+
+
+def test_weights_of_another_tokenizer_are_refused(dataset, tmp_path):
+    from data.corpus import CorpusConfig, prepare
+    train(settings(dataset, tmp_path / "base", max_steps=1))
+    (tmp_path / "t.txt").write_text("one two three\n" * 500)
+    other = prepare(CorpusConfig(source=str(tmp_path / "t.txt"), vocab_size=260,
+                                 out=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match="was made with another tokenizer than"):
+        train(settings(other, tmp_path / "run", init_from=str(tmp_path / "base"), model={}))
+
+
+# ---- the rest of a run
+
+def test_a_run_starts_from_the_weights_of_another(dataset, tmp_path):
+    train(settings(dataset, tmp_path / "base", max_steps=3))
+    train(settings(dataset, tmp_path / "next", max_steps=1, learning_rate=0.0,
+                   min_learning_rate=0.0, init_from=str(tmp_path / "base"), model={}))
+    base = checkpoint.load(tmp_path / "base" / "best.pt")["model"]
+    assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tmp_path / "next").items())
+
+
+def test_a_dry_run_tells_everything_and_writes_nothing(dataset, tmp_path, capsys):
+    counts = train(settings(dataset, tmp_path / "run", dry_run=True))
+    text = capsys.readouterr().out
+    model = GPT(dataclasses.replace(settings(dataset, "x").model, vocab_size=256))
+    assert counts["parameters"] == model.num_params()
+    for part in ("20 steps of 512 tokens = 1 rank(s) x 4 micro-batch(es) x 4 sequences x 32",
+                 "memory a rank, estimated", "transformer.h.0.attn.c_attn.weight", "of the text"):
+        assert part in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_unlabelled_text_of_the_example_stands_in_brackets():
+    from bpe import Tokenizer
+    tokenizer = Tokenizer([], special_tokens=())
+    ids = torch.tensor(tokenizer.encode("ask:yes!"))
+    x, y = ids[:-1], ids[1:].clone()
+    y[:3] = IGNORE                                      # "ask:" is the prompt
+    assert report.marked_example(x, y, tokenizer).strip() == "[ask:]yes!"
+
+
+def test_a_failing_compiler_costs_a_warning_and_nothing_else(dataset, tmp_path, monkeypatch, capsys):
+    train(settings(dataset, tmp_path / "plain", max_steps=4))
+
+    def broken(network, **options):
+        def call(*arguments, **named):
+            raise RuntimeError("no compiler today")
+        return call
+    monkeypatch.setattr(torch, "compile", broken)
+    train(settings(dataset, tmp_path / "tried", max_steps=4, compile="on"))
+    assert "warning: torch.compile failed, going on without it" in capsys.readouterr().err
+    assert_same_run(tmp_path / "plain", tmp_path / "tried")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_equals_an_eager_one(dataset, tmp_path):
+    if not launch.has_compiler(torch.device("cpu")):
+        pytest.skip("no C++ compiler here")
+    for mode in ("off", "on"):
+        train(settings(dataset, tmp_path / mode, compile=mode))
+    for a, b in zip(steps(tmp_path / "off"), steps(tmp_path / "on")):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4), a["step"]   # fused in another order
+
+
+def test_bf16_training_follows_float32(dataset, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        train(settings(dataset, tmp_path / dtype, dtype=dtype))
+    for a, b in zip(steps(tmp_path / "float32"), steps(tmp_path / "bfloat16")):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.03)      # bfloat16 has 3 digits
+
+
+def test_every_preset_is_a_config_and_says_what_to_expect():
+    for name, preset in PRESETS.items():
+        config = build(TrainConfig, preset.settings)
+        assert preset.what and preset.expect, name
+        for ranks in (1, 2, 8):
+            loader.divide_step(config.batch_tokens, config.micro_batch, config.model.block_size,
+                               ranks) if name != "shakespeare" else None
+
+
+def test_the_run_folder_holds_what_it_promises(dataset, tmp_path):
+    train(settings(dataset, tmp_path, sample_tokens=8))
+    assert {"config.json", "run.json", "log.jsonl", "tokenizer.json", "last.pt", "last.1.pt",
+            "best.pt"} <= {path.name for path in tmp_path.iterdir()}
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert {"command", "commit", "dirty", "torch", "device", "data", "final"} <= run.keys()
+    assert build(TrainConfig, json.loads((tmp_path / "config.json").read_text())).max_steps == 20
+    lines = report.read_log(tmp_path / "log.jsonl")
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"} == lines[0].keys()
+    assert any("val_loss" in line for line in lines) and any("sample" in line for line in lines)
+    model, tokenizer = load_model(tmp_path)
+    assert continue_text(model, tokenizer, "line 4", 10).startswith("line 4")
