@@ -152,10 +152,16 @@ class ShardWriter:
         if self.pending_tokens[split] >= self.shard_tokens:
             self._write(split)
 
+    def flush(self, split: str) -> None:
+        """Write what a split has left. One that gets no more documents must not stay pending:
+        progress is saved only where every document so far is in a shard."""
+        if self.pending_tokens.get(split):
+            self._write(split)
+
     def finish(self) -> dict[str, Any]:
         """Write what is left, the tokenizer and meta.json; return the latter."""
-        for split in [split for split, tokens in self.pending_tokens.items() if tokens]:
-            self._write(split)
+        for split in list(self.pending):
+            self.flush(split)
         if not self.meta["splits"]:
             raise ValueError(f"{self.meta['source']} holds no text; nothing was written")
         self.tokenizer.save(self.folder / "tokenizer.json")

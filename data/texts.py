@@ -84,6 +84,11 @@ def _text_of(line: str, place: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f'{place} is no {{"text": "..."}} object')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:                             # JSON can spell "\ud800"
+        raise ValueError(f"{place} has half a surrogate pair, \\u{ord(text[error.start]):04x}, "
+                         f"which is no character; remove it") from None
     return text
 
 
