@@ -43,6 +43,7 @@ import unicodedata
 import urllib.request
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -644,18 +645,34 @@ class Tokenizer:
 
     def encode(self, text, allowed_special=()):
         """Ids of a text; special tokens only where `allowed_special` (names, or "all") says."""
-        encoding, allowed = self.to_tiktoken(), self._allowed(allowed_special)
+        allowed = self._allowed(allowed_special) if allowed_special else ()
+        if allowed:
+            return self._encode_with(allowed, text)
         check_surrogates(text)
-        if not allowed:
+        encoding = self.to_tiktoken()
+        try:
             return encoding.encode_ordinary(text)
-        return encoding.encode(text, allowed_special=allowed, disallowed_special=())
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+        # tiktoken's regex engine gives up after a million steps back, as in a run of a million
+        # spaces before a word; so split in Python, and let it merge piece by piece.
+        whole = self._as_tiktoken(NO_PATTERN)
+        pieces = split(regex.compile(self.pattern), text)
+        return [i for piece in pieces for i in whole.encode_ordinary(piece)]
 
     def encode_batch(self, texts, num_threads=None):
         """Ids of each text, special tokens as ordinary text, in threads."""
-        for text in texts:
-            check_surrogates(text)
-        return self.to_tiktoken().encode_ordinary_batch(
-            texts, num_threads=num_threads or os.cpu_count())
+        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def _encode_with(self, allowed, text):
+        longest_first = sorted(allowed, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        ids = []
+        for part in parts:   # every other part is a special token
+            ids += [self.special_tokens[part]] if part in allowed else self.encode(part)
+        return ids
 
     def encode_bytes(self, data):
         """Ids of any bytes: what is valid UTF-8 as text, each other byte as itself."""
@@ -697,13 +714,12 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def _allowed(self, names):
-        if names == "all":
-            return set(self.special_tokens)
-        for name in names:
+        names = list(self.special_tokens) if names == "all" else names
+        for name in [names] if isinstance(names, str) else names:
             if name not in self.special_tokens:
                 raise ValueError(f"allowed_special={name!r} is not a special token; allowed: "
                                  f"{', '.join(self.special_tokens) or 'none, there are none'}")
-        return set(names)
+        return set([names] if isinstance(names, str) else names)
 
     # ------------------------------------------------------------------------ in and out
 
@@ -768,16 +784,18 @@ class Tokenizer:
     def to_tiktoken(self):
         """The same tokenizer as a tiktoken.Encoding, which is what encodes, in Rust."""
         if self._encoding is None:
-            ranks = {token: i for i, token in enumerate(self.token_bytes) if token}
-            pattern = TIKTOKEN_GPT2 if self.pattern == GPT2_PATTERN else self.pattern
-            try:
-                self._encoding = tiktoken.Encoding(
-                    f"oneloop-{self.hash[:8]}", pat_str=pattern, mergeable_ranks=ranks,
-                    special_tokens=self.special_tokens)
-            except ValueError as error:
-                raise ValueError(f"pattern={self.pattern!r} is not one that tiktoken's regex "
-                                 f"engine reads: {error}") from None
+            gpt2 = self.pattern == GPT2_PATTERN
+            self._encoding = self._as_tiktoken(TIKTOKEN_GPT2 if gpt2 else self.pattern)
         return self._encoding
+
+    def _as_tiktoken(self, pattern):
+        ranks = {token: i for i, token in enumerate(self.token_bytes) if token}
+        try:
+            return tiktoken.Encoding(f"oneloop-{self.hash[:8]}", pat_str=pattern,
+                                     mergeable_ranks=ranks, special_tokens=self.special_tokens)
+        except ValueError as error:
+            raise ValueError(f"pattern={pattern!r} is not one that tiktoken's regex engine "
+                             f"reads: {error}") from None
 
     @classmethod
     def from_tiktoken(cls, encoding):

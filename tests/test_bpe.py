@@ -223,6 +223,17 @@ def test_user_text_never_becomes_a_special_token(toks):
         tok.encode(text, allowed_special=["<|pad|>"])
 
 
+def test_text_that_tiktokens_regex_gives_up_on_is_encoded_all_the_same(toks, capfd):
+    """A million spaces before a word overflow the stack of its engine (its message goes to stderr)."""
+    tok = toks["gpt2"]
+    text = " " * 1_001_000 + "is  it"
+    ids = tok.encode(text)
+    assert tok.decode(ids) == text and ids[-10:] == tok.encode(text[-5000:])[-10:]
+    assert tok.encode_batch([text, "it"]) == [ids, tok.encode("it")]
+    assert tok.encode(f"{text}<|endoftext|>", allowed_special="all") == [*ids, tok.eot]
+    capfd.readouterr()
+
+
 def test_added_special_tokens_follow_all_ids_and_change_nothing_else(toks):
     tok = toks["gpt2"]
     more = tok.add_special_tokens(["<|user|>", "<|pad|>"])
