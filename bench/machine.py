@@ -1,0 +1,57 @@
+"""What this machine can do, measured: the limits that the benchmarks are shares of.
+
+    peak = matmul_peak(device, torch.bfloat16)      # FLOP/s
+"""
+import datetime
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+
+from device import device_name, synchronize
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(call: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
+    """Median time of a call, after one that warms up."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product, the best of two sizes."""
+    best = 0.0
+    for size in ((8192, 16384) if device.type == "cuda" else (1536, 2304)):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        best = max(best, 2 * size**3 / seconds(lambda: a @ b, device, 9))
+    return best
+
+
+def processor() -> str:
+    """The CPU's model name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines()
+             if line.startswith("model name")] if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_results(name: str, device: torch.device, rows: list[dict[str, Any]], **facts: Any) -> Path:
+    """bench/results/<name>.json: the rows with date, machine and versions."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({
+        "date": datetime.date.today().isoformat(), "device": device_name(device),
+        "processor": processor(), "torch": torch.__version__, "python": platform.python_version(),
+        **facts, "rows": rows}, indent=1) + "\n")
+    return path
