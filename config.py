@@ -66,7 +66,8 @@ def parse(cls: type[Config], words: list[str], prog: str, base: dict[str, Any] |
     """
     known, base = settings_of(cls), flatten(base or {})
     parser = _Parser(prog=prog, description=about, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                     formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                         prog, max_help_position=32, width=100),
                      usage=f"{prog} [--key=value ...]")
     groups: dict[str, Any] = {}
     for name, (kind, field) in known.items():

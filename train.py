@@ -57,8 +57,8 @@ class TrainConfig:
         "auto", "of matrix products; auto is bfloat16 where the hardware has it, else float32")
     compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile; auto: where there is a compiler and the run is long enough to pay")
-    max_steps: int = option(0, "optimizer steps; 0: as many as `epochs` asks for")
-    epochs: float = option(0.0, "passes over the training data; 0: `max_steps` counts")
+    max_steps: int = option(0, "optimizer steps")
+    epochs: float = option(0.0, "passes over the training data; where given, instead of max_steps")
     batch_tokens: int = option(524288, "tokens of a step, over all ranks and micro-batches")
     micro_batch: int = option(16, "sequences in memory at once on each rank, at most")
     learning_rate: float = option(6e-4, "peak learning rate")
@@ -95,9 +95,8 @@ class TrainConfig:
                      "max_minutes", "eval_tokens", "hellaswag_every", "sample_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if bool(self.max_steps) == bool(self.epochs):
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give one of "
-                             f"them, the other 0")
+        if not self.max_steps and not self.epochs:
+            raise ValueError("max_steps=0 and epochs=0: nothing to do; give one of them")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio are both given; give one")
         if not 0 <= self.warmup_ratio <= 1:
@@ -170,7 +169,7 @@ def base_model(config: TrainConfig, data: Data) -> tuple[GPT, TrainConfig]:
 
 def counted(config: TrainConfig, batches: loader.WindowLoader) -> TrainConfig:
     """The config with epochs and warmup_ratio turned into steps."""
-    steps = config.max_steps or math.ceil(config.epochs * batches.windows / batches.per_step)
+    steps = math.ceil(config.epochs * batches.windows / batches.per_step) or config.max_steps
     warmup = config.warmup_steps or round(config.warmup_ratio * steps)
     return dataclasses.replace(config, max_steps=steps, epochs=0.0, warmup_steps=warmup,
                                warmup_ratio=0.0)
@@ -326,7 +325,7 @@ def main(words: list[str]) -> None:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         raise ValueError(f"there is no preset {name!r}; " + (f"did you mean {near[0]}? " if near else "")
                          + f"presets: {', '.join(PRESETS)}")
-    config = parse(TrainConfig, words[words[:1] == [name]:], f"train.py {name}",
+    config = parse(TrainConfig, words[words[:1] == [name]:], "train.py [PRESET]",
                    {"out": f"out/{name}", **PRESETS[name].settings}, PRESETS[name].about(__doc__))
     train(config)
 

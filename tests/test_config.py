@@ -86,7 +86,7 @@ def test_help_shows_type_default_and_meaning_of_every_setting(capsys):
     (["train.py", "--data=nowhere"], "there is no prepared data set"),
     (["train.py", "--dtype=float16", "--device=cpu"], "not for training on a CPU"),
     (["train.py", "--device=cuda:99"], "needs GPU number 99"),
-    (["train.py", "--epochs=1"], "give one of them"),
+    (["train.py", "--max_steps=0"], "give one of them"),
     (["sample.py", "out/nothing-here"], "there is no run"),
     (["-m", "data.corpus", "--from=/no/such/file"], "there is no file or folder /no/such/file"),
     (["-m", "eval.loss", "--model=nothing/here/at/all"], "neither a folder here nor a model"),

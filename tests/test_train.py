@@ -78,13 +78,14 @@ def one_batch_run(tmp_path_factory, request):
     return data, run_worker(folder / "run", data, ranks=1, micro_batch=16)
 
 
-def run_worker(out, data, ranks, micro_batch):
+def run_worker(out, data, ranks, micro_batch, compile="off"):
     out.mkdir(parents=True)
     command = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     words = ["--max_steps=20", "--batch_tokens=512", f"--micro_batch={micro_batch}",
              "--learning_rate=1e-2", "--min_learning_rate=1e-3", "--eval_every=10", "--save_every=0",
-             "--dtype=float32", "--device=cpu", "--compile=off", "--sample_tokens=0", "--log_every=7",
+             "--dtype=float32", "--device=cpu", f"--compile={compile}", "--sample_tokens=0",
+             "--log_every=7",
              *(f"--model.{key}={value}" for key, value in MODEL.items()), f"--data={data}",
              f"--out={out}"]
     run = subprocess.run([*command, str(REPOSITORY / "tests/worker.py"), str(out / "gradients"),
@@ -98,7 +99,21 @@ def test_gradients_and_losses_are_the_same_for_any_ranks_and_accumulation(
         one_batch_run, tmp_path, ranks, micro_batch):
     data, reference = one_batch_run
     out = run_worker(tmp_path / "run", data, ranks, micro_batch)
-    expected, found = (torch.load(path / "gradients", weights_only=True)
+    assert_same_steps(reference, out)
+    reductions = torch.load(out / "gradients", weights_only=True)["reductions"]
+    assert reductions == (20 if ranks > 1 else 0)       # one bucket a step, however many passes
+
+
+@pytest.mark.slow
+def test_compiled_ranks_with_accumulation_reduce_once_a_step(one_batch_run, tmp_path):
+    data, reference = one_batch_run
+    out = run_worker(tmp_path / "run", data, ranks=2, micro_batch=2, compile="on")
+    assert_same_steps(reference, out)
+    assert torch.load(out / "gradients", weights_only=True)["reductions"] == 20
+
+
+def assert_same_steps(reference, out):
+    expected, found = (torch.load(path / "gradients", weights_only=True)["gradients"]
                        for path in (reference, out))
     for a, b in zip(expected, found):                   # float32 sums in another order
         assert (a - b).norm() <= 1e-5 * a.norm()
@@ -367,3 +382,9 @@ def test_the_run_folder_holds_what_it_promises(dataset, tmp_path):
     assert any("val_loss" in line for line in lines) and any("sample" in line for line in lines)
     model, tokenizer = load_model(tmp_path)
     assert continue_text(model, tokenizer, "line 4", 10).startswith("line 4")
+
+
+def test_epochs_become_the_steps_that_serve_each_window_so_often(dataset, tmp_path):
+    windows = loader.WindowLoader(shards.open_split(dataset, "train"), 32, 512, 4).windows
+    summary = train(settings(dataset, tmp_path, epochs=1.5, max_steps=999))
+    assert summary["final"]["step"] == math.ceil(1.5 * windows / 16)
