@@ -984,26 +984,36 @@ GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
 
 
+def gpt2_folder():
+    """Where GPT-2's two files are or shall be: beside the repository, else in the cache."""
+    shared = Path(os.environ.get("ONELOOP_SHARED",
+                                 Path(__file__).resolve().parent.parent / "shared/data"))
+    if (shared / "gpt2_vocab").is_dir():
+        return shared / "gpt2_vocab"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "oneloop" / "gpt2"
+
+
+def has_gpt2():
+    return all((gpt2_folder() / name).is_file() for name in GPT2_SHA256)
+
+
 def find_gpt2():
-    """The folder of GPT-2's two files: beside the repository, in the cache, or downloaded."""
-    shared = os.environ.get("ONELOOP_SHARED", Path(__file__).resolve().parent.parent / "shared/data")
-    if (Path(shared) / "gpt2_vocab" / "vocab.bpe").is_file():
-        return Path(shared) / "gpt2_vocab"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "oneloop" / "gpt2"
-    cache.mkdir(parents=True, exist_ok=True)
+    """The folder of GPT-2's two files, after downloading them once if need be."""
+    folder = gpt2_folder()
     for name, sha256 in GPT2_SHA256.items():
-        if not (cache / name).is_file():
-            try:
-                with urllib.request.urlopen(GPT2_URL + name, timeout=60) as response:
-                    data = response.read()
-            except OSError as error:
-                raise FileNotFoundError(
-                    f"cannot download {GPT2_URL + name} ({error}); put vocab.bpe and encoder.json "
-                    f"into {cache} or name their folder") from None
-            if hashlib.sha256(data).hexdigest() != sha256:
-                raise ValueError(f"{GPT2_URL + name} has not the expected sha256 {sha256}")
-            write_bytes(cache / name, data)
-    return cache
+        if (folder / name).is_file():
+            continue
+        try:
+            with urllib.request.urlopen(GPT2_URL + name, timeout=60) as response:
+                data = response.read()
+        except OSError as error:
+            raise FileNotFoundError(f"cannot download {GPT2_URL + name} ({error}); put vocab.bpe "
+                                    f"and encoder.json into {folder}") from None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError(f"{GPT2_URL + name} has not the expected sha256 {sha256}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / name, data)
+    return folder
 
 
 def readable(token):
