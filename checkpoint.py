@@ -67,7 +67,7 @@ def load_last(folder: str | Path, map_location: Any = "cpu") -> dict[str, Any] |
         except ValueError as error:
             print(f"warning: {error}; trying the one before it", file=sys.stderr)
     if found:
-        raise ValueError(f"no checkpoint in {folder} can be read; move the folder away to start anew")
+        raise ValueError(f"no checkpoint in {folder} can be read; move it away to start anew")
     return None
 
 

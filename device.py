@@ -21,7 +21,7 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """"auto" is this process's GPU, else Apple's, else the CPU; or what `name` says, if it is here."""
+    """The device that `name` says; "auto" is this process's GPU, else Apple's, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else \
                "mps" if torch.backends.mps.is_available() else "cpu"

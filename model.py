@@ -46,8 +46,9 @@ class GPTConfig:
     n_embd: int = option(768, "channels; a multiple of n_head")
     dropout: float = option(0.0, "share of activations dropped: embeddings, attention, residuals")
     bias: bool = option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
-    vocab_multiple: int = option(1, "embedding rows are padded to a multiple of this (128: 50257 -> "
-                                    "50304, faster on GPUs); padded ids are never scored or sampled")
+    vocab_multiple: int = option(1, "embedding rows are rounded up to a multiple of this (128: "
+                                    "50257 -> 50304, faster on GPUs); the extra ids are never scored "
+                                    "or sampled")
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
@@ -73,7 +74,8 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, capacity: int, like: torch.Tensor):
-        shape = (config.n_layer, batch_size, config.n_head, capacity, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch_size, config.n_head, capacity,
+                 config.n_embd // config.n_head)
         self.keys = like.new_empty(shape)                           # (layer, B, H, capacity, D)
         self.values = like.new_empty(shape)
         self.length = 0
@@ -136,7 +138,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. `recompute_activations = True` trades a second forward pass of each block for memory."""
+    """GPT-2. `recompute_activations = True` saves memory and costs a second forward pass."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -377,8 +379,8 @@ def _read_config(settings: dict[str, Any], dropout: float) -> GPTConfig:
             raise ValueError(f"config.json: {key} is {settings[key]!r}; GPT-2 has {value!r}")
     if settings.get("n_inner") not in (None, 4 * settings["n_embd"]):
         raise ValueError(f"config.json: n_inner is {settings['n_inner']}; GPT-2 has 4 * n_embd")
-    return GPTConfig(block_size=settings["n_positions"], dropout=dropout,
-                     **{key: settings[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")})
+    same = {key: settings[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return GPTConfig(block_size=settings["n_positions"], dropout=dropout, **same)
 
 
 def _from_hugging_face(tensors: dict[str, torch.Tensor], model: GPT) -> dict[str, torch.Tensor]:
@@ -389,7 +391,7 @@ def _from_hugging_face(tensors: dict[str, torch.Tensor], model: GPT) -> dict[str
         if not name.startswith(("transformer.", "lm_head.")):
             name = "transformer." + name                            # a bare GPT2Model was saved
         if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue                                                # old files store the causal mask
+            continue                                                # old files store the mask
         found[name] = tensor.t().contiguous() if _is_conv1d(name) else tensor
     found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
     for name, tensor in ours.items():

@@ -30,7 +30,7 @@ class OptimConfig:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices and embeddings decay; biases and gains do not."""
+    """Trainable parameters in two groups: matrices and embeddings decay, biases and gains not."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0}]

@@ -17,7 +17,8 @@ class Preset:
     def about(self, usage: str) -> str:
         """The head of `--help` for this preset."""
         names = "\n".join(f"  {name:18} {preset.what}" for name, preset in PRESETS.items())
-        return f"{usage.strip()}\n\npresets:\n{names}\n\nthe one chosen: {self.what}; {self.expect}\n"
+        return (f"{usage.strip()}\n\npresets:\n{names}\n\n"
+                f"the one chosen: {self.what}; {self.expect}\n")
 
 
 def _pretraining(n_layer: int, n_head: int, n_embd: int, learning_rate: float,

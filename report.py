@@ -129,12 +129,12 @@ class RunLog:
         self.bar.update(step - self.bar.n)
         if not self.terminal:
             left = (self.max_steps - step) * self.tokens_per_step / speed
-            self.say(f"step {step}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.2f}  "
-                     f"{_short(speed)} tok/s  MFU {mfu}  {left:.0f} s left")
+            self.say(f"step {step}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
+                     f"norm {norm:.2f}  {_short(speed)} tok/s  MFU {mfu}  {left:.0f} s left")
 
 
 def repaired_log(path: Path, start: int) -> Path:
-    """Drop what a killed run left after the checkpoint of step `start`: later lines, half a line."""
+    """Drop what a killed run left behind its checkpoint of step `start`: lines, half a line."""
     if path.exists():
         kept = [line for line in read_log(path) if line["step"] <= start]
         temporary = path.with_suffix(".tmp")
@@ -234,13 +234,13 @@ def _tensorboard(folder: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('report_to=tensorboard needs the extra "tensorboard": pip install '
-                                  '-c constraints.txt -e ".[tensorboard]"') from None
+        raise ModuleNotFoundError('report_to=tensorboard needs the extra "tensorboard": pip '
+                                  'install -c constraints.txt -e ".[tensorboard]"') from None
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-def dry_run(config: Any, model: torch.nn.Module, batches: Any, tokenizer: Any, world: int,
-            dtype: torch.dtype) -> dict[str, Any]:
+def dry_run(config: Any, model: torch.nn.Module, batches: Any, tokenizer: Any, rank: int,
+            world: int, dtype: torch.dtype) -> dict[str, Any]:
     """Print what a run would do: its steps, memory, schedule, trained tensors and an example."""
     c, n = config.model, model.num_params()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -257,23 +257,26 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, tokenizer: Any, w
     rates = [learning_rate(round(i * (config.max_steps - 1) / 59), config.schedule,
                            config.max_steps, config.warmup_steps, config.learning_rate,
                            config.min_learning_rate, config.optim) for i in range(60)]
-    print(f"{config.max_steps} steps of {config.batch_tokens:,} tokens = "
-          f"{world} rank(s) x {batches.accumulation} micro-batch(es) x {batches.micro_batch} "
-          f"sequences x {c.block_size} tokens; {passes:.2f} passes over {len(batches.tokens):,} tokens")
-    print(f"parameters {n:,}, trained {trained:,}; {model.flops_per_token() / 1e9:.3g} GFLOP a token, "
-          f"{model.flops_per_token() * config.max_steps * config.batch_tokens:.3g} FLOP in all")
-    print(f"memory a rank, estimated: {state / 2**30:.2f} GiB weights, gradients and AdamW, "
-          f"{live / 2**30:.2f} GiB activations ({str(dtype).removeprefix('torch.')})")
-    print(f"learning rate, {config.schedule}, {config.warmup_steps} steps of warmup, "
-          f"peak {config.learning_rate:g}, floor {config.min_learning_rate:g}:\n  [{sketch(rates)}]")
-    print("trained tensors (of blocks, the first stands for all):")
-    for name, p in trainable:
-        block = name.split(".h.")[-1].split(".")[0]
-        if ".h." not in name or block == "0":
-            print(f"  {name:40} {tuple(p.shape)}")
     x, y = next(batches.batches(0))
-    print(f"the first example of step 0, {int((y[0] >= 0).sum())} of {len(y[0])} positions labelled; "
-          f"what has no label stands in [brackets]:\n{marked_example(x[0], y[0], tokenizer)}")
+    lines = [
+        f"{config.max_steps} steps of {config.batch_tokens:,} tokens = {world} rank(s) x "
+        f"{batches.accumulation} micro-batch(es) x {batches.micro_batch} sequences x "
+        f"{c.block_size} tokens; {passes:.2f} passes over {len(batches.tokens):,} tokens",
+        f"parameters {n:,}, trained {trained:,}; "
+        f"{model.flops_per_token() / 1e9:.3g} GFLOP a token, "
+        f"{model.flops_per_token() * config.max_steps * config.batch_tokens:.3g} FLOP in all",
+        f"memory a rank, estimated: {state / 2**30:.2f} GiB weights, gradients and AdamW, "
+        f"{live / 2**30:.2f} GiB activations ({str(dtype).removeprefix('torch.')})",
+        f"learning rate, {config.schedule}, {config.warmup_steps} steps of warmup, "
+        f"peak {config.learning_rate:g}, floor {config.min_learning_rate:g}:",
+        f"  [{sketch(rates)}]",
+        "trained tensors (of blocks, the first stands for all):",
+        *(f"  {name:40} {tuple(p.shape)}" for name, p in trainable
+          if ".h." not in name or ".h.0." in name),
+        f"the first example of step 0, {int((y[0] >= 0).sum())} of {len(y[0])} positions labelled; "
+        f"what has no label stands in [brackets]:", marked_example(x[0], y[0], tokenizer)]
+    if rank == 0:
+        print("\n".join(lines))
     return {"parameters": n, "trained": trained, "max_steps": config.max_steps}
 
 
@@ -281,7 +284,8 @@ def marked_example(x: torch.Tensor, y: torch.Tensor, tokenizer: Any, width: int 
     """The first `width` targets of an example as text, unlabelled stretches in brackets."""
     if tokenizer is None:
         return f"  ids {x[:width].tolist()}"
-    ids, labelled = torch.cat([x[:1], torch.where(y >= 0, y, x.roll(-1))]), [False, *(y >= 0).tolist()]
+    ids = torch.cat([x[:1], torch.where(y >= 0, y, x.roll(-1))])
+    labelled = [False, *(y >= 0).tolist()]              # nothing predicts the first token
     text, start = "", 0
     for end in range(1, min(width, len(ids)) + 1):
         if end == min(width, len(ids)) or labelled[end] != labelled[start]:

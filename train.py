@@ -1,9 +1,9 @@
 """The training loop: one for pretraining and fine-tuning, for one CPU and for many GPUs.
 
-    python train.py                                   the preset `demo`: offline, minutes on a laptop
-    python train.py shakespeare --max_steps=500       any preset, any setting
-    torchrun --nproc_per_node=8 train.py gpt2-124m    the same code, a process for each GPU
-    python train.py --help                            every setting; the presets are in presets.py
+    python train.py                                  the preset `demo`: offline, minutes on a laptop
+    python train.py shakespeare --max_steps=500      any preset, any setting
+    torchrun --nproc_per_node=8 train.py gpt2-124m   the same code, a process for each GPU
+    python train.py --help                           every setting; the presets are in presets.py
 
     summary = train(TrainConfig(data="corpus", max_steps=100))        # from a notebook
 
@@ -79,7 +79,7 @@ class TrainConfig:
     sample_prompt: str = option("", "what a sample continues; empty: the start of a document")
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
     keep_last: int = option(2, "checkpoints kept: last.pt, last.1.pt, ...")
-    log_every: int = option(10, "steps between looks at the device; each step is logged all the same")
+    log_every: int = option(10, "steps between looks at the device; each step is logged")
     max_minutes: float = option(0.0, "save and stop after this time; 0: no limit")
     report_to: Literal["none", "tensorboard"] = option("none", "besides log.jsonl and the screen")
     dry_run: bool = option(False, "say what would happen, in seconds, and train nothing")
@@ -149,8 +149,8 @@ def base_model(config: TrainConfig, data: Data) -> tuple[GPT, TrainConfig]:
     vocab_size, asked = data.meta["vocab_size"], config.model
     if config.init_from == "scratch":
         if asked.vocab_size not in (vocab_size, GPTConfig.vocab_size):
-            raise ValueError(f"model.vocab_size={asked.vocab_size}, but {config.data} was made with a "
-                             f"tokenizer of {vocab_size}; leave it out, training takes the data's")
+            raise ValueError(f"model.vocab_size={asked.vocab_size}, but the tokenizer of "
+                             f"{config.data} has {vocab_size}; leave it out, training takes that")
         shape = dataclasses.replace(asked, vocab_size=vocab_size)
         with torch.device("meta" if config.dry_run else "cpu"):
             return GPT(shape), dataclasses.replace(config, model=shape)
@@ -162,9 +162,22 @@ def base_model(config: TrainConfig, data: Data) -> tuple[GPT, TrainConfig]:
                              f"leave it out, init_from brings the shape")
     other = tokenizer and data.tokenizer and tokenizer.hash != data.tokenizer.hash
     if other or model.config.vocab_size != vocab_size:
-        raise ValueError(f"{config.data} was made with another tokenizer than {config.init_from}'s; "
-                         f"prepare it with --tokenizer={config.init_from}")
+        raise ValueError(f"{config.data} was made with another tokenizer than "
+                         f"{config.init_from}'s; prepare it with --tokenizer={config.init_from}")
     return model, dataclasses.replace(config, model=model.config)
+
+
+def hellaswag_items(config: TrainConfig, data: Data, world: Processes) -> list[hellaswag.Item]:
+    """What the loop evaluates on, nothing where it does not; rank 0 downloads it."""
+    if not config.hellaswag_every:
+        return []
+    if data.tokenizer is None:
+        raise ValueError(f"hellaswag_every={config.hellaswag_every} needs a tokenizer, and "
+                         f"{config.data} has none; put its tokenizer.json there")
+    if world.rank == 0:
+        hellaswag.load_items(config.hellaswag_file or None)
+    world.wait()
+    return hellaswag.load_items(config.hellaswag_file or None)
 
 
 def counted(config: TrainConfig, batches: loader.WindowLoader) -> TrainConfig:
@@ -176,7 +189,7 @@ def counted(config: TrainConfig, batches: loader.WindowLoader) -> TrainConfig:
 
 
 def open_run(out: Path, config: TrainConfig, data: Data, world: Processes) -> dict[str, Any] | None:
-    """Make the run's folder, or return the checkpoint of the run that is there, if it is this one."""
+    """Make the run's folder, or return the checkpoint of the same run that is there."""
     if world.rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -195,7 +208,7 @@ def open_run(out: Path, config: TrainConfig, data: Data, world: Processes) -> di
                 raise ValueError(f"{out} holds a run with {name}={there.get(name)}, this one has "
                                  f"{name}={here[name]}; choose another --out, or delete {out}")
         if state["step"] >= config.max_steps:
-            return state                                            # nothing to do, leave it as it is
+            return state                                            # finished, to be left alone
     if world.rank == 0:
         report.write_json(out / "config.json", dataclasses.asdict(config))
         report.write_json(out / "run.json", report.provenance(world.device, world.size,
@@ -221,10 +234,12 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event) -> dict
     data = open_data(config.data, world)
     model, config = base_model(config, data)
     batches = loader.WindowLoader(data.train, config.model.block_size, config.batch_tokens,
-                                  config.micro_batch, config.seed, world.rank, world.size)
+                                  config.micro_batch, config.seed, world.rank, world.size,
+                                  pin=device.type == "cuda")
     config = counted(config, batches)
     if config.dry_run:
-        return report.dry_run(config, model, batches, data.tokenizer, world.size, dtype)
+        return report.dry_run(config, model, batches, data.tokenizer, world.rank, world.size, dtype)
+    items = hellaswag_items(config, data, world)        # now, so that it cannot fail days later
     state = open_run(out, config, data, world)
     if state and state["step"] >= config.max_steps:
         return report.finished(out, world.rank)
@@ -253,7 +268,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event) -> dict
     began, stopping, figures = time.monotonic(), False, {}
     while step < config.max_steps and not stopping:
         lr = learning_rate(step, config.schedule, config.max_steps, config.warmup_steps,
-                                 config.learning_rate, config.min_learning_rate, config.optim)
+                           config.learning_rate, config.min_learning_rate, config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
         # Dropout of a step depends on (seed, step, rank) only, as its batch does: nothing random
@@ -286,7 +301,8 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event) -> dict
             late = config.max_minutes and time.monotonic() - began > 60 * config.max_minutes
             stopping = log.flush(stop=stop.is_set() or bool(late)) and step < config.max_steps
         if evaluate:
-            figures = evaluate_loss(model, data.validation(config, world), device, data.lengths, dtype)
+            figures = evaluate_loss(model, data.validation(config, world), device, data.lengths,
+                                    dtype)
             log.evaluation(step, figures)
             if figures["loss"] < best_loss:
                 best_loss = figures["loss"]
@@ -295,7 +311,6 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event) -> dict
                                                       "config": dataclasses.asdict(config),
                                                       "val_loss": best_loss})
         if config.hellaswag_every and due(config.hellaswag_every):
-            items = hellaswag.load_items(config.hellaswag_file or None)
             log.evaluation(step, hellaswag.evaluate(model, data.tokenizer, items, dtype=dtype))
         if config.sample_tokens and due(config.sample_every) and data.tokenizer and world.rank == 0:
             with autocast(device, dtype):
@@ -323,8 +338,8 @@ def main(words: list[str]) -> None:
     name = words[0] if words and not words[0].startswith("-") else DEFAULT_PRESET
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
-        raise ValueError(f"there is no preset {name!r}; " + (f"did you mean {near[0]}? " if near else "")
-                         + f"presets: {', '.join(PRESETS)}")
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no preset {name!r}; {hint}presets: {', '.join(PRESETS)}")
     config = parse(TrainConfig, words[words[:1] == [name]:], "train.py [PRESET]",
                    {"out": f"out/{name}", **PRESETS[name].settings}, PRESETS[name].about(__doc__))
     train(config)

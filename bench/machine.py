@@ -46,7 +46,8 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def write_results(name: str, device: torch.device, rows: list[dict[str, Any]], **facts: Any) -> Path:
+def write_results(name: str, device: torch.device, rows: list[dict[str, Any]],
+                  **facts: Any) -> Path:
     """bench/results/<name>.json: the rows with date, machine and versions."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"

@@ -32,7 +32,7 @@ RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_
 @dataclass(frozen=True)
 class BenchConfig:
     nanogpt: str = option("", "a checkout of nanoGPT; empty: only ours")
-    input: str = option("", "a local copy of tiny shakespeare; empty: data.shakespeare downloads it")
+    input: str = option("", "a local copy of the text; empty: data.shakespeare downloads it")
     rounds: int = option(1, "how often each runs; medians count")
     save: bool = option(False, "write bench/results/shakespeare.json")
 
@@ -43,7 +43,8 @@ def ours(folder: Path) -> tuple[float, float]:
     subprocess.run([sys.executable, "train.py", "shakespeare", f"--out={folder}", "--device=cpu"],
                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     taken = time.perf_counter() - start
-    return [line["val_loss"] for line in read_log(folder / "log.jsonl") if "val_loss" in line][-1], taken
+    losses = [line["val_loss"] for line in read_log(folder / "log.jsonl") if "val_loss" in line]
+    return losses[-1], taken
 
 
 def theirs(checkout: Path, text: Path, folder: Path) -> tuple[float, float]:
@@ -72,7 +73,8 @@ def main(words: list[str]) -> None:
             if config.nanogpt:
                 runs.setdefault("nanoGPT", []).append(
                     theirs(Path(config.nanogpt).resolve(), text, Path(scratch) / f"theirs{i}"))
-    rows = [{"who": who, "val_loss_per_byte": round(statistics.median(loss for loss, _ in found), 4),
+    rows = [{"who": who,
+             "val_loss_per_byte": round(statistics.median(loss for loss, _ in found), 4),
              "seconds": round(statistics.median(taken for _, taken in found), 1)}
             for who, found in runs.items()]
     for row in rows:

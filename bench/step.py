@@ -36,7 +36,8 @@ class StepConfig:
     row: Literal["yes", "no"] = option("no", "print one measurement as JSON (used inside)")
 
 
-def measure(shape: str, dtype: str, mode: str, device: torch.device, repeats: int) -> dict[str, Any]:
+def measure(shape: str, dtype: str, mode: str, device: torch.device,
+            repeats: int) -> dict[str, Any]:
     """One row of the table."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")

@@ -93,7 +93,7 @@ def library() -> Path:
 
 
 def library_files() -> list[Path]:
-    """The .py files of the standard library in a fixed order, without tests and installed packages."""
+    """The .py files of the standard library in a fixed order; no tests, no installed packages."""
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = [path for path in library().rglob("*.py")
              if not skipped & set(path.relative_to(library()).parts)]

@@ -23,12 +23,12 @@ class WindowLoader:
     """Serves a split to one rank of `world`. Shapes: B micro_batch, T block_size."""
 
     def __init__(self, tokens: Tokens, block_size: int, batch_tokens: int, micro_batch: int,
-                 seed: int = 0, rank: int = 0, world: int = 1):
+                 seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False):
         if len(tokens) <= block_size:
             raise ValueError(f"block_size={block_size} is longer than the data, which has "
                              f"{len(tokens):,} tokens; choose one below that or prepare more data")
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.pin = rank, world, pin
         self.windows = -(-(len(tokens) - 1) // block_size)          # per epoch
         self.per_step = batch_tokens // block_size
         self.accumulation, self.micro_batch = divide_step(batch_tokens, micro_batch, block_size,
@@ -57,7 +57,8 @@ class WindowLoader:
         """This rank's micro-batches of a step: inputs and targets, (B, T) int64 each."""
         mine = self.order(step).reshape(self.accumulation, self.world, self.micro_batch)
         for windows in mine[:, self.rank]:
-            yield read_windows(self.tokens, windows, self.block_size)
+            x, y = read_windows(self.tokens, windows, self.block_size)
+            yield (x.pin_memory(), y.pin_memory()) if self.pin else (x, y)  # pinned: copied aside
 
 
 def divide_step(batch_tokens: int, micro_batch: int, block_size: int,

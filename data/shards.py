@@ -4,8 +4,8 @@ A data set is a folder:
 
     train_0000.npy ... val_0000.npy    one flat array of ids each, uint16 or uint32, whole documents
     tokenizer.json                     the tokenizer that made them (bpe.Tokenizer.load)
-    meta.json                          counts, checksums, source, the tokenizer's hash; written last,
-                                       so a folder that has it is complete
+    meta.json                          counts, checksums, source, the tokenizer's hash; written
+                                       last, so a folder that has it is complete
 
 The `.bin` shards of llm.c and modded-nanogpt are read too: 256 int32 (magic 20240520, version 1,
 number of tokens), then uint16 ids of GPT-2's tokenizer, "train" or "val" in the file's name.
@@ -137,7 +137,7 @@ class ShardWriter:
                 self.meta, self.documents = saved["meta"], saved["documents"]
                 return
         for old in [self.folder / "meta.json", progress, *self.folder.glob("*.npy")]:
-            old.unlink(missing_ok=True)                             # meta.json first: incomplete now
+            old.unlink(missing_ok=True)                             # meta.json first: incomplete
 
     def tokens(self, split: str) -> int:
         """Tokens of a split so far, those of its unfinished shard included."""

@@ -14,7 +14,7 @@ ENDINGS = (".txt", ".jsonl", ".parquet")
 
 
 def find_files(source: str | Path) -> list[Path]:
-    """The text files that `source` names: a file, a folder (searched below), or several by comma."""
+    """The text files that `source` names: a file, a folder (searched below), several by comma."""
     files: list[Path] = []
     for name in str(source).split(","):
         path = Path(name)

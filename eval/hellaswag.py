@@ -1,3 +1,377 @@
-"""placeholder, replaced below"""
-def load_items(path=None): raise NotImplementedError
-def evaluate(*a, **k): raise NotImplementedError
+"""HellaSwag: does the model find the right ending of a text more likely than three wrong ones?
+
+    python -m eval.hellaswag --model=gpt2|FOLDER|RUN [--file=PATH] [--limit=N] [--style=harness]
+
+    items = load_items()                           # the 10,042 official validation items
+    result = evaluate(model, tokenizer, items)     # acc, acc_norm, acc_bytes, n, 95% intervals
+
+Every ending is scored by the sum of its tokens' log-probabilities after the context. A style is a
+preparation of the text and what acc_norm divides the sum by; figures of two styles do not compare:
+
+    completion   ctx, then " " + ending, as in the file; acc_norm: per token
+    harness      "activity_label: ctx_a Ctx_b" without WikiHow's [marks]; acc_norm: per character
+
+acc takes the largest sum, acc_bytes the largest sum per UTF-8 byte of the ending, in both styles.
+GPT-2 (124M) has acc 0.2859, acc_norm 0.2955 by completion and 0.2892, 0.3114 in the harness.
+
+An item's context is computed once for its four endings. Items that are longer than the model's
+context lose tokens on the left; `cut` counts them.
+
+References: Zellers et al. 2019, "HellaSwag" (1905.07830); completion as in llm.c and build-nanogpt;
+harness as in EleutherAI's lm-evaluation-harness (lm_eval/tasks/hellaswag), whose acc_norm divides
+by len(ending), that is characters, without the space before it.
+"""
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Literal, Sequence, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from config import option, parse, run_command
+from data.texts import download
+from device import autocast, pick_device, pick_dtype
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+FILE = Path(__file__).parents[1] / "data" / "hellaswag" / "hellaswag_val.jsonl"
+
+ENDINGS = 4
+IGNORE = -100
+CPU_BATCH, GPU_BATCH = 2048, 32768          # tokens of a batch where none are given
+PARTS = 8           # a batch's endings run in so many parts, by length: 92 inputs an item, not 139
+LOGIT_ROWS = 64     # at once: 13 MB for GPT-2, which stay in the cache; 1.5 x faster than 1024
+METRICS = {"acc": "correct", "acc_norm": "correct_norm", "acc_bytes": "correct_bytes"}
+
+Style = Literal["completion", "harness"]
+
+
+@dataclass(frozen=True)
+class HellaSwagConfig:
+    model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium")
+    file: str = option("", "local HellaSwag file; empty: the official one, downloaded once")
+    limit: int = option(0, "the first so many items; 0 is all")
+    style: Style = option("completion", "preparation of the text; acc_norm per token or character")
+    batch_tokens: int = option(0, "tokens of a batch, at most; 0: 2048 on a CPU, 32768 on a GPU")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+
+    def __post_init__(self):
+        for name in ("limit", "batch_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
+class Item:
+    context: str                # of the style "completion"
+    harness_context: str        # of the style "harness", still with its marks
+    endings: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is known about each ending of N items; all but `cut` are (N, 4)."""
+    sums: torch.Tensor          # float64, log-probability of the ending in nats
+    tokens: torch.Tensor        # int64, that were scored
+    characters: torch.Tensor    # int64, of the ending without the space before it
+    bytes: torch.Tensor         # int64, the same in UTF-8
+    cut: torch.Tensor           # (N,) bool, whether the item was too long for the model
+
+    def decisions(self, style: Style) -> dict[str, torch.Tensor]:
+        """The ending that each metric chooses: (N,) int64, the first of equals."""
+        length = self.tokens if style == "completion" else self.characters
+        return {"acc": self.sums.argmax(1), "acc_norm": (self.sums / length).argmax(1),
+                "acc_bytes": (self.sums / self.bytes).argmax(1)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Items from a file.
+
+def load_items(path: str | Path | None = None) -> list[Item]:
+    """The items of a JSONL file: official records, or {"query", "endings", "label"}.
+
+    None is the official validation file, downloaded once. In a process group all ranks must call.
+    """
+    if path is None:
+        path = _download()
+    elif not Path(path).is_file():
+        raise FileNotFoundError(f"there is no HellaSwag file {path}")
+    with open(path, "rb") as file:
+        items = [_parse(line, f"{path}, line {number}") for number, line in enumerate(file, 1)
+                 if line.strip()]
+    if not items:
+        raise ValueError(f"{path} holds no HellaSwag items")
+    return items
+
+
+def _download() -> Path:
+    instead = "python -m eval.hellaswag --file=FILE"
+    if not dist.is_initialized():
+        return download(URL, FILE, SHA256, instead)
+    first = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0     # one process a machine
+    if first:
+        download(URL, FILE, SHA256, instead)
+    dist.barrier()
+    return FILE
+
+
+def _parse(line: bytes, place: str) -> Item:
+    try:
+        record = json.loads(line)
+    except ValueError as error:                                     # not JSON, or not UTF-8
+        raise ValueError(f"{place} is no JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} is no JSON object")
+    names = ("query",) if "query" in record else ("ctx", "activity_label", "ctx_a", "ctx_b")
+    for name in names:
+        if not isinstance(record.get(name), str):
+            raise ValueError(f"{place} has no text {name!r}; an item has ctx, activity_label, "
+                             f"ctx_a and ctx_b, or query")
+    endings, label = record.get("endings"), record.get("label")
+    if not (isinstance(endings, list) and len(endings) == ENDINGS
+            and all(isinstance(ending, str) for ending in endings)):
+        raise ValueError(f"{place}: endings is not a list of {ENDINGS} texts")
+    if str(label) not in map(str, range(ENDINGS)):                  # Hugging Face's copy has texts
+        raise ValueError(f"{place}: label is {label!r}, not 0 to {ENDINGS - 1}")
+    context = record[names[0]]
+    if not context.strip():
+        raise ValueError(f"{place}: {names[0]} is empty")
+    harness = context if "query" in record else (
+        f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
+    return Item(context, harness, tuple(endings), int(label))
+
+
+def without_marks(text: str) -> str:
+    """The harness's cleaning: WikiHow's " [title]" is a full stop, other [marks] are nothing."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def prepare(tokenizer: Any, item: Item,
+            style: Style) -> tuple[list[int], list[list[int]], tuple[str, ...]]:
+    """Token ids of the context, of each ending with its space, and the endings as texts."""
+    encode = tokenizer.encode
+    if style == "completion":
+        ids, endings = encode(item.context), item.endings
+        ending_ids = [encode(" " + ending) for ending in endings]
+    else:
+        # The harness gives spaces at the context's end to the endings, and encodes both together.
+        context = without_marks(item.harness_context)
+        endings = tuple(without_marks(ending) for ending in item.endings)
+        ids = encode(context.rstrip())
+        ending_ids = [encode(f"{context} {ending}")[len(ids):] for ending in endings]
+    if not ids or not all(ending_ids):
+        raise ValueError(f"style {style} leaves no token of the context or of an ending of "
+                         f"{item.context[:60]!r}")
+    return ids, ending_ids, endings
+
+
+# ------------------------------------------------------------------------------------------------
+# Scores. Shapes: B contexts of a batch, R endings of a part of it, L tokens of context that are
+# computed once, T tokens after them, C channels, V vocabulary.
+
+@dataclass(frozen=True)
+class Question:
+    """Endings that follow the same tokens. An item is one; if its endings are cut, several."""
+    context: tuple[int, ...]
+    endings: list[list[int]]
+    slots: list[int]                    # where their sums go: 4 * item + ending
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + max(map(len, self.endings))
+
+
+class SharedContext:
+    """Stands in for a model.KVCache: many endings read the keys and values of few contexts.
+
+    Row r continues context `rows[r]` of the cache. Nothing is kept, and a layer's copy of the
+    contexts is gone when the layer is done; a cache for all endings would be 4 x larger.
+    """
+
+    def __init__(self, cache: Any, rows: torch.Tensor):
+        self.cache, self.rows, self.length = cache, rows, cache.length
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """k, v (R, H, T, D) of the endings -> (R, H, L + T, D) with those of their contexts."""
+        return (torch.cat([self.cache.keys[layer][self.rows], k], dim=2),
+                torch.cat([self.cache.values[layer][self.rows], v], dim=2))
+
+
+def questions_of(n: int, context: list[int], endings: list[list[int]],
+                 block_size: int) -> list[Question]:
+    """Item n, cut from the left to block_size inputs; an ending's last token is no input."""
+    questions: dict[tuple[int, ...], Question] = {}
+    for i, ending in enumerate(endings):
+        over = max(0, len(context) + len(ending) - (block_size + 1))
+        ids, start = (context + ending)[over:], max(1, len(context) - over)
+        head = tuple(ids[:start])
+        question = questions.setdefault(head, Question(head, [], []))
+        question.endings.append(ids[start:])
+        question.slots.append(ENDINGS * n + i)
+    return list(questions.values())
+
+
+def batches_of(questions: list[Question], batch_tokens: int) -> Iterator[list[Question]]:
+    """Questions with contexts of similar lengths, at most batch_tokens in all their padded rows."""
+    batch: list[Question] = []
+    longest = 0
+    for question in sorted(questions, key=lambda q: (len(q.context), q.length)):
+        longest = max(longest, question.length)
+        if batch and ENDINGS * (len(batch) + 1) * longest > batch_tokens:
+            yield batch
+            batch, longest = [], question.length
+        batch.append(question)
+    if batch:
+        yield batch
+
+
+def score_batch(model: nn.Module, batch: list[Question], sums: torch.Tensor) -> None:
+    """Write the log-probability of every ending of the batch into its slot of sums (4 N,)."""
+    device = sums.device
+    # Positions are absolute, so rows cannot be padded on the left. What contexts have in common is
+    # a length: that of the shortest. The few tokens beyond it go with each ending.
+    L = min(len(question.context) for question in batch)
+    cache = model.new_cache(len(batch), L)
+    heads = torch.tensor([question.context[:L] for question in batch], device=device)   # (B, L)
+    last = model.features(heads, cache)[:, -1:]                     # (B, 1, C)
+    rows = [(list(question.context[L:]), ending, b, slot) for b, question in enumerate(batch)
+            for ending, slot in zip(question.endings, question.slots)]
+    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    size = math.ceil(len(rows) / PARTS)
+    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
+        T = max(len(rest) + len(ending) for rest, ending, *_ in part)
+        ids = torch.tensor([(rest + ending + T * [0])[:T] for rest, ending, *_ in part])
+        targets = torch.tensor([(len(rest) * [IGNORE] + ending + T * [IGNORE])[:T]
+                                for rest, ending, *_ in part])      # (R, T)
+        which, slots = (torch.tensor(column, device=device)
+                        for column in list(zip(*part))[2:])         # (R,) each
+        x = last[which]                                             # (R, 1, C), predicts ids[:, 0]
+        if T > 1:
+            tail = model.features(ids[:, :-1].to(device), SharedContext(cache, which))
+            x = torch.cat([x, tail], dim=1)                         # (R, T, C)
+        r, t = (targets != IGNORE).nonzero(as_tuple=True)           # of the ending's tokens only
+        found = log_probs(model, x[r.to(device), t.to(device)], targets[r, t].to(device))
+        sums[slots] = found.new_zeros(len(part)).index_add(0, r.to(device), found)
+
+
+def log_probs(model: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of each target after its hidden state: x (N, C), targets (N,) -> (N,) float32."""
+    V = model.config.vocab_size                                     # padded ids are no tokens
+    return torch.cat([-F.cross_entropy(model.lm_head(rows)[:, :V].float(), ids, reduction="none")
+                      for rows, ids in zip(x.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))])
+
+
+@torch.no_grad()
+def score(model: nn.Module, tokenizer: Any, items: Sequence[Item], style: Style = "completion",
+          batch_tokens: int = 0, dtype: torch.dtype = torch.float32,
+          progress: bool = False) -> Scores:
+    """Score every ending of the items, on this rank alone.
+
+    The methods of a module that torch.compile wraps are those of the plain one: nothing is compiled
+    here, whatever the lengths.
+    """
+    if style not in get_args(Style):
+        raise ValueError(f"style={style!r} is unknown; choose {' or '.join(get_args(Style))}")
+    if tokenizer is None or tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError("HellaSwag needs the model's tokenizer; "
+                         + (f"this one has {tokenizer.vocab_size} tokens, the model "
+                            f"{model.config.vocab_size}" if tokenizer else "there is none"))
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    batch_tokens = batch_tokens or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+    prepared = [prepare(tokenizer, item, style) for item in items]
+    questions = [question for n, (context, endings, _) in enumerate(prepared)
+                 for question in questions_of(n, context, endings, block_size)]
+    sums = torch.zeros(ENDINGS * len(items), device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(device, dtype), tqdm(total=len(items), unit="item",
+                                           disable=not progress) as bar:
+            for batch in batches_of(questions, batch_tokens):
+                score_batch(model, batch, sums)
+                bar.update(len({slot // ENDINGS for question in batch for slot in question.slots}))
+    finally:
+        model.train(was_training)
+    tokens = torch.zeros(len(sums), dtype=torch.long)
+    for question in questions:
+        tokens[question.slots] = torch.tensor([len(ending) for ending in question.endings])
+    lengths = torch.tensor([[len(ending), len(ending.encode())] for *_, endings in prepared
+                            for ending in endings], dtype=torch.long).view(len(items), ENDINGS, 2)
+    cut = [len(context) + max(map(len, endings)) > block_size + 1
+           for context, endings, _ in prepared]
+    return Scores(sums.double().cpu().view(len(items), ENDINGS), tokens.view(len(items), ENDINGS),
+                  lengths[..., 0], lengths[..., 1], torch.tensor(cut, dtype=torch.bool))
+
+
+def evaluate(model: nn.Module, tokenizer: Any, items: Sequence[Item], style: Style = "completion",
+             batch_tokens: int = 0, dtype: torch.dtype = torch.float32,
+             progress: bool = False) -> dict[str, Any]:
+    """Accuracies of a GPT; in a process group each rank takes its share of the items.
+
+    Returns style, n, cut (items longer than the model's context), acc, acc_norm, acc_bytes, the
+    number of correct items behind each, and a 95% interval for each.
+    """
+    if not items:
+        raise ValueError("there are no items to evaluate")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = items[rank::world]
+    scores = score(model, tokenizer, mine, style, batch_tokens, dtype, progress and rank == 0)
+    labels = torch.tensor([item.label for item in mine], dtype=torch.long)
+    right = [(choice == labels).sum() for choice in scores.decisions(style).values()]
+    counts = torch.stack([torch.tensor(len(mine)), scores.cut.sum(), *right])
+    if world > 1:
+        device = next(model.parameters()).device
+        counts = counts.to(device) if device.type == "cuda" else counts     # NCCL needs it there
+        dist.all_reduce(counts)
+    n, cut, *correct = counts.tolist()
+    result: dict[str, Any] = {"style": style, "n": n, "cut": cut}
+    for name, k in zip(METRICS, correct):
+        result.update({name: k / n, METRICS[name]: k, f"{name}_interval": wilson_interval(k, n)})
+    return result
+
+
+def wilson_interval(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a share k / n (Wilson 1927), which stays within 0 and 1."""
+    middle, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    return (middle - spread) / (n + z * z), (middle + spread) / (n + z * z)
+
+
+def main(words: list[str]) -> None:
+    from sample import load_model
+    config = parse(HellaSwagConfig, words, "python -m eval.hellaswag", about=__doc__)
+    device = pick_device(config.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                    # started by torchrun
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    items = load_items(config.file or None)[:config.limit or None]
+    model, tokenizer = load_model(config.model, device)
+    result = evaluate(model, tokenizer, items, config.style, config.batch_tokens,
+                      pick_dtype(config.dtype, device), progress=True)
+    if dist.is_initialized():
+        rank = dist.get_rank()
+        dist.barrier()              # gloo aborts at times where one rank leaves while others talk
+        dist.destroy_process_group()
+        if rank > 0:
+            return
+    print(f"{config.model} on {result['n']:,} HellaSwag items, style {config.style}")
+    unit = "token" if config.style == "completion" else "character"
+    for name, rule in zip(METRICS, ("sum", f"mean per {unit}", "mean per byte")):
+        low, high = result[f"{name}_interval"]
+        print(f"  {name:9} {result[name]:.4f}  ({result[METRICS[name]]:,} right)  95% interval "
+              f"{low:.4f} to {high:.4f}  largest {rule} of log-probabilities")
+    if result["cut"]:
+        print(f"  {result['cut']:,} items are longer than the context of {model.config.block_size} "
+              f"tokens; they lost tokens on the left")
+
+
+if __name__ == "__main__":
+    run_command(main)

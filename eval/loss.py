@@ -20,7 +20,7 @@ from device import autocast, pick_device, pick_dtype
 
 @dataclass(frozen=True)
 class LossConfig:
-    model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium, ...")
+    model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, gpt2, gpt2-medium, ...")
     data: str = option("corpus", "data set: a name under data/ or a folder of shards")
     split: Literal["train", "val"] = option("val", "which part of it")
     limit: int = option(0, "tokens to evaluate, spread over the split; 0 is all")

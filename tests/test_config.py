@@ -73,8 +73,8 @@ def test_help_shows_type_default_and_meaning_of_every_setting(capsys):
         parse(Outer, ["--help"], "prog", {"rate": 0.5})
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for part in ("--rate float", "a rate of 50% [0.5]", "--kind cosine|linear", "--model.n_layer int",
-                 "blocks [12]", "--fast [true|false]"):
+    for part in ("--rate float", "a rate of 50% [0.5]", "--kind cosine|linear",
+                 "--model.n_layer int", "blocks [12]", "--fast [true|false]"):
         assert part in text
 
 

@@ -31,7 +31,8 @@ def modules():
     files = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("data/*.py"), *REPOSITORY.glob("eval/*.py")]
     for path in files:
         if path.name != "__init__.py":
-            yield path.relative_to(REPOSITORY).with_suffix("").as_posix(), ast.parse(path.read_text())
+            name = path.relative_to(REPOSITORY).with_suffix("").as_posix()
+            yield name, ast.parse(path.read_text())
 
 
 def test_imports_point_down_only():

@@ -205,7 +205,8 @@ def test_sampling_draws_from_the_distribution_that_its_settings_describe():
     # 20,000 draws: the standard deviation of a share is at most 0.0036
     p = logits[0].softmax(-1)
     torch.testing.assert_close(share(), p, rtol=0, atol=0.015)
-    torch.testing.assert_close(share(temperature=2.0), (logits[0] / 2).softmax(-1), rtol=0, atol=0.015)
+    torch.testing.assert_close(share(temperature=2.0), (logits[0] / 2).softmax(-1),
+                               rtol=0, atol=0.015)
     torch.testing.assert_close(share(top_k=2), torch.tensor([p[0], p[1], 0, 0]) / p[:2].sum(),
                                rtol=0, atol=0.015)
     # p = .644 .237 .087 .032: the first two reach 0.7
@@ -319,7 +320,8 @@ def test_recorded_activations_of_a_trained_gpt_are_reproduced(shared):
                            if not name.endswith(".attn.bias")})         # the causal mask
     outputs = {}
     for i, block in enumerate(model.transformer.h):
-        block.register_forward_hook(lambda module, args, out, i=i: outputs.update({f"block{i}": out}))
+        block.register_forward_hook(
+            lambda module, args, out, name=f"block{i}": outputs.update({name: out}))
     model.transformer.ln_f.register_forward_hook(lambda module, args, out: outputs.update(ln_f=out))
     with torch.no_grad():
         outputs["lm_head"] = model(recorded["idx"].long())[0]

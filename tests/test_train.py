@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import torch
 import checkpoint
 import launch
 import report
-import train as loop
 from config import build
 from data import loader, shards
 from model import IGNORE, GPT
@@ -72,7 +70,8 @@ def one_batch_run(tmp_path_factory, request):
     """The reference of the matrix below: one rank, the whole step as one micro-batch."""
     from data.corpus import CorpusConfig, prepare
     folder = tmp_path_factory.mktemp("reference")
-    (folder / "text.txt").write_text("".join(f"line {i * i % 97} of the text\n" for i in range(300)))
+    text = "".join(f"line {i * i % 97} of the text\n" for i in range(300))
+    (folder / "text.txt").write_text(text)
     data = prepare(CorpusConfig(source=str(folder / "text.txt"), tokenizer="bytes",
                                 out=str(folder / "data")))
     return data, run_worker(folder / "run", data, ranks=1, micro_batch=16)
@@ -83,9 +82,9 @@ def run_worker(out, data, ranks, micro_batch, compile="off"):
     command = [sys.executable] if ranks == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     words = ["--max_steps=20", "--batch_tokens=512", f"--micro_batch={micro_batch}",
-             "--learning_rate=1e-2", "--min_learning_rate=1e-3", "--eval_every=10", "--save_every=0",
-             "--dtype=float32", "--device=cpu", f"--compile={compile}", "--sample_tokens=0",
-             "--log_every=7",
+             "--learning_rate=1e-2", "--min_learning_rate=1e-3", "--eval_every=10",
+             "--save_every=0", "--dtype=float32", "--device=cpu", f"--compile={compile}",
+             "--sample_tokens=0", "--log_every=7",
              *(f"--model.{key}={value}" for key, value in MODEL.items()), f"--data={data}",
              f"--out={out}"]
     run = subprocess.run([*command, str(REPOSITORY / "tests/worker.py"), str(out / "gradients"),
@@ -308,7 +307,8 @@ def test_a_run_starts_from_the_weights_of_another(dataset, tmp_path):
     train(settings(dataset, tmp_path / "next", max_steps=1, learning_rate=0.0,
                    min_learning_rate=0.0, init_from=str(tmp_path / "base"), model={}))
     base = checkpoint.load(tmp_path / "base" / "best.pt")["model"]
-    assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tmp_path / "next").items())
+    for name, tensor in weights(tmp_path / "next").items():
+        assert torch.equal(tensor, base[name]), name
 
 
 def test_a_dry_run_tells_everything_and_writes_nothing(dataset, tmp_path, capsys):
@@ -331,7 +331,8 @@ def test_unlabelled_text_of_the_example_stands_in_brackets():
     assert report.marked_example(x, y, tokenizer).strip() == "[ask:]yes!"
 
 
-def test_a_failing_compiler_costs_a_warning_and_nothing_else(dataset, tmp_path, monkeypatch, capsys):
+def test_a_failing_compiler_costs_a_warning_and_nothing_else(dataset, tmp_path, monkeypatch,
+                                                            capsys):
     train(settings(dataset, tmp_path / "plain", max_steps=4))
 
     def broken(network, **options):
