@@ -1,0 +1,186 @@
+"""What runs have logged, as arrays, as a line of text, and as a plot for the terminal.
+
+    run = load_run(Path("out/demo"), "demo")
+    run.steps["loss"]; run.x("time"); run.measured("val_loss", "tokens")
+    print(status(run)); print(text_plot([run], "tokens", smooth=20, width=80, height=16))
+
+In: a run's log.jsonl, config.json and run.json (report.py). experiments/plots.py draws from this.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from report import read_log
+
+STEP_KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s")
+AXES = {"tokens": "tokens", "time": "seconds", "steps": "step"}     # name on the command line: key
+# Okabe and Ito 2008, but for yellow, which white paper swallows; in an order of strong contrasts.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BRAILLE = np.array([[1, 8], [2, 16], [4, 32], [64, 128]])           # bits of a character's 8 dots
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has logged. steps: STEP_KEYS and "seconds", a value for each training step."""
+    name: str
+    steps: dict[str, np.ndarray]
+    evaluations: list[dict[str, Any]]
+    config: dict[str, Any]
+    summary: dict[str, Any]                                         # run.json
+
+    def __len__(self) -> int:
+        return len(self.steps["step"])
+
+    @property
+    def finished(self) -> bool:
+        return "final" in self.summary
+
+    def x(self, axis: str) -> np.ndarray:
+        return self.steps[AXES[axis]]
+
+    def measured(self, key: str, axis: str) -> tuple[np.ndarray, np.ndarray]:
+        """(x, values) of the evaluations that measured `key`."""
+        lines = [line for line in self.evaluations if isinstance(line.get(key), (int, float))]
+        x = np.interp([line["step"] for line in lines], [0, *self.steps["step"]],
+                      [0, *self.x(axis)])
+        return x, np.array([line[key] for line in lines], float)
+
+
+def load_run(folder: Path, name: str) -> Run:
+    """Read a run's folder; one without a training step so far has empty arrays.
+
+    "seconds" is time of training: evaluations, saves and pauses are not in it.
+    """
+    path = folder / "log.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run in {folder}: {path} is missing; a run is a "
+                                f"folder that train.py wrote, such as out/demo")
+    summary = _json(folder / "run.json")        # first: with "final" in it, the log is whole
+    lines = [line for line in read_log(path) if isinstance(line, dict) and "step" in line]
+    training = [line for line in lines if "loss" in line]
+    steps = {key: np.array([line.get(key, np.nan) for line in training], float)
+             for key in STEP_KEYS}
+    speed = np.where(steps["tokens_per_s"] > 0, steps["tokens_per_s"], np.inf)
+    steps["seconds"] = np.cumsum(np.diff(steps["tokens"], prepend=0) / speed)
+    return Run(name, steps, [line for line in lines if "loss" not in line],
+               _json(folder / "config.json"), summary)
+
+
+def load_runs(folders: list[str]) -> list[Run]:
+    """Runs under the names of their folders, or their paths where two names are the same."""
+    names = [Path(folder).resolve().name for folder in folders]
+    return [load_run(Path(folder), name if names.count(name) == 1 else folder)
+            for folder, name in zip(folders, names)]
+
+
+def moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each value and its neighbours, `window` together; what is not finite is left out.
+
+    Centred: an exponential average lags, which draws training loss above validation loss while
+    both fall. Near the start, where losses are steep, the window shrinks to stay centred; near the
+    end, where they are flat, it keeps the half that is there.
+
+        moving_average([8, 4, 2, 2, 6], 3) is [8, (8+4+2)/3, (4+2+2)/3, (2+2+6)/3, (2+6)/2]
+    """
+    values = np.asarray(values, float)
+    index = np.arange(len(values))
+    half = np.minimum(window // 2, index)
+    start, stop = index - half, np.minimum(len(values), index + half + 1)
+    finite = np.isfinite(values)
+    total = np.cumsum([0.0, *np.where(finite, values, 0)])
+    count = np.cumsum([0, *finite])
+    number = count[stop] - count[start]
+    return np.where(number > 0, (total[stop] - total[start]) / np.maximum(number, 1), np.nan)
+
+
+def window_of(runs: list[Run], smooth: int) -> int:
+    """Steps to average over: what was asked for, or a fiftieth of the longest run."""
+    return smooth or max(1, max(map(len, runs)) // 50)
+
+
+def status(run: Run) -> str:
+    """The last figures of a run in a line."""
+    if not len(run):
+        return f"{run.name}: no training step so far"
+    last = {key: values[-1] for key, values in run.steps.items()}
+    most, val = run.config.get("max_steps") or 0, run.measured("val_loss", "steps")[1]
+    speed = max(last["tokens_per_s"], 1e-9)
+    left = duration((most - last["step"]) * last["tokens"] / last["step"] / speed)
+    end = ", finished" if run.finished else f", {left} left" if most > last["step"] else ""
+    return (f"{run.name}: step {last['step']:.0f}" + (f"/{most}" if most else "")
+            + f", loss {last['loss']:.4f}" + (f", validation {val[-1]:.4f}" if len(val) else "")
+            + f", lr {last['lr']:.1e}, norm {last['grad_norm']:.2f}, {short(speed)} tok/s" + end)
+
+
+def short(number: float) -> str:
+    """1500000 as "1.5M"."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def text_plot(runs: list[Run], axis: str, smooth: int, width: int, height: int,
+              color: bool = False) -> str:
+    """Training loss in braille characters, 2 x 4 dots each; runs differ by colour, if at all."""
+    runs = [run for run in runs if np.isfinite(run.steps["loss"]).any()]
+    if not runs:
+        return ""
+    curves = [moving_average(run.steps["loss"], window_of(runs, smooth)) for run in runs]
+    bottom, top = limits(curves)
+    end = max(run.x(axis)[-1] for run in runs)
+    width -= 8                                                      # for the labels
+    dots = np.zeros((4 * height, 2 * width), int)                   # 0, or 1 + the run's number
+    for number, (run, curve) in enumerate(zip(runs, curves), 1):
+        x, seen = run.x(axis) / (end or 1) * (2 * width - 1), np.isfinite(curve)
+        columns = np.arange(int(x[seen][0]), int(x[seen][-1]) + 1)
+        share = (top - np.interp(columns, x[seen], curve[seen])) / (top - bottom)
+        rows = np.clip(np.round(share * (4 * height - 1)), 0, 4 * height - 1).astype(int)
+        for column, row, before in zip(columns, rows, [rows[0], *rows]):
+            dots[min(row, before):max(row, before) + 1, column] = number
+    labels = {0: f"{top:.3f}", height // 2: f"{(top + bottom) / 2:.3f}",
+              height - 1: f"{bottom:.3f}"}
+    lines = [f"{labels.get(r, ''):>6} ⎸" + "".join(
+        _character(dots[4 * r:4 * r + 4, 2 * c:2 * c + 2], color) for c in range(width))
+        for r in range(height)]
+    right = duration(end) if axis == "time" else f"{short(end)} {axis}"
+    return "\n".join([*lines, " " * 8 + "0" + right.rjust(width - 1)])
+
+
+def limits(curves: list[np.ndarray]) -> tuple[float, float]:
+    """(bottom, top) of an axis that shows the curves, but for the fall from ln V: the first 1%, or
+    5% of a long one, may leave at the top."""
+    shown = np.concatenate([curve[len(curve) // (20 if len(curve) > 2000 else 100):]
+                            for curve in curves])
+    shown = shown[np.isfinite(shown)]
+    if not len(shown):
+        return 0.0, 1.0
+    margin = 0.04 * (shown.max() - shown.min()) or 0.1
+    return shown.min() - margin, shown.max() + margin
+
+
+def _character(cell: np.ndarray, color: bool) -> str:
+    """The braille character of 4 x 2 dots, in the colour of its topmost run."""
+    text = chr(0x2800 + int(BRAILLE[cell > 0].sum())) if cell.any() else " "
+    if not (color and cell.any()):
+        return text
+    red, green, blue = bytes.fromhex(PALETTE[(cell.max() - 1) % len(PALETTE)][1:])
+    return f"\033[38;2;{red};{green};{blue}m{text}\033[0m"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty where there is none, or one that is being written."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
