@@ -364,10 +364,10 @@ def main(words: list[str]) -> None:
             return
     print(f"{config.model} on {result['n']:,} HellaSwag items, style {config.style}")
     unit = "token" if config.style == "completion" else "character"
-    for name, rule in zip(METRICS, ("sum", f"mean per {unit}", "mean per byte")):
+    for name, rule in zip(METRICS, ("", f" per {unit}", " per byte")):
         low, high = result[f"{name}_interval"]
         print(f"  {name:9} {result[name]:.4f}  ({result[METRICS[name]]:,} right)  95% interval "
-              f"{low:.4f} to {high:.4f}  largest {rule} of log-probabilities")
+              f"{low:.4f} to {high:.4f}  largest log-probability{rule}")
     if result["cut"]:
         print(f"  {result['cut']:,} items are longer than the context of {model.config.block_size} "
               f"tokens; they lost tokens on the left")

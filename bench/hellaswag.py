@@ -1,0 +1,125 @@
+"""HellaSwag against scoring it one item at a time: items a second, and the same answers.
+
+    python -m bench.hellaswag [--file=PATH] [--items=100] [--dtype=bfloat16]
+
+The other way is the usual script's (build-nanogpt's train_gpt2.py, llm.c's): an item is four rows
+of context and ending, padded; the logits of all positions; the loss of each; autocast entered for
+each item, so that the weights are cast for each. `casts_once` is the same inside one autocast: what
+is left then is what the shared context and the fewer logits save. A random GPT-2 (124M, or
+--model.n_layer=...); all ways take turns, the best of --repeats counts. Decisions and sums are
+compared in float32 too, where rounding hides nothing. Writes bench/results/hellaswag_DTYPE.json.
+"""
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Literal
+
+import torch
+from torch.nn import functional as F
+
+from bench.machine import write_results
+from bpe import Tokenizer
+from config import option, parse, run_command
+from device import autocast, pick_device, pick_dtype, synchronize
+from eval.hellaswag import Item, Scores, load_items, score
+from model import GPT, GPTConfig
+
+@dataclass(frozen=True)
+class BenchConfig:
+    file: str = option("", "HellaSwag file; empty: the official one, downloaded once")
+    items: int = option(100, "how many of its items")
+    repeats: int = option(3, "turns of each way")
+    batch_tokens: int = option(0, "tokens of a batch of ours; 0: its default")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("bfloat16", "precision")
+    model: GPTConfig = option(GPTConfig(), "the network, with random weights")
+
+
+@torch.no_grad()
+def one_at_a_time(model: GPT, tokenizer: Tokenizer, items: list[Item],
+                  dtype: torch.dtype) -> torch.Tensor:
+    """Sums of log-probabilities (N, 4), style completion, as the usual script computes them."""
+    return torch.stack([score_item(model, tokenizer, item, dtype) for item in items])
+
+
+def score_item(model: GPT, tokenizer: Tokenizer, item: Item, dtype: torch.dtype) -> torch.Tensor:
+    device = next(model.parameters()).device
+    context = tokenizer.encode(item.context)
+    endings = [tokenizer.encode(" " + ending) for ending in item.endings]
+    T = len(context) + max(map(len, endings))
+    ids, scored = torch.zeros(4, T, dtype=torch.long), torch.zeros(4, T)
+    for row, ending in enumerate(endings):
+        end = len(context) + len(ending)
+        ids[row, :end] = torch.tensor(context + ending)
+        scored[row, len(context):end] = 1
+    ids, scored = ids.to(device), scored.to(device)
+    with autocast(device, dtype):
+        logits, _ = model(ids)                                      # (4, T, V)
+    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(),
+                           reduction="none").view(4, T - 1)
+    return -(nats * scored[:, 1:]).sum(1).double().cpu()
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    synchronize(device)
+    return result, time.perf_counter() - start
+
+
+def measure(config: BenchConfig) -> dict[str, Any]:
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    torch.manual_seed(0)
+    model, tokenizer = GPT(config.model).to(device).eval(), Tokenizer.gpt2()
+    items = load_items(config.file or None)[:config.items]
+
+    def theirs(dtype: torch.dtype, once: bool = False) -> torch.Tensor:
+        with autocast(device, dtype if once else torch.float32):
+            return one_at_a_time(model, tokenizer, items, dtype)
+
+    def ours(dtype: torch.dtype) -> Scores:
+        return score(model, tokenizer, items, batch_tokens=config.batch_tokens, dtype=dtype)
+
+    one_at_a_time(model, tokenizer, items[:2], dtype)               # warm up
+    ways = {"one_at_a_time": lambda: theirs(dtype), "casts_once": lambda: theirs(dtype, True),
+            "ours": lambda: ours(dtype)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    answers = {}
+    for _ in range(config.repeats):
+        for name, run in ways.items():
+            answers[name], spent = timed(run, device)
+            seconds[name].append(spent)
+    speed = {name: len(items) / min(values) for name, values in seconds.items()}
+    return {
+        "parameters": model.num_params(), "items": len(items), "batch_tokens": config.batch_tokens,
+        "repeats": config.repeats,
+        "dtype": str(dtype).removeprefix("torch."),
+        "items_per_s": {name: round(value, 2) for name, value in speed.items()},
+        "speedup": round(speed["ours"] / speed["one_at_a_time"], 2),
+        "speedup_over_casts_once": round(speed["ours"] / speed["casts_once"], 2),
+        "seconds": {name: [round(s, 2) for s in values] for name, values in seconds.items()},
+        "in_float32": compare(theirs(torch.float32), ours(torch.float32)),
+        "in_this_dtype": compare(answers["one_at_a_time"], answers["ours"]),
+    }
+
+
+def compare(other: torch.Tensor, mine: Scores) -> dict[str, Any]:
+    """How many decisions differ between the two ways, and the largest difference of sums."""
+    lengths = {"acc": 1, "acc_norm": mine.tokens, "acc_bytes": mine.bytes}
+    choices = mine.decisions("completion")
+    return {"decisions_that_differ": {
+                metric: int(((other / length).argmax(1) != choices[metric]).sum())
+                for metric, length in lengths.items()},
+            "largest_difference_of_sums": float((other - mine.sums).abs().max())}
+
+
+def main(words: list[str]) -> None:
+    config = parse(BenchConfig, words, "python -m bench.hellaswag", about=__doc__)
+    result = measure(config)
+    path = write_results(f"hellaswag_{result['dtype']}", pick_device(config.device), [result])
+    print(path.read_text())
+
+
+if __name__ == "__main__":
+    run_command(main)
