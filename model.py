@@ -47,7 +47,7 @@ class GPTConfig:
     dropout: float = option(0.0, "share of activations dropped: embeddings, attention, residuals")
     bias: bool = option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
     vocab_multiple: int = option(1, "embedding rows are rounded up to a multiple of this (128: "
-                                    "50257 -> 50304, faster on GPUs); the extra ids are never scored "
+                                    "50257 -> 50304, faster on GPUs); the new ids are never scored "
                                     "or sampled")
 
     def __post_init__(self):

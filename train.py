@@ -138,10 +138,13 @@ def open_data(name: str, world: Processes) -> Data:
             importlib.import_module(f"data.{name}").prepare()
     world.wait()
     folder = shards.find(name)
-    file = folder / "tokenizer.json"
-    return Data(shards.read_meta(folder), shards.fingerprint(folder),
-                Tokenizer.load(file) if file.exists() else None,
-                shards.open_split(folder, "train"), shards.open_split(folder, "val"))
+    meta, file = shards.read_meta(folder), folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(file) if file.exists() else None
+    if tokenizer and meta["tokenizer_hash"] not in (None, tokenizer.hash):
+        raise ValueError(f"{file} is not the tokenizer that made the shards beside it; "
+                         f"prepare the data again")
+    return Data(meta, shards.fingerprint(folder), tokenizer, shards.open_split(folder, "train"),
+                shards.open_split(folder, "val"))
 
 
 def base_model(config: TrainConfig, data: Data) -> tuple[GPT, TrainConfig]:

@@ -300,6 +300,13 @@ def test_weights_of_another_tokenizer_are_refused(dataset, tmp_path):
         train(settings(other, tmp_path / "run", init_from=str(tmp_path / "base"), model={}))
 
 
+def test_shards_of_another_tokenizer_are_refused(dataset, tmp_path):
+    from bpe import Tokenizer
+    Tokenizer([(97, 98)], special_tokens=()).save(dataset / "tokenizer.json")
+    with pytest.raises(ValueError, match="is not the tokenizer that made the shards beside it"):
+        train(settings(dataset, tmp_path / "run"))
+
+
 # ---- the rest of a run
 
 def test_a_run_starts_from_the_weights_of_another(dataset, tmp_path):
