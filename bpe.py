@@ -100,13 +100,6 @@ def merge(word, pair, new):
 
 # ---------------------------------------------------------------------------- 2. text to pieces
 
-# Where a long text may be cut without changing its pieces: after a letter or a number, before
-# anything else. In the GPT-2 and GPT-4 patterns no piece reaches across such a place (a letter
-# is followed by letters only, a number by numbers only), and nothing looks behind.
-SAFE_CUT = regex.compile(r"(?r)(?<=[\p{L}\p{N}])(?=[^\p{L}\p{N}])")   # (?r): the last such place
-SAFE_PATTERNS = (GPT2_PATTERN, GPT4_PATTERN)
-
-
 def compile_pattern(pattern):
     """The compiled pattern, or one line that says why it cannot serve."""
     try:
@@ -179,6 +172,22 @@ def split(compiled, text):
     return pieces
 
 
+SAFE_PATTERNS = (GPT2_PATTERN, GPT4_PATTERN)
+
+
+@functools.cache
+def safe_cut():
+    """Finds the last place in a text where it may be cut without changing its pieces: after a
+    letter or a number, before anything else. In the GPT-2 and GPT-4 patterns no piece reaches
+    across (a letter is followed by letters only, a number by numbers), and nothing looks back."""
+    doubtful = np.flatnonzero(shown_as() != np.arange(0x110000))
+    runs = np.split(doubtful, np.flatnonzero(np.diff(doubtful) != 1) + 1)
+    ranges = [f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in runs if len(run)]
+    doubtful = "".join(ranges) + r"\uffff"
+    return regex.compile(rf"(?rV1)(?<=[[\p{{L}}\p{{N}}]--[{doubtful}]])"
+                         rf"(?=[^\p{{L}}\p{{N}}{doubtful}])")
+
+
 def read_blocks(paths, pattern=GPT2_PATTERN, errors="strict", block=BLOCK):
     """Yield the text of files in blocks that can be split one by one, as if they were whole."""
     for path in paths:
@@ -189,7 +198,7 @@ def read_blocks(paths, pattern=GPT2_PATTERN, errors="strict", block=BLOCK):
         rest = []   # what follows the last safe cut
         with open(path, "rb") as file:
             for text in decode_stream(file, path, errors, block):
-                cut = SAFE_CUT.search(text, 1) if pattern in SAFE_PATTERNS else None
+                cut = safe_cut().search(text, 1) if pattern in SAFE_PATTERNS else None
                 if cut:
                     yield "".join(rest) + text[:cut.start()]
                     rest = [text[cut.start():]]
@@ -227,7 +236,7 @@ def in_batches(texts, pattern):
         while start < len(text):
             cut = None
             if len(text) - start > 2 * BLOCK and pattern in SAFE_PATTERNS:
-                cut = SAFE_CUT.search(text, start + 1, start + BLOCK)
+                cut = safe_cut().search(text, start + 1, start + BLOCK)
             stop = cut.start() if cut else len(text)
             batch.append(text[start:stop])
             size += stop - start
@@ -441,8 +450,8 @@ class Corpus:
         self.id_bits = len(self.length).bit_length()
         self.position_bits = 63 - 2 * self.id_bits
         if len(flat) >> self.position_bits:
-            raise ValueError(f"{len(flat):,} bytes of distinct pieces are too many for a vocabulary "
-                             f"of {len(self.length):,}; take a smaller one, or less text")
+            raise ValueError(f"{len(flat):,} bytes of distinct pieces are too many for a "
+                             f"vocabulary of {len(self.length):,}; make one of them smaller")
         self.views = [memoryview(array) for array in
                       (self.first, self.last, self.weight, self.length)]
 

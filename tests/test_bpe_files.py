@@ -62,6 +62,11 @@ def test_the_file_can_be_read_by_people(small, tmp_path):
     assert len(lines) < len(small.merges) + 15
 
 
+def test_tokens_are_spelled_for_people():
+    assert [bpe.readable(token) for token in (b" a", b"\n\t", "é中".encode(), b"\xe4\xb8")] == [
+        " a", "\\n\\t", "é中", "\\xe4\\xb8"]
+
+
 def change(data, key):
     if key == "merges":
         data["merges"][3][0] += 1
@@ -162,7 +167,7 @@ def test_a_tokenizer_trained_by_hugging_face_keeps_its_ids(tmp_path, specials, p
     (lambda d: d["model"]["vocab"].update(unreachable=290), "'unreachable' is no byte, merge or"),
     (lambda d: d["model"]["merges"].pop(0), "not consecutive|is no byte, merge or"),
 ])
-def test_a_hugging_face_file_that_cannot_be_read_exactly_is_refused(small, tmp_path, change, reason):
+def test_a_hugging_face_file_that_would_change_ids_is_refused(small, tmp_path, change, reason):
     small.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -190,8 +195,8 @@ def test_gpt2_goes_through_every_format(tmp_path):
     tok = Tokenizer.gpt2(SHARED / "gpt2_vocab")
     tok.save(tmp_path / "tok.json")
     tok.save_pretrained(tmp_path)
-    for again in (Tokenizer.load(tmp_path / "tok.json"), Tokenizer.load(tmp_path / "tokenizer.json"),
-                  Tokenizer.from_tiktoken(tok.to_tiktoken())):
+    for again in (Tokenizer.load(tmp_path / "tok.json"), Tokenizer.from_tiktoken(tok.to_tiktoken()),
+                  Tokenizer.load(tmp_path / "tokenizer.json")):
         same(again, tok)
     assert tok.token_bytes[0] == b"!" and tok.decode([31373, 995]) == "hello world"
 
