@@ -190,11 +190,9 @@ def safe_cut():
 
 def read_blocks(paths, pattern=GPT2_PATTERN, errors="strict", block=BLOCK):
     """Yield the text of files in blocks that can be split one by one, as if they were whole."""
+    paths = list(paths)
+    file_sizes(paths)
     for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no such file: {path}")
-        if not Path(path).stat().st_size:
-            raise ValueError(f"{path} is empty; give a file with text")
         rest = []   # what follows the last safe cut
         with open(path, "rb") as file:
             for text in decode_stream(file, path, errors, block):
@@ -205,6 +203,16 @@ def read_blocks(paths, pattern=GPT2_PATTERN, errors="strict", block=BLOCK):
                 else:
                     rest.append(text)
         yield "".join(rest)
+
+
+def file_sizes(paths):
+    """The sizes in bytes; a file that is missing or empty is refused before any work is done."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        if not Path(path).stat().st_size:
+            raise ValueError(f"{path} is empty; give a file with text")
+    return [Path(path).stat().st_size for path in paths]
 
 
 def decode_stream(file, path, errors, block):
@@ -407,7 +415,8 @@ def learn_merges(pieces, num_merges, min_frequency=1, progress=False):
     """
     corpus = Corpus(pieces, num_merges)
     merges, heap, floor = [], [], None
-    with tqdm(total=num_merges, desc="merging", unit="merge", disable=not progress) as bar:
+    with tqdm(total=num_merges, desc="merging", unit="merge",
+              disable=None if progress else True) as bar:   # None: only on a terminal
         while len(merges) < num_merges:
             if not heap or -heap[0][0] < floor:
                 if floor is not None and floor <= min_frequency:
@@ -622,7 +631,7 @@ class Tokenizer:
         special_tokens = tuple(check_specials(special_tokens, 256))
         count_merges(vocab_size, special_tokens, min_frequency)
         texts = [texts] if isinstance(texts, str) else texts
-        texts = tqdm(texts, desc="counting", unit="text", disable=not progress)
+        texts = tqdm(texts, desc="counting", unit="text", disable=None if progress else True)
         pieces = count_pieces(texts, pattern, num_proc)
         return cls.from_pieces(pieces, vocab_size, pattern, special_tokens, min_frequency, progress)
 
@@ -1061,13 +1070,14 @@ def train_command(args):
     compile_pattern(pattern)
     if not Path(args.out).parent.is_dir():
         raise FileNotFoundError(f"no such folder: {Path(args.out).parent}, for --out={args.out}")
-    sizes = [Path(path).stat().st_size for path in args.files if Path(path).is_file()]
+    sizes = file_sizes(args.files)
     held_out, start = [], time.time()
 
     def training_blocks():
         """Nine of ten blocks; the tenth is kept to measure on, some 8 MB at most."""
         blocks = read_blocks(args.files, pattern, args.errors, min(BLOCK, max(sum(sizes) // 50, 1)))
-        with tqdm(total=sum(sizes), desc="counting", unit="B", unit_scale=True) as bar:
+        with tqdm(total=sum(sizes), desc="counting", unit="B", unit_scale=True,
+                  disable=None) as bar:   # None: only on a terminal
             for i, text in enumerate(blocks):
                 bar.update(len(text.encode()))
                 if i % 10 == 9 and len(held_out) < 32 and not args.no_held_out:
@@ -1153,9 +1163,16 @@ def compare_file(path, toks, errors):
     return letters.most_common(1)[0][0] if letters else "none", size, figures
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, as all of ours are."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser(prog="bpe.py", description=__doc__.split("\n")[0],
-                                     epilog="all options: python bpe.py COMMAND --help")
+    parser = Parser(prog="bpe.py", description=__doc__.split("\n")[0],
+                    epilog="all options: python bpe.py COMMAND --help")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="learn merges from text files")
     train.set_defaults(run=train_command)

@@ -25,11 +25,11 @@ def run(*args, stdin=b""):
 
 
 def refused(capsys, *args):
-    """The single line on stderr (tqdm's bar aside) of a command that must fail with 2."""
+    """The single line on stderr of a command that must fail with 2."""
+    capsys.readouterr()
     assert bpe.main([str(arg) for arg in args]) == 2
-    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
-             if line.startswith("bpe.py: ")]
-    assert len(lines) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("bpe.py: ")
     return lines[0]
 
 
@@ -127,7 +127,6 @@ def test_invalid_utf8_is_named_by_its_byte_offset(tmp_path, capsys):
     args = ["train", path, "--vocab-size=300", f"--out={out}"]
     assert f"bad.txt is not UTF-8: byte 0xff at offset {len(good)}" in refused(capsys, *args)
     assert bpe.main([*map(str, args), "--errors=replace"]) == 0
-    capsys.readouterr()
     path.write_bytes(b"text cut inside a character \xe4\xb8")
     assert "byte 0xe4 at offset 28" in refused(capsys, *args)
 
@@ -147,6 +146,19 @@ def test_bad_tokenizer_files_and_ids_are_refused(tmp_path):
         result = run("decode", f"--tokenizer={good}", stdin=ids.encode())
         assert result.returncode == 2 and message in result.stderr.decode()
         assert result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("args, message", [
+    ([], "bpe.py: the following arguments are required: COMMAND; see bpe.py --help"),
+    (["train", "x", "--out=y", "--vocab-size=big"], "--vocab-size: invalid int value: 'big'"),
+    (["train", "x", "--vocab-size=300"], "the following arguments are required: --out"),
+    (["compare", "x", "--vocab=1"], "unrecognized arguments: --vocab=1"),
+])
+def test_bad_usage_is_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bpe.main(args)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
 def test_help_needs_no_torch():
