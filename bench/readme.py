@@ -1,0 +1,93 @@
+"""Fill the generated parts of README.md: the file map with line counts, the measured tables.
+
+    python -m bench.readme             rewrites what stands between <!-- name --> and <!-- /name -->
+"""
+import ast
+import json
+import re
+from pathlib import Path
+
+from bench.machine import RESULTS
+from config import run_command
+
+REPOSITORY = Path(__file__).parent.parent
+README = REPOSITORY / "README.md"
+FOLDERS = ("", "data", "eval", "experiments", "bench")
+
+
+def file_map() -> str:
+    """Every source file with its number of lines and the first line of its docstring."""
+    rows = ["| file | lines | what it is |", "|---|---|---|"]
+    for folder in FOLDERS:
+        for path in sorted((REPOSITORY / folder).glob("*.py")):
+            text = path.read_text()
+            if path.name != "__init__.py":
+                what = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+                name = path.relative_to(REPOSITORY).as_posix()
+                rows.append(f"| `{name}` | {len(text.splitlines())} | {what.replace('|', '/')} |")
+    return "\n".join(rows)
+
+
+def step_table() -> str:
+    """bench/results/step-*.json as a table."""
+    parts = []
+    for path in sorted(RESULTS.glob("step-*.json")):
+        found = json.loads(path.read_text())
+        parts.append(f"A training step (`python -m bench.step`; {found['date']}, "
+                     f"{found['processor']}, {found['device']}, PyTorch {found['torch']}):\n\n"
+                     "| shape | precision | mode | ms | tokens/s | share of the matmul peak | MiB |\n"
+                     "|---|---|---|---|---|---|---|\n" + "\n".join(
+                         f"| {r['shape']}, {r['micro_batch']} sequences | {r['dtype']} | {r['mode']}"
+                         f" | {r['ms']:,.0f} | {r['tokens_per_s']:,} | {r['share_of_peak']:.0%} | "
+                         f"{r['memory_mib']:,} |" for r in found["rows"]))
+    return "\n\n".join(parts)
+
+
+def shakespeare_table() -> str:
+    """bench/results/shakespeare.json as a table."""
+    path = RESULTS / "shakespeare.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    return ("Tiny shakespeare with nanoGPT's CPU recipe (4 layers, width 128, context 64, 2,000 "
+            "steps of 12 sequences), whole command, one after the other on the same machine "
+            f"(`python -m bench.shakespeare`; {found['date']}, {found['processor']}, "
+            f"median of {found['rounds']}):\n\n"
+            "| | validation loss per byte | seconds |\n|---|---|---|\n" + "\n".join(
+                f"| {r['who']} | {r['val_loss_per_byte']:.4f} | {r['seconds']:.0f} |"
+                for r in found["rows"]))
+
+
+def tokenizer_table() -> str:
+    """bench/results/bpe.json as a table of training times and memory, and a line on encoding."""
+    path = RESULTS / "bpe.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text())
+    peers = ("ours", "Hugging Face", "rustbpe", "minbpe")
+    lines = [f"Training (`python -m bench.bpe`; {found['date']}, {found['cores']} cores of an "
+             f"{found['cpu']}, medians of {found['repeats']} taken in turn, GPT-2 pattern):", "",
+             "| text | vocabulary | " + " | ".join(peers) + " |", "|---" * (2 + len(peers)) + "|"]
+    for row in (row for row in found["rows"] if row["kind"] == "train"):
+        cells = [f"{row['seconds'][peer]:.2f} s" + (f", {row['memory_mb'][peer]:,} MB"
+                                                    if peer in row["memory_mb"] else "")
+                 if peer in row["seconds"] else "" for peer in peers]
+        lines.append(f"| {row['case']} | {row['vocab_size']:,} | " + " | ".join(cells) + " |")
+    for row in (row for row in found["rows"] if row["kind"] == "encode"):
+        lines += ["", f"Encoding {row['megabytes']:.0f} MB in batches: " + ", ".join(
+            f"{peer} {seconds:.2f} s" for peer, seconds in row["seconds"].items()) + "."]
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> None:
+    text = README.read_text()
+    tables = "\n\n".join(part for part in (shakespeare_table(), step_table()) if part)
+    for name, content in (("tokenizer", tokenizer_table()), ("measured", tables),
+                          ("map", file_map())):
+        text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+                      lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.S)
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    run_command(main)
