@@ -38,18 +38,18 @@ def _pretraining(n_layer: int, n_head: int, n_embd: int, learning_rate: float,
 
 SHAKESPEARE_CPU = dict(
     data="shakespeare", max_steps=2000, batch_tokens=12 * 64, micro_batch=12,
-    learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=100, weight_decay=0.1,
-    dtype="float32", eval_every=250, save_every=1000, log_every=50, sample_tokens=400,
+    learning_rate=2e-3, min_learning_rate=1e-4, warmup_steps=100, weight_decay=0.1,
+    dtype="float32", eval_every=500, save_every=1000, log_every=50, sample_tokens=400,
     optim=dict(beta2=0.99), model=dict(block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False))
 
 PRESETS = {
     "demo": Preset(
         "a small GPT on the documentation that Python carries; offline, for a first look",
         "not measured",
-        dict(data="corpus", max_steps=600, batch_tokens=16 * 256, micro_batch=8,
-             learning_rate=2e-3, min_learning_rate=2e-4, warmup_steps=50, eval_every=150,
-             save_every=150, sample_tokens=120,
-             model=dict(block_size=256, n_layer=4, n_head=4, n_embd=256))),
+        dict(data="corpus", max_steps=1000, batch_tokens=16 * 128, micro_batch=16,
+             learning_rate=5e-3, min_learning_rate=3e-4, warmup_steps=50, eval_every=250,
+             save_every=250, log_every=20, sample_tokens=120,
+             model=dict(block_size=128, n_layer=4, n_head=4, n_embd=128))),
     "shakespeare": Preset(
         "tiny shakespeare by bytes, nanoGPT's character-level recipe for a CPU",
         "not measured", SHAKESPEARE_CPU),
@@ -57,6 +57,7 @@ PRESETS = {
         "the same for a GPU: 6 layers, 384 wide, context 256",
         "validation loss 1.47 per byte with nanoGPT in 3 minutes on one A100; not measured here",
         dict(SHAKESPEARE_CPU, max_steps=5000, batch_tokens=64 * 256, micro_batch=64, dtype="auto",
+             learning_rate=1e-3,
              model=dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
                         bias=False))),
     "gpt2-124m": Preset(
