@@ -46,9 +46,9 @@ PRESETS = {
     "demo": Preset(
         "a small GPT on the documentation that Python carries; offline, for a first look",
         "not measured",
-        dict(data="corpus", max_steps=1000, batch_tokens=16 * 128, micro_batch=16,
-             learning_rate=5e-3, min_learning_rate=3e-4, warmup_steps=50, eval_every=250,
-             save_every=250, log_every=20, sample_tokens=120,
+        dict(data="corpus", max_steps=800, batch_tokens=16 * 128, micro_batch=16,
+             learning_rate=5e-3, min_learning_rate=3e-4, warmup_steps=50, eval_every=200,
+             save_every=200, log_every=20, sample_tokens=120, sample_prompt="Return the",
              model=dict(block_size=128, n_layer=4, n_head=4, n_embd=128))),
     "shakespeare": Preset(
         "tiny shakespeare by bytes, nanoGPT's character-level recipe for a CPU",
