@@ -26,8 +26,8 @@ from model import GPT, GPTConfig
 @dataclass(frozen=True)
 class BenchConfig:
     file: str = option("", "HellaSwag file; empty: the official one, downloaded once")
-    items: int = option(100, "how many of its items")
-    repeats: int = option(3, "turns of each way")
+    items: int = option(100, "how many of its items, spread over it")
+    repeats: int = option(4, "turns of each way; the best counts, as others may use the machine")
     batch_tokens: int = option(0, "tokens of a batch of ours; 0: its default")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("bfloat16", "precision")
@@ -72,7 +72,8 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     dtype = pick_dtype(config.dtype, device)
     torch.manual_seed(0)
     model, tokenizer = GPT(config.model).to(device).eval(), Tokenizer.gpt2()
-    items = load_items(config.file or None)[:config.items]
+    items = load_items(config.file or None)
+    items = items[::max(1, len(items) // config.items)][:config.items]
 
     def theirs(dtype: torch.dtype, once: bool = False) -> torch.Tensor:
         with autocast(device, dtype if once else torch.float32):
