@@ -11,7 +11,10 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 import bpe
-from bpe import GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, Tokenizer
+import bpe_files
+import bpe_train
+from bpe import Tokenizer, train_slowly
+from bpe_train import GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, count_pieces, learn_merges, split
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is a development extra")
 from hypothesis import given, settings, strategies as st  # noqa: E402
@@ -30,13 +33,13 @@ patterns = st.sampled_from([GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, r"\w+|\W", r
 
 
 def naive_pieces(texts, pattern):
-    compiled = bpe.compile_pattern(pattern)
-    return Counter(piece.encode() for text in texts for piece in bpe.split(compiled, text))
+    compiled = bpe_train.compile_pattern(pattern)
+    return Counter(piece.encode() for text in texts for piece in split(compiled, text))
 
 
 def reference_gpt2():
     """tiktoken's own GPT-2, built from the files rather than downloaded."""
-    folder = bpe.find_gpt2() if SHARED.is_dir() else pytest.skip("GPT-2's files are not here")
+    folder = bpe_files.find_gpt2() if SHARED.is_dir() else pytest.skip("GPT-2's files are not here")
     ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"),
                                             str(folder / "encoder.json"))
     return tiktoken.Encoding("gpt2", pat_str=bpe.TIKTOKEN_GPT2, mergeable_ranks=ranks,
@@ -53,31 +56,31 @@ def test_the_example_in_the_docstring_holds():
 def test_merges_equal_the_slow_trainer(texts, pattern, num_merges, min_frequency, few, size):
     """Whatever the share of loop and numpy (FEW) and however often pairs are indexed again."""
     pieces = naive_pieces(texts, pattern)
-    index = bpe.Corpus.index
+    index = bpe_train.Corpus.index
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, "FEW", few)
-        patch.setattr(bpe.Corpus, "index", lambda self, least: index(self, least, size))
-        fast = bpe.learn_merges(pieces, num_merges, min_frequency)
-    assert fast == bpe.train_slowly(pieces, num_merges, min_frequency)
+        patch.setattr(bpe_train, "FEW", few)
+        patch.setattr(bpe_train.Corpus, "index", lambda self, least: index(self, least, size))
+        fast = learn_merges(pieces, num_merges, min_frequency)
+    assert fast == train_slowly(pieces, num_merges, min_frequency)
 
 
 def test_overlapping_runs_merge_left_to_right():
     assert bpe.merge([7] * 5, (7, 7), 8) == [8, 8, 7]
     for few in (0, 16):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bpe, "FEW", few)
+            patch.setattr(bpe_train, "FEW", few)
             for pieces in ({b"aaaaaaa": 3, b"aaa": 2, b"baab": 1}, {b"aaaa": 3, b"xy": 4}):
-                assert bpe.learn_merges(pieces, 5) == bpe.train_slowly(pieces, 5)
+                assert learn_merges(pieces, 5) == train_slowly(pieces, 5)
 
 
 def test_ties_go_to_the_smaller_pair():
-    assert bpe.learn_merges({b"xy": 2, b"ab": 2, b"ac": 2}, 3) == [(97, 98), (97, 99), (120, 121)]
+    assert learn_merges({b"xy": 2, b"ab": 2, b"ac": 2}, 3) == [(97, 98), (97, 99), (120, 121)]
 
 
 @examples
 @given(texts)
 def test_splitting_in_numpy_equals_the_regex(texts):
-    assert bpe.count_pieces(texts, GPT2_PATTERN) == naive_pieces(texts, GPT2_PATTERN)
+    assert count_pieces(texts, GPT2_PATTERN) == naive_pieces(texts, GPT2_PATTERN)
 
 
 @pytest.mark.parametrize("texts", [
@@ -85,33 +88,33 @@ def test_splitting_in_numpy_equals_the_regex(texts):
     [" 's", "\n's", "''s", "'S 'LL", "'l", "'v", "'r", "'"], ["a'", "s"], ["a'l", "l"], ["a ", "b"],
     ["a  b", "a   b", " \n b", "\n\n", "a\u3000\u3000b", "a \u3000b", "a\u3000 b"]])
 def test_apostrophes_and_spaces_are_split_as_the_regex_does(texts):
-    assert bpe.count_pieces(texts, GPT2_PATTERN) == naive_pieces(texts, GPT2_PATTERN)
+    assert count_pieces(texts, GPT2_PATTERN) == naive_pieces(texts, GPT2_PATTERN)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.text(alphabet="ab1 \n.'s\u3000中é\u0558!", max_size=400),
-       st.sampled_from(bpe.SAFE_PATTERNS), st.integers(1, 20))
+       st.sampled_from(bpe_train.SAFE_PATTERNS), st.integers(1, 20))
 def test_blocks_split_as_the_whole_text(tmp_path_factory, text, pattern, block):
     path = tmp_path_factory.getbasetemp() / "blocks.txt"
     path.write_bytes((text or "a").encode())
-    blocks = list(bpe.read_blocks([path], pattern, block=block))
+    blocks = list(bpe_train.read_blocks([path], pattern, block=block))
     whole = naive_pieces([text or "a"], pattern)
     assert "".join(blocks) == (text or "a")
     assert naive_pieces(blocks, pattern) == whole
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, "BLOCK", block)
-        assert bpe.count_pieces([text or "a"], pattern, num_proc=1) == whole
+        patch.setattr(bpe_train, "BLOCK", block)
+        assert count_pieces([text or "a"], pattern, num_proc=1) == whole
 
 
 @pytest.mark.parametrize("pattern", [GPT2_PATTERN, GPT4_PATTERN])
 def test_processes_count_as_one_does(monkeypatch, pattern):
-    monkeypatch.setattr(bpe, "BLOCK", 1000)
+    monkeypatch.setattr(bpe_train, "BLOCK", 1000)
     text = "It's one loop, 中文也行。 for x in range(10):\n\tprint('x')\n" * 1000
-    assert bpe.count_pieces([text], pattern, num_proc=2) == naive_pieces([text], pattern)
+    assert count_pieces([text], pattern, num_proc=2) == naive_pieces([text], pattern)
 
 
 def test_an_interrupted_count_leaves_no_process(monkeypatch):
-    monkeypatch.setattr(bpe, "BLOCK", 1000)
+    monkeypatch.setattr(bpe_train, "BLOCK", 1000)
 
     def texts():
         for _ in range(50):
@@ -119,15 +122,15 @@ def test_an_interrupted_count_leaves_no_process(monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bpe.count_pieces(texts(), GPT2_PATTERN, num_proc=2)
+        count_pieces(texts(), GPT2_PATTERN, num_proc=2)
     assert not multiprocessing.active_children()
 
 
 def test_a_killed_process_is_noticed(monkeypatch):
-    monkeypatch.setattr(bpe, "BLOCK", 1000)
-    monkeypatch.setattr(bpe, "count_worker", lambda *args: os._exit(9))
+    monkeypatch.setattr(bpe_train, "BLOCK", 1000)
+    monkeypatch.setattr(bpe_train, "count_worker", lambda *args: os._exit(9))
     with pytest.raises(RuntimeError, match="killed"):
-        bpe.count_pieces(["some words " * 100] * 50, GPT2_PATTERN, num_proc=2)
+        count_pieces(["some words " * 100] * 50, GPT2_PATTERN, num_proc=2)
 
 
 @needs_shared
@@ -205,11 +208,12 @@ def test_the_slow_encoder_agrees_on_24_languages():
 
 def test_letters_newer_than_tiktokens_unicode_are_split_as_tiktoken_does(toks):
     """`regex` and tiktoken know different versions of Unicode; the same pieces all the same."""
-    seen = {char for char in map(chr, bpe.POINTS.tolist()) if bpe.regex.match(r"\p{L}", char)}
-    known = {chr(i) for i in (bpe.kinds() == bpe.LETTER).nonzero()[0]}
+    every = map(chr, bpe_train.POINTS.tolist())
+    seen = {char for char in every if bpe_train.regex.match(r"\p{L}", char)}
+    known = {chr(i) for i in (bpe_train.kinds() == bpe_train.LETTER).nonzero()[0]}
     for char in sorted(seen ^ known)[:200]:
         text = f"a{char}a {char}a 1{char}"
-        assert bpe.count_pieces([text], GPT2_PATTERN) == naive_pieces([text], GPT2_PATTERN)
+        assert count_pieces([text], GPT2_PATTERN) == naive_pieces([text], GPT2_PATTERN)
         assert toks["gpt4"].encode(text) == toks["gpt4"].encode_slowly(text)
 
 
@@ -311,7 +315,7 @@ def test_bad_arguments_are_refused(arguments, message):
 
 
 def test_pattern_none_refuses_a_text_that_is_too_long_for_one_piece(monkeypatch):
-    monkeypatch.setattr(bpe, "MAX_PIECE", 1000)
+    monkeypatch.setattr(bpe_train, "MAX_PIECE", 1000)
     with pytest.raises(ValueError, match="a piece has 2,000 bytes; allowed are 1,000, because"):
         Tokenizer.train(["ab" * 1000], 300, pattern="none")
     tok = Tokenizer.train(["ab" * 100], 258, pattern="none", special_tokens=())

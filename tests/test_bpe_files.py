@@ -1,4 +1,5 @@
 """Tokenizer files: ours keep everything and notice changes, others' give the same ids."""
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import bpe
+import bpe_files
 from bpe import Tokenizer
 
 SHARED = Path(os.environ.get("ONELOOP_SHARED", Path(__file__).parents[1].parent / "shared/data"))
@@ -58,13 +60,13 @@ def test_the_file_can_be_read_by_people(small, tmp_path):
     small.save(tmp_path / "tok.json")
     lines = (tmp_path / "tok.json").read_text(encoding="utf-8").splitlines()
     a, b = small.merges[0]
-    assert json.dumps([a, b, bpe.readable(small.token_bytes[256])]) + "," in lines
+    assert json.dumps([a, b, bpe_files.readable(small.token_bytes[256])]) + "," in lines
     assert len(lines) < len(small.merges) + 15
 
 
 def test_tokens_are_spelled_for_people():
-    assert [bpe.readable(token) for token in (b" a", b"\n\t", "é中".encode(), b"\xe4\xb8")] == [
-        " a", "\\n\\t", "é中", "\\xe4\\xb8"]
+    tokens = b" a", b"\n\t", "é中".encode(), b"\xe4\xb8"
+    assert [*map(bpe_files.readable, tokens)] == [" a", "\\n\\t", "é中", "\\xe4\\xb8"]
 
 
 def change(data, key):
@@ -115,6 +117,15 @@ def test_tiktoken_gives_the_same_ids_and_comes_back(tok):
     encoding = tok.to_tiktoken()
     assert encoding.encode_ordinary(TEXT) == tok.encode(TEXT) and encoding.n_vocab == tok.vocab_size
     same(Tokenizer.from_tiktoken(encoding), tok)
+
+
+def test_tiktoken_gives_back_tokens_whose_ids_begin_after_special_ones():
+    """The largest id is then above the number of tokens, here by 40."""
+    merges = [(137, 138), (139, 140), (296, 297), (72, 298)]
+    tok = Tokenizer(merges, special_tokens={f"<{i}>": i for i in range(40)},
+                    byte_ids=range(40, 296), first_merge=296)
+    assert tok.token_bytes[299] == b" abcd"
+    same(Tokenizer.from_tiktoken(tok.to_tiktoken()), tok)
 
 
 def test_autotokenizer_gives_the_same_ids(tok, tmp_path):
@@ -215,7 +226,7 @@ def test_gpt2_is_downloaded_once_and_checked(monkeypatch, tmp_path):
 
     monkeypatch.setenv("ONELOOP_SHARED", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(bpe.urllib.request, "urlopen", lambda url, timeout: Response())
+    monkeypatch.setattr(bpe_files.urllib.request, "urlopen", lambda url, timeout: Response())
     with pytest.raises(ValueError, match="vocab.bpe has not the expected sha256"):
         Tokenizer.gpt2()
     assert not list(tmp_path.rglob("vocab.bpe"))
@@ -223,13 +234,13 @@ def test_gpt2_is_downloaded_once_and_checked(monkeypatch, tmp_path):
     def offline(url, timeout):
         raise OSError("no route")
 
-    monkeypatch.setattr(bpe.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(bpe_files.urllib.request, "urlopen", offline)
     with pytest.raises(FileNotFoundError, match="cannot download .*vocab.bpe .*no route.*; put"):
         Tokenizer.gpt2()
-    monkeypatch.setattr(bpe, "GPT2_SHA256", {name: bpe.hashlib.sha256(b"something else").hexdigest()
-                                             for name in bpe.GPT2_SHA256})
-    monkeypatch.setattr(bpe.urllib.request, "urlopen", lambda url, timeout: Response())
-    folder = bpe.find_gpt2()
+    sha256 = hashlib.sha256(b"something else").hexdigest()
+    monkeypatch.setattr(bpe_files, "GPT2_SHA256", dict.fromkeys(bpe_files.GPT2_SHA256, sha256))
+    monkeypatch.setattr(bpe_files.urllib.request, "urlopen", lambda url, timeout: Response())
+    folder = bpe_files.find_gpt2()
     assert (folder / "vocab.bpe").read_bytes() == b"something else"
-    monkeypatch.setattr(bpe.urllib.request, "urlopen", offline)
-    assert bpe.find_gpt2() == folder
+    monkeypatch.setattr(bpe_files.urllib.request, "urlopen", offline)
+    assert bpe_files.find_gpt2() == folder
