@@ -39,7 +39,7 @@ def _pretraining(n_layer: int, n_head: int, n_embd: int, learning_rate: float,
 SHAKESPEARE_CPU = dict(
     data="shakespeare", max_steps=2000, batch_tokens=12 * 64, micro_batch=12,
     learning_rate=2e-3, min_learning_rate=1e-4, warmup_steps=100, weight_decay=0.1,
-    dtype="float32", eval_every=500, save_every=1000, log_every=50, sample_tokens=400,
+    eval_every=500, save_every=1000, log_every=50, sample_tokens=400,
     optim=dict(beta2=0.99), model=dict(block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False))
 
 PRESETS = {
@@ -56,7 +56,7 @@ PRESETS = {
     "shakespeare-gpu": Preset(
         "the same for a GPU: 6 layers, 384 wide, context 256",
         "validation loss 1.47 per byte with nanoGPT in 3 minutes on one A100; not measured here",
-        dict(SHAKESPEARE_CPU, max_steps=5000, batch_tokens=64 * 256, micro_batch=64, dtype="auto",
+        dict(SHAKESPEARE_CPU, max_steps=5000, batch_tokens=64 * 256, micro_batch=64,
              learning_rate=1e-3,
              model=dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
                         bias=False))),
