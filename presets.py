@@ -45,14 +45,16 @@ SHAKESPEARE_CPU = dict(
 PRESETS = {
     "demo": Preset(
         "a small GPT on the documentation that Python carries; offline, for a first look",
-        "not measured",
+        "validation loss 4.68 (2.06 bits per byte; Python 3.11) in about 80 seconds on 2 CPU cores "
+        "with bf16",
         dict(data="corpus", max_steps=800, batch_tokens=16 * 128, micro_batch=16,
              learning_rate=5e-3, min_learning_rate=3e-4, warmup_steps=50, eval_every=200,
              save_every=200, log_every=20, sample_tokens=120, sample_prompt="Return the",
              model=dict(block_size=128, n_layer=4, n_head=4, n_embd=128))),
     "shakespeare": Preset(
         "tiny shakespeare by bytes, nanoGPT's character-level recipe for a CPU",
-        "not measured", SHAKESPEARE_CPU),
+        "validation loss 1.82 per byte in 59 seconds on 2 CPU cores with bf16, nanoGPT's own 1.89 "
+        "in 75", SHAKESPEARE_CPU),
     "shakespeare-gpu": Preset(
         "the same for a GPU: 6 layers, 384 wide, context 256",
         "validation loss 1.47 per byte with nanoGPT in 3 minutes on one A100; not measured here",

@@ -170,16 +170,13 @@ def base_model(config: TrainConfig, data: Data) -> tuple[GPT, TrainConfig]:
     return model, dataclasses.replace(config, model=model.config)
 
 
-def hellaswag_items(config: TrainConfig, data: Data, world: Processes) -> list[hellaswag.Item]:
-    """What the loop evaluates on, nothing where it does not; rank 0 downloads it."""
+def hellaswag_items(config: TrainConfig, data: Data) -> list[hellaswag.Item]:
+    """What the loop evaluates on; nothing where it does not."""
     if not config.hellaswag_every:
         return []
     if data.tokenizer is None:
         raise ValueError(f"hellaswag_every={config.hellaswag_every} needs a tokenizer, and "
                          f"{config.data} has none; put its tokenizer.json there")
-    if world.rank == 0:
-        hellaswag.load_items(config.hellaswag_file or None)
-    world.wait()
     return hellaswag.load_items(config.hellaswag_file or None)
 
 
@@ -242,7 +239,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event) -> dict
     config = counted(config, batches)
     if config.dry_run:
         return report.dry_run(config, model, batches, data.tokenizer, world.rank, world.size, dtype)
-    items = hellaswag_items(config, data, world)        # now, so that it cannot fail days later
+    items = hellaswag_items(config, data)               # now, so that it cannot fail days later
     state = open_run(out, config, data, world)
     if state and state["step"] >= config.max_steps:
         return report.finished(out, world.rank)

@@ -329,6 +329,21 @@ def test_a_dry_run_tells_everything_and_writes_nothing(dataset, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
+def test_hellaswag_is_evaluated_in_the_loop_and_its_file_is_opened_before_the_first_step(
+        dataset, tmp_path):
+    item = {"ind": 1, "activity_label": "A", "ctx_a": "line", "ctx_b": "", "ctx": "line 4 of",
+            "endings": ["the text", "a text", "xyz", "no"], "label": 0, "split": "val",
+            "split_type": "indomain", "source_id": "x"}
+    (tmp_path / "items.jsonl").write_text((json.dumps(item) + "\n") * 3)
+    train(settings(dataset, tmp_path / "run", max_steps=4, hellaswag_every=2,
+                   hellaswag_file=str(tmp_path / "items.jsonl")))
+    lines = [line for line in report.read_log(tmp_path / "run" / "log.jsonl") if "acc_norm" in line]
+    assert [line["step"] for line in lines] == [2, 4] and lines[0]["n"] == 3
+    with pytest.raises(FileNotFoundError, match="there is no HellaSwag file"):
+        train(settings(dataset, tmp_path / "other", hellaswag_every=2, hellaswag_file="none.jsonl"))
+    assert not (tmp_path / "other").exists()
+
+
 def test_unlabelled_text_of_the_example_stands_in_brackets():
     from bpe import Tokenizer
     tokenizer = Tokenizer([], special_tokens=())
