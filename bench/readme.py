@@ -35,11 +35,12 @@ def step_table() -> str:
         found = json.loads(path.read_text())
         parts.append(f"A training step (`python -m bench.step`; {found['date']}, "
                      f"{found['processor']}, {found['device']}, PyTorch {found['torch']}):\n\n"
-                     "| shape | precision | mode | ms | tokens/s | share of the matmul peak | MiB |\n"
+                     "| shape | precision | mode | ms | tokens/s | of the matmul peak | MiB |\n"
                      "|---|---|---|---|---|---|---|\n" + "\n".join(
-                         f"| {r['shape']}, {r['micro_batch']} sequences | {r['dtype']} | {r['mode']}"
-                         f" | {r['ms']:,.0f} | {r['tokens_per_s']:,} | {r['share_of_peak']:.0%} | "
-                         f"{r['memory_mib']:,} |" for r in found["rows"]))
+                         f"| {r['shape']}, {r['micro_batch']} sequences | {r['dtype']} | "
+                         f"{r['mode']} | {r['ms']:,.0f} | {r['tokens_per_s']:,} | "
+                         f"{r['share_of_peak']:.0%} | {r['memory_mib']:,} |"
+                         for r in found["rows"]))
     return "\n\n".join(parts)
 
 
@@ -52,7 +53,7 @@ def shakespeare_table() -> str:
     return ("Tiny shakespeare with nanoGPT's CPU recipe (4 layers, width 128, context 64, 2,000 "
             "steps of 12 sequences), whole command, one after the other on the same machine "
             f"(`python -m bench.shakespeare`; {found['date']}, {found['processor']}, "
-            f"median of {found['rounds']}):\n\n"
+            f"medians of {found['rounds']}):\n\n"
             "| | validation loss per byte | seconds |\n|---|---|---|\n" + "\n".join(
                 f"| {r['who']} | {r['val_loss_per_byte']:.4f} | {r['seconds']:.0f} |"
                 for r in found["rows"]))
