@@ -27,9 +27,12 @@ BOOLS = {"true": True, "yes": True, "on": True, "1": True,
          "false": False, "no": False, "off": False, "0": False}
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a help text."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default: Any, help: str, flag: str = "") -> Any:
+    """A dataclass field with a help text.
+
+    `flag` is a second name on the command line, for a word that no field can have: "from".
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "flag": flag})
 
 
 def settings_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field]]:
@@ -76,8 +79,10 @@ def parse(cls: type[Config], words: list[str], prog: str, base: dict[str, Any] |
         default = base.get(name, _default(field))
         text = f"{field.metadata['help']} [{_spell(default)}]".replace("%", "%%")
         bare = {"nargs": "?", "const": True} if kind is bool else {}
-        group.add_argument("--" + name, type=_converter(kind), default=argparse.SUPPRESS,
-                           metavar=_type_name(kind), help=text, **bare)
+        flag = field.metadata.get("flag")
+        names = ["--" + name.removesuffix(field.name) + flag] if flag else []
+        group.add_argument(*names, "--" + name, dest=name, type=_converter(kind),
+                           default=argparse.SUPPRESS, metavar=_type_name(kind), help=text, **bare)
     # Only the name of a flag may be written with dashes; a value keeps its own.
     words = [flag.replace("-", "_").replace("__", "--", 1) + sep + value if flag[:2] == "--"
              else word for word in words for flag, sep, value in [word.partition("=")]]

@@ -30,8 +30,8 @@ BATCH = 256             # documents encoded at once
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    source: str = option("", "file or folder of .txt and .jsonl; empty: Python's own documentation "
-                             "(--from=PATH is the same)")
+    source: str = option("", "file or folder of .txt and .jsonl; empty: Python's own documentation",
+                         flag="from")
     code: bool = option(False, "add the sources of the standard library")
     tokenizer: str = option("", "gpt2, a tokenizer's path, or bytes; empty: train one on the text")
     vocab_size: int = option(4096, "of the tokenizer that is trained")
@@ -168,7 +168,6 @@ def prepare(config: CorpusConfig = CorpusConfig()) -> Path:
 
 
 def main(words: list[str]) -> None:
-    words = ["--source" + word[6:] if word.startswith("--from") else word for word in words]
     prepare(parse(CorpusConfig, words, "python -m data.corpus", about=__doc__))
 
 

@@ -41,8 +41,8 @@ AHEAD = 1 << 22         # characters that are read ahead of the writer, for each
 
 @dataclass(frozen=True)
 class FinewebConfig:
-    source: str = option("", "files or folders of .jsonl, .parquet and .txt, by comma "
-                             "(--from=FILES is the same); empty: FineWeb-Edu from the hub")
+    source: str = option("", "files or folders of .jsonl, .parquet and .txt, by comma; empty: "
+                             "FineWeb-Edu from the hub", flag="from")
     subset: str = option("sample-10BT", "of FineWeb-Edu on the hub")
     tokenizer: str = option("gpt2", "gpt2, bytes, or a tokenizer's path")
     shard_tokens: int = option(100_000_000, "tokens of a shard, rounded up to whole documents")
@@ -217,7 +217,6 @@ def write(writer: ShardWriter, encoded: Iterable[tuple[int, np.ndarray]], val_by
 
 
 def main(words: list[str]) -> None:
-    words = ["--source" + word[6:] if word.startswith("--from") else word for word in words]
     try:
         prepare(parse(FinewebConfig, words, "python -m data.fineweb", about=__doc__))
     except KeyboardInterrupt:

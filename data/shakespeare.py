@@ -22,7 +22,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 @dataclass(frozen=True)
 class ShakespeareConfig:
-    source: str = option("", "a local copy (--from=PATH is the same); empty: download it once")
+    source: str = option("", "a local copy; empty: download it once", flag="from")
     tokenizer: str = option("bytes", "bytes, gpt2, or a tokenizer's path")
     out: str = option("", "folder of the shards; empty: data/shakespeare")
 
@@ -44,7 +44,6 @@ def prepare(config: ShakespeareConfig = ShakespeareConfig()) -> Path:
 
 
 def main(words: list[str]) -> None:
-    words = ["--source" + word[6:] if word.startswith("--from") else word for word in words]
     prepare(parse(ShakespeareConfig, words, "python -m data.shakespeare", about=__doc__))
 
 

@@ -52,6 +52,29 @@ def test_words_override_the_preset_they_start_from():
     assert (config.rate, config.model.n_layer) == (2.0, 2)
 
 
+@dataclass(frozen=True)
+class Source:
+    source: str = option("", "a file", flag="from")
+    from_the_start: bool = option(False, "a setting whose name begins like the flag")
+
+
+@dataclass(frozen=True)
+class Sources:
+    data: Source = option(Source(), "nested")
+
+
+def test_a_flag_is_another_name_of_its_setting(capsys):
+    for words in (["--from=a-b"], ["--from", "a-b"], ["--source=a-b"]):
+        assert parse(Source, words, "prog") == Source(source="a-b")
+    assert parse(Source, ["--from-the-start"], "prog") == Source(from_the_start=True)
+    assert parse(Sources, ["--data.from=x"], "prog") == Sources(Source("x"))
+    with pytest.raises(ValueError, match="unknown setting --from"):     # of the command line only
+        build(Source, {"from": "x"})
+    with pytest.raises(SystemExit):
+        parse(Source, ["--help"], "prog")
+    assert "--from str, --source str" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words,message", [
     (["--rte=1"], "unknown setting --rte; did you mean --rate?"),
     (["--n_layer=3"], "did you mean --model.n_layer?"),

@@ -141,7 +141,7 @@ def test_killed_preparation_resumes_to_the_same_bytes(tmp_path, texts, tokenizer
     assert len(finished) == (stop_at - 1) // 2
     before = identity(tmp_path / "out")
 
-    folder = prepare(parse(FinewebConfig, ["--source" + words[0][6:], *words[1:]], "fineweb"))
+    folder = prepare(parse(FinewebConfig, words, "fineweb"))
     assert shards_of(folder) == shards_of(whole)
     after = identity(folder)
     assert all(after[name] == before[name] for name in finished)
