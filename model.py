@@ -95,18 +95,17 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
+                cache: KVCache | None = None) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))      # (B, H, T, D) each
         past = cache.length if cache else 0
         if cache:
             k, v = cache.append(self.layer, k, v)                   # (B, H, past + T, D)
-        # Token i sees the past and the new tokens up to itself. One new token sees everything.
-        mask = None
-        if past and T > 1:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not past,
+        # Without a mask, token i sees those up to itself; one new token after a past sees it all.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
+                                           is_causal=mask is None and not past,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -132,8 +131,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), cache)                      # (B, T, C)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
+                cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)                # (B, T, C)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -166,34 +166,47 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def features(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """The last hidden states, after the final LayerNorm: idx (B, T) -> (B, T, C)."""
+    def features(self, idx: torch.Tensor, positions: torch.Tensor | None = None,
+                 cache: KVCache | None = None) -> torch.Tensor:
+        """The last hidden states, after the final LayerNorm: idx (B, T) -> (B, T, C).
+
+        positions (B, T) are for rows that hold several samples: they start at 0 with each, and no
+        token sees another sample than its own.
+        """
         T, past = idx.size(1), cache.length if cache else 0
         if past + T > self.config.block_size:
             raise ValueError(f"a sequence of {past + T} tokens is longer than "
                              f"block_size={self.config.block_size}; shorten it")
-        positions = torch.arange(past, past + T, device=idx.device)
+        mask = None
+        if positions is not None:
+            sample = (positions == 0).cumsum(dim=1)                 # (B, T): which of its row
+            mask = (sample[:, None, :, None] == sample[:, None, None, :]).tril()    # (B, 1, T, T)
+        else:
+            positions = torch.arange(past, past + T, device=idx.device)
+            if past and T > 1:
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)         # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
             if self.recompute_activations and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, mask, use_reentrant=False)
             else:
-                x = block(x, cache)
+                x = block(x, mask, cache)
         if cache:
             cache.length += T
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
-                reduction: str = "mean", cache: KVCache | None = None):
+                positions: torch.Tensor | None = None, reduction: str = "mean",
+                cache: KVCache | None = None):
         """Logits without targets, the loss with them.
 
         idx: (B, T) int64 token ids. targets: (B, T) int64, IGNORE where there is no label.
         Returns (logits (B, T, V), None) without targets, else (None, loss): the cross-entropy in
         nats, `reduction` "mean" over the labelled tokens (0 when there is none) or "sum".
-        With a cache, idx are the tokens that follow those in it.
+        positions: see `features`. With a cache, idx are the tokens that follow those in it.
         """
-        x = self.features(idx, cache)
+        x = self.features(idx, positions, cache)
         if targets is None:
             return self.lm_head(x)[..., :self.config.vocab_size], None          # (B, T, V)
         logits = self.lm_head(x)[..., :self.config.vocab_size]
@@ -239,7 +252,7 @@ class GPT(nn.Module):
                 cache = None
             if cache is None:
                 unread = out[:, max(0, end - block_size):end]
-            x = self.features(unread, cache)[:, -1]                 # (B, C): only the last token
+            x = self.features(unread, cache=cache)[:, -1]           # (B, C): only the last token
             logits = self.lm_head(x)[:, :self.config.vocab_size]
             new = sample_token(logits.float(), temperature, top_k, top_p, generator)
             new = torch.where(ended, out[:, end - 1], new)          # (B,)

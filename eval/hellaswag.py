@@ -243,7 +243,7 @@ def score_batch(model: nn.Module, batch: list[Question], sums: torch.Tensor) -> 
     L = min(len(question.context) for question in batch)
     cache = model.new_cache(len(batch), L)
     heads = torch.tensor([question.context[:L] for question in batch], device=device)   # (B, L)
-    last = model.features(heads, cache)[:, -1:]                     # (B, 1, C)
+    last = model.features(heads, cache=cache)[:, -1:]               # (B, 1, C)
     rows = [(list(question.context[L:]), ending, b, slot) for b, question in enumerate(batch)
             for ending, slot in zip(question.endings, question.slots)]
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))
@@ -257,7 +257,7 @@ def score_batch(model: nn.Module, batch: list[Question], sums: torch.Tensor) -> 
                         for column in list(zip(*part))[2:])         # (R,) each
         x = last[which]                                             # (R, 1, C), predicts ids[:, 0]
         if T > 1:
-            tail = model.features(ids[:, :-1].to(device), SharedContext(cache, which))
+            tail = model.features(ids[:, :-1].to(device), cache=SharedContext(cache, which))
             x = torch.cat([x, tail], dim=1)                         # (R, T, C)
         r, t = (targets != IGNORE).nonzero(as_tuple=True)           # of the ending's tokens only
         found = log_probs(model, x[r.to(device), t.to(device)], targets[r, t].to(device))

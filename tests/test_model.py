@@ -328,3 +328,13 @@ def test_recorded_activations_of_a_trained_gpt_are_reproduced(shared):
     for name, out in outputs.items():
         torch.testing.assert_close(out, recorded[name], rtol=0, atol=1e-5, msg=name)
     assert len(outputs) == 5
+
+
+def test_samples_in_one_row_are_computed_as_if_each_were_alone():
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8))
+    lengths = (5, 1, 7)
+    idx = torch.randint(50, (2, sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    together, _ = model(idx, positions=positions)
+    alone = torch.cat([model(part)[0] for part in idx.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)  # float32, another order of sums
