@@ -12,11 +12,10 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vo
 References: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's
 code for it (github.com/openai/gpt-2); tensors are named as there and in Hugging Face's GPT2LMHead.
 """
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Iterable
 
 import torch
 import torch.nn as nn
@@ -280,48 +279,26 @@ class GPT(nn.Module):
         matmul = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * matmul + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
-    @classmethod
-    def from_pretrained(cls, name: str | Path, dropout: float = 0.0) -> "GPT":
-        """GPT-2 from a Hugging Face folder, or from the hub: "gpt2", "gpt2-medium", "user/name".
+    @staticmethod
+    def from_pretrained(name: str | Path, dropout: float = 0.0,
+                        block_size: int | None = None) -> "GPT":
+        """GPT-2 from a Hugging Face folder, from the hub ("gpt2", "gpt2-medium", "user/name"), or
+        from a checkpoint of llm.c ("gpt2_124M.bin"); see model_files.py.
 
-        Needs the extra `hf` (safetensors, huggingface_hub). ValueError names what does not fit.
+        block_size: a shorter context than the model's. ValueError names what does not fit. Hugging
+        Face's files need the extra `hf` (safetensors, huggingface_hub).
         """
-        folder = Path(name) if Path(name).is_dir() else _download(str(name))
-        if not (folder / "config.json").exists():
-            raise FileNotFoundError(f"{folder} has no config.json; it is no Hugging Face folder")
-        config = _read_config(json.loads((folder / "config.json").read_text()), dropout)
-        with torch.device("meta"):                                  # no init to be overwritten
-            model = cls(config)
-        model.load_state_dict(_from_hugging_face(_read_tensors(folder), model), assign=True)
-        model.lm_head.weight = model.transformer.wte.weight
-        return model
+        import model_files
+        return model_files.load(name, dropout, block_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them.
 
-        Padded vocabulary rows are left out; without biases, zeros are written (GPT-2 has them, and
-        zeros compute the same).
+        Padded vocabulary rows are left out. `python -m model_files export` adds the tokenizer.
         """
-        save_file = _safetensors().save_file
-        folder, c = Path(folder), self.config
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, tensor in self.state_dict().items():
-            if name != "lm_head.weight":                            # tied to wte
-                tensor = tensor[:c.vocab_size] if name == "transformer.wte.weight" else tensor
-                tensors[name] = (tensor.t() if _is_conv1d(name) else tensor).contiguous().cpu()
-        for name in [name for name in tensors if not c.bias and _has_bias(name)]:
-            size = tensors[name].size(-1)                           # Conv1D weights are (in, out)
-            tensors[name.replace(".weight", ".bias")] = tensors[name].new_zeros(size)
-        eot = c.vocab_size - 1 if c.vocab_size == 50257 else None
-        settings = dict(
-            architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=c.vocab_size,
-            n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-            activation_function="gelu_new", layer_norm_epsilon=LAYER_NORM_EPS,
-            resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-            tie_word_embeddings=True, bos_token_id=eot, eos_token_id=eot)
-        (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        import model_files
+        model_files.save(self, folder, self.config.vocab_size - 1
+                         if self.config.vocab_size == GPTConfig.vocab_size else None)
 
 
 def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
@@ -338,85 +315,3 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | No
         before = ordered.cumsum(dim=-1) - ordered                   # probability of likelier ones
         logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(dim=-1)), -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
-
-
-# ------------------------------------------------------------------------------------------------
-# Weights from and to Hugging Face. There a linear layer of GPT-2 is a "Conv1D", whose weight is
-# (in, out), the transpose of nn.Linear's; everything else has the same name and shape.
-
-def _is_conv1d(name: str) -> bool:
-    return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
-
-
-def _has_bias(name: str) -> bool:
-    return _is_conv1d(name) or name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
-
-
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError('Hugging Face folders need the extra "hf": '
-                                  'pip install -c constraints.txt -e ".[hf]"') from None
-    return safetensors.torch
-
-
-def _download(name: str) -> Path:
-    _safetensors()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-    repository = f"openai-community/{name}" if name in SIZES else name
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["config.json", "*.safetensors"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{name!r} is neither a folder here nor a model that can be had "
-                                f"from the Hugging Face hub ({type(error).__name__})") from error
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} has no .safetensors file")
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files:                                              # a large model has several
-        tensors.update(_safetensors().load_file(file))
-    return tensors
-
-
-def _read_config(settings: dict[str, Any], dropout: float) -> GPTConfig:
-    expected = dict(model_type="gpt2", activation_function="gelu_new",
-                    layer_norm_epsilon=LAYER_NORM_EPS, scale_attn_weights=True,
-                    scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    for key, value in expected.items():
-        if settings.get(key, value) != value:
-            raise ValueError(f"config.json: {key} is {settings[key]!r}; GPT-2 has {value!r}")
-    if settings.get("n_inner") not in (None, 4 * settings["n_embd"]):
-        raise ValueError(f"config.json: n_inner is {settings['n_inner']}; GPT-2 has 4 * n_embd")
-    same = {key: settings[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return GPTConfig(block_size=settings["n_positions"], dropout=dropout, **same)
-
-
-def _from_hugging_face(tensors: dict[str, torch.Tensor], model: GPT) -> dict[str, torch.Tensor]:
-    """Tensors under our names and shapes; ValueError names a missing, extra or misshapen one."""
-    ours = model.state_dict()
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if not name.startswith(("transformer.", "lm_head.")):
-            name = "transformer." + name                            # a bare GPT2Model was saved
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue                                                # old files store the mask
-        found[name] = tensor.t().contiguous() if _is_conv1d(name) else tensor
-    found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
-    for name, tensor in ours.items():
-        if found.get(name) is None:
-            raise ValueError(f"the checkpoint has no tensor {name!r}")
-        if found[name].shape != tensor.shape:
-            raise ValueError(f"tensor {name!r} is {tuple(found[name].shape)} in the checkpoint; "
-                             f"the config asks for {tuple(tensor.shape)}")
-    extra = sorted(found.keys() - ours.keys())
-    if extra:
-        raise ValueError(f"the checkpoint has a tensor {extra[0]!r} that GPT-2 does not"
-                         + (f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""))
-    if not torch.equal(found["lm_head.weight"], found["transformer.wte.weight"]):
-        raise ValueError("lm_head.weight differs from wte.weight; GPT-2 ties them")
-    return {name: found[name].float() for name in ours}
