@@ -22,8 +22,9 @@ from typing import Any, Iterator
 
 from bpe import Tokenizer, find_tokenizer
 from config import option, parse, run_command
-from data.shards import DATA, ShardWriter
+from data.shards import DATA
 from data.texts import find_files, read_documents
+from data.writer import ShardWriter
 
 BATCH = 256             # documents encoded at once
 

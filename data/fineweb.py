@@ -12,7 +12,6 @@ bytes; where everything is done, it says so and changes nothing.
 
 Reference: Penedo et al. 2024, "The FineWeb datasets", arXiv 2406.17557.
 """
-import json
 import os
 import sys
 import time
@@ -28,9 +27,11 @@ from tqdm import tqdm
 
 from bpe import Tokenizer
 from config import option, parse, run_command
+from data import shards
 from data.corpus import named_tokenizer
-from data.shards import DATA, ShardWriter
+from data.shards import DATA
 from data.texts import find_files, read_documents
+from data.writer import ShardWriter, read_progress
 
 HUB = "HuggingFaceFW/fineweb-edu"
 VALIDATION = 0.05       # of local text, at most
@@ -67,6 +68,8 @@ def prepare(config: FinewebConfig = FinewebConfig()) -> Path:
     wanted = {"source": source, "tokenizer_hash": tokenizer.hash,
               "shard_tokens": config.shard_tokens}
     if is_complete(folder, wanted):
+        shards.verify(folder, cached=True)
+        (folder / "progress.json").unlink(missing_ok=True)  # killed between the two last steps
         print(f"{folder} is complete; delete it to prepare it again")
         return folder
     rows = None if files else hub_rows(config.subset)
@@ -90,11 +93,11 @@ def prepare(config: FinewebConfig = FinewebConfig()) -> Path:
 
 
 def is_complete(folder: Path, wanted: dict[str, Any]) -> bool:
-    """Whether the folder holds these data already. Other data there are refused, not replaced."""
-    for name in ("meta.json", "progress.json"):
+    """Whether the folder holds these data already, whole. Other data there are refused."""
+    for name, read in (("meta.json", shards.read_meta),
+                       ("progress.json", lambda folder: read_progress(folder)[0])):
         if (folder / name).exists():
-            there = json.loads((folder / name).read_text())
-            there = there.get("meta", there)
+            there = read(folder)
             for key, value in wanted.items():
                 if there.get(key) != value:
                     raise ValueError(f"{folder} holds data of {key}={there.get(key)}, not {value}; "

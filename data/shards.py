@@ -1,6 +1,6 @@
-"""Token shards: text as memory-mapped token ids, written once and read in any order.
+"""Token shards: text as memory-mapped token ids, checked once and read in any order.
 
-A data set is a folder:
+A data set is a folder, which data/writer.py makes:
 
     train_0000.npy ... val_0000.npy    one flat array of ids each, uint16 or uint32, whole documents
     tokenizer.json                     the tokenizer that made them (bpe.Tokenizer.load)
@@ -10,18 +10,30 @@ A data set is a folder:
 The `.bin` shards of llm.c and modded-nanogpt are read too: 256 int32 (magic 20240520, version 1,
 number of tokens), then uint16 ids of GPT-2's tokenizer, "train" or "val" in the file's name.
 
-    writer = ShardWriter(folder, vocab_size=4096); writer.add("train", ids); writer.finish(...)
+    verify(folder, cached=True)     # ValueError names the shard that is damaged, and the place
     tokens = open_split(folder, "train"); len(tokens); tokens.read(start, stop)
 """
 import hashlib
 import json
+import math
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable
 
 import numpy as np
+from tqdm import tqdm
 
 FORMAT_VERSION = 1
+# The header that np.save gives one row of ids: magic, version 1.0, length, a Python literal. Read
+# by hand, as numpy's reader evaluates what stands there and believes its sizes.
+NPY_HEADER = re.compile(rb"\x93NUMPY\x01\x00(..)\{'descr': '([^']*)', 'fortran_order': False, "
+                        rb"'shape': \((\d{1,18}),\), \} *\n", re.DOTALL)
+NPY_LONGEST = 256               # bytes of such a header, at most
+CHUNK = 1 << 23                 # bytes that verify holds at once, for each thread
+AGAIN = "delete the folder and prepare the data again"
+STAMP = ".verified.json"        # which files verify has read, so that it need not do so again
 BIN_HEADER = 256 * 4            # bytes
 BIN_MAGIC, BIN_VERSION = 20240520, 1
 GPT2_VOCAB = 50257              # what a .bin shard is made with
@@ -40,14 +52,47 @@ def find(name: str | Path) -> Path:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of a data set; for a folder of .bin shards, what is known of those."""
-    if not (folder / "meta.json").exists():
+    path = folder / "meta.json"
+    if not path.exists():
         return {"version": FORMAT_VERSION, "source": "llm.c shards", "vocab_size": GPT2_VOCAB,
                 "tokenizer_hash": None, "splits": {}}
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(path)
     if meta.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{folder}/meta.json has version {meta.get('version')}, this code reads "
+        raise ValueError(f"{path} has version {meta.get('version')!r}, this code reads "
                          f"{FORMAT_VERSION}; prepare the data again")
+    check_meta(meta, path)
     return meta
+
+
+def check_meta(meta: dict[str, Any], path: Path) -> None:
+    """ValueError for facts that are missing or that no ShardWriter writes."""
+    def need(right: bool, what: str) -> None:
+        if not right:
+            raise ValueError(f"{path} is damaged: {what}; {AGAIN}")
+
+    def whole(number: Any, least: int, most: int = 2**62) -> bool:
+        return type(number) is int and least <= number <= most
+
+    def text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    need(whole(meta.get("vocab_size"), 1, 2**32), f"vocab_size is {meta.get('vocab_size')!r:.50}")
+    need(meta.get("tokenizer_hash", 0) is None or text(meta.get("tokenizer_hash")),
+         "tokenizer_hash is no text")
+    need(text(meta.get("source")), "source is no text")
+    entropy = meta.get("unigram_entropy", 0.0)
+    need(isinstance(entropy, float) and math.isfinite(entropy) or entropy == 0,
+         f"unigram_entropy is {entropy!r:.50}")
+    need(isinstance(meta.get("splits"), dict) and len(meta["splits"]) > 0, "it names no splits")
+    for split, facts in meta["splits"].items():
+        files = facts.get("files") if isinstance(facts, dict) else None
+        need(isinstance(files, dict) and len(files) > 0, f"split {split!r:.50} has no files")
+        for name, file in files.items():
+            need(re.fullmatch(r"[\w-]+\.npy", name) is not None, f"{name!r:.50} is no shard's name")
+            need(isinstance(file, dict) and whole(file.get("tokens"), 1)
+                 and text(file.get("sha256")), f"{name} has no tokens or no sha256")
+        need(facts.get("tokens") == sum(file["tokens"] for file in files.values()),
+             f"the shards of {split} have not the {facts.get('tokens')!r:.50} tokens of the split")
 
 
 def fingerprint(folder: Path) -> str:
@@ -87,150 +132,152 @@ class Tokens:
 
 
 def open_split(folder: Path, split: str) -> Tokens:
-    """Memory-map the shards of "train" or "val". A missing or damaged one is a named error."""
-    files = read_meta(folder)["splits"].get(split, {}).get("files")
-    if files is None:                                               # no meta.json: llm.c's shards
-        bins = [path for path in sorted(folder.glob("*.bin")) if split in path.name]
-        if not bins:
-            raise FileNotFoundError(f"{folder} has no {split} shards")
-        return Tokens([_open_bin(path) for path in bins])
-    return Tokens([_open_npy(folder / name, facts["tokens"]) for name, facts in files.items()])
+    """Memory-map the shards of "train" or "val". A missing or truncated one is a named error."""
+    files = files_of(folder, read_meta(folder), split)
+    if not files:
+        raise FileNotFoundError(f"{folder} has no {split} shards")
+    return Tokens([open_shard(path, facts) for path, facts in files.items()])
 
 
-def verify(folder: Path) -> None:
-    """Compare every shard with its checksum and its ids with the vocabulary. Reads all of it."""
-    meta = read_meta(folder)
-    for split in meta["splits"].values():
-        for name, facts in split["files"].items():
-            ids = _open_npy(folder / name, facts["tokens"])
-            if _sha256(ids) != facts["sha256"]:
-                raise ValueError(f"{folder / name} differs from its checksum; prepare it again")
-            worst = int(ids.argmax()) if len(ids) else 0
-            if len(ids) and ids[worst] >= meta["vocab_size"]:
-                raise ValueError(f"{folder / name} has id {ids[worst]} at position {worst}; the "
-                                 f"vocabulary ends at {meta['vocab_size'] - 1}")
+def verify(folder: Path, cached: bool = False) -> None:
+    """Compare every shard with its checksum, its ids with the vocabulary; ValueError if one is off.
 
-
-class ShardWriter:
-    """Collects documents into shards of at least `shard_tokens` ids; none cuts through a document.
-
-    `tokenizer` is only asked for vocab_size, hash and save(). With `resume`, a folder that the same
-    call (equal source, tokenizer and shard size) left half-way keeps its finished shards, and
-    `documents` says how many documents to skip.
+    What was read and found right is noted in a stamp beside it. With `cached`, files that are as
+    the stamp says (size, time of change, checksum) are not read again, so this costs nothing.
     """
+    meta, stamp = read_meta(folder), _read_stamp(folder)
+    _check_tokenizer(folder, meta)
+    shards = files_of(folder, meta)
+    for path, facts in shards.items():
+        open_shard(path, facts)
+    wanted = {}
+    for path, facts in shards.items():
+        stat = path.stat()              # before it is read: a change meanwhile outdates the stamp
+        wanted[path.name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
+                             "sha256": facts.get("sha256"), "vocab_size": meta["vocab_size"]}
+    unread = {path: facts for path, facts in shards.items()
+              if not cached or stamp.get(path.name) != wanted[path.name]}
+    if not unread:
+        return
+    # hashlib and numpy let go of Python's lock, so shards are read side by side.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(
+            desc=f"verifying {folder}", total=sum(wanted[path.name]["size"] for path in unread),
+            unit="B", unit_scale=True, delay=2, disable=None) as bar:
+        for path, _ in zip(unread, pool.map(lambda item: _verify(*item, meta["vocab_size"]),
+                                            unread.items())):
+            bar.update(wanted[path.name]["size"])
+    try:
+        write_json(folder / STAMP, wanted)
+    except OSError:                     # a folder that cannot be written: read again next time
+        pass
 
-    def __init__(self, folder: str | Path, tokenizer: Any, source: str,
-                 shard_tokens: int = 100_000_000, resume: bool = False):
-        self.folder, self.tokenizer, self.shard_tokens = Path(folder), tokenizer, shard_tokens
-        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        self.meta: dict[str, Any] = dict(
-            version=FORMAT_VERSION, source=source, vocab_size=tokenizer.vocab_size,
-            tokenizer_hash=tokenizer.hash, shard_tokens=shard_tokens, splits={})
-        self.documents = 0
-        self.pending: dict[str, list[np.ndarray]] = {}
-        self.pending_tokens: dict[str, int] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        progress = self.folder / "progress.json"
-        if resume and progress.exists():
-            saved = json.loads(progress.read_text())
-            if {**saved["meta"], "splits": {}} == self.meta:
-                self.meta, self.documents = saved["meta"], saved["documents"]
-                return
-        for old in [self.folder / "meta.json", progress, *self.folder.glob("*.npy")]:
-            old.unlink(missing_ok=True)                             # meta.json first: incomplete
 
-    def tokens(self, split: str) -> int:
-        """Tokens of a split so far, those of its unfinished shard included."""
-        written = self.meta["splits"].get(split, {}).get("tokens", 0)
-        return written + self.pending_tokens.get(split, 0)
+def _verify(path: Path, facts: dict[str, Any], vocab_size: int) -> None:
+    """Read a shard once, a chunk at a time: checksum, and the largest id."""
+    ids, digest = open_shard(path, facts), hashlib.sha256()
+    per_chunk, beyond = CHUNK // ids.itemsize, None
+    with open(path, "rb") as file:
+        file.seek(ids.offset)
+        for start in range(0, len(ids), per_chunk):
+            data = file.read(min(per_chunk, len(ids) - start) * ids.itemsize)
+            digest.update(data)
+            chunk = np.frombuffer(data, ids.dtype)
+            if beyond is None and chunk.max() >= vocab_size:
+                beyond = start + int((chunk >= vocab_size).argmax())
+    if "sha256" in facts and digest.hexdigest() != facts["sha256"]:
+        raise ValueError(f"shard {path} differs from its checksum"
+                         + ("" if beyond is None else f"; id {ids[beyond]} at position {beyond} is "
+                            f"beyond the vocabulary") + f"; {AGAIN}")
+    if beyond is not None:
+        raise ValueError(f"shard {path} has id {ids[beyond]} at position {beyond}; the vocabulary "
+                         f"ends at {vocab_size - 1}")
 
-    def add(self, split: str, ids: Any) -> None:
-        """One document's ids. A full shard is written at once."""
-        self.pending.setdefault(split, []).append(np.asarray(ids, dtype=self.dtype))
-        self.pending_tokens[split] = self.pending_tokens.get(split, 0) + len(ids)
-        self.documents += 1
-        if self.pending_tokens[split] >= self.shard_tokens:
-            self._write(split)
 
-    def flush(self, split: str) -> None:
-        """Write what a split has left. One that gets no more documents must not stay pending:
-        progress is saved only where every document so far is in a shard."""
-        if self.pending_tokens.get(split):
-            self._write(split)
+def files_of(folder: Path, meta: dict[str, Any], split: str = "") -> dict[Path, dict[str, Any]]:
+    """The files of a split, or of all, and what is known of each. Without meta.json: llm.c's."""
+    if not meta["splits"]:
+        return {path: {} for path in sorted(folder.glob("*.bin")) if split in path.name}
+    return {folder / name: facts for name, part in meta["splits"].items() if split in ("", name)
+            for name, facts in part["files"].items()}
 
-    def finish(self) -> dict[str, Any]:
-        """Write what is left, the tokenizer and meta.json; return the latter."""
-        for split in list(self.pending):
-            self.flush(split)
-        if not self.meta["splits"]:
-            raise ValueError(f"{self.meta['source']} holds no text; nothing was written")
-        self.tokenizer.save(self.folder / "tokenizer.json")
-        train = [_open_npy(self.folder / name, file["tokens"])
-                 for name, file in self.meta["splits"].get("train", {"files": {}})["files"].items()]
-        self.meta.update(documents=self.documents, unigram_entropy=unigram_entropy(train))
-        _write_json(self.folder / "meta.json", self.meta)
-        (self.folder / "progress.json").unlink(missing_ok=True)
-        return self.meta
 
-    def _write(self, split: str) -> None:
-        ids = np.concatenate(self.pending.pop(split))
-        self.pending_tokens[split] = 0
-        facts = self.meta["splits"].setdefault(split, {"tokens": 0, "files": {}})
-        name = f"{split}_{len(facts['files']):04d}.npy"
-        with open(self.folder / (name + ".tmp"), "wb") as file:
-            np.save(file, ids)
+def open_shard(path: Path, facts: dict[str, Any]) -> np.memmap:
+    """A shard's ids, after a look at its header and size; no more of it is read."""
+    if not path.exists():
+        raise FileNotFoundError(f"shard {path} is missing; {AGAIN}")
+    dtype, offset, tokens = (_bin_header if path.suffix == ".bin" else _npy_header)(path)
+    size, expected = path.stat().st_size, offset + tokens * dtype.itemsize
+    if size != expected:
+        raise ValueError(f"shard {path} has {size:,} bytes; its header says {expected:,}, so it is "
+                         f"{'truncated' if size < expected else 'damaged'}; {AGAIN}")
+    if facts.get("tokens", tokens) != tokens:
+        raise ValueError(f"shard {path} holds {tokens:,} ids, meta.json says {facts['tokens']:,}; "
+                         f"{AGAIN}")
+    if not tokens:
+        raise ValueError(f"shard {path} holds no ids; {AGAIN}")
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(tokens,))
+
+
+def _npy_header(path: Path) -> tuple[np.dtype, int, int]:
+    """(dtype, bytes before the ids, number of ids)."""
+    with open(path, "rb") as file:
+        found = NPY_HEADER.match(file.read(NPY_LONGEST))
+    if not found or found.end() != 10 + int.from_bytes(found[1], "little"):
+        raise ValueError(f"shard {path} does not start as a .npy file of one row of ids does, so "
+                         f"it is damaged; {AGAIN}")
+    if found[2] not in (b"<u2", b"<u4"):
+        raise ValueError(f"shard {path} holds numbers of type {found[2].decode('latin-1')!r:.20}, "
+                         f"not uint16 or uint32; {AGAIN}")
+    return np.dtype(found[2].decode()), found.end(), int(found[3])
+
+
+def _bin_header(path: Path) -> tuple[np.dtype, int, int]:
+    header = np.fromfile(path, dtype="<i4", count=BIN_HEADER // 4)
+    if len(header) < 256 or header[0] != BIN_MAGIC or header[1] != BIN_VERSION or header[2] < 0:
+        raise ValueError(f"shard {path} does not start as llm.c's do: magic {BIN_MAGIC}, "
+                         f"version {BIN_VERSION}, number of ids")
+    return np.dtype("<u2"), BIN_HEADER, int(header[2])
+
+
+def _check_tokenizer(folder: Path, meta: dict[str, Any]) -> None:
+    """The tokenizer beside the shards has to be the one that made them (tok.json has its hash)."""
+    path = folder / "tokenizer.json"
+    if path.exists() and (found := read_json(path).get("sha256")):
+        if meta["tokenizer_hash"] not in (None, found):
+            raise ValueError(f"{path} is not the tokenizer that made the shards beside it (its "
+                             f"hash is {found!r:.10}, not {meta['tokenizer_hash']!r:.10}); {AGAIN}")
+
+
+def _read_stamp(folder: Path) -> dict[str, Any]:
+    """What verify noted; nothing where there is no stamp, or none that can be read."""
+    try:
+        return read_json(folder / STAMP)
+    except (ValueError, OSError):       # a stamp only saves time
+        return {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:                   # nested too deep is no JSON
+        raise ValueError(f"{path} is damaged: {error}; {AGAIN}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it is no JSON object; {AGAIN}")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_file(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def write_file(path: Path, write: Callable[[Any], Any]) -> None:
+    """Write a file whole or not at all: beside its place, to the disk, then renamed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(self.folder / (name + ".tmp"), self.folder / name)
-        facts["files"][name] = {"tokens": len(ids), "sha256": _sha256(ids)}
-        facts["tokens"] += len(ids)
-        if not any(self.pending_tokens.values()):                   # all documents so far are safe
-            _write_json(self.folder / "progress.json",
-                        {"meta": self.meta, "documents": self.documents})
-
-
-def unigram_entropy(shards: Iterable[np.ndarray], chunk: int = 10_000_000) -> float:
-    """Entropy of the token frequencies in nats: the loss of a model that knows only those."""
-    counts = np.zeros(0, np.int64)
-    for shard in shards:
-        for start in range(0, len(shard), chunk):
-            new = np.bincount(shard[start:start + chunk], minlength=len(counts))
-            new[:len(counts)] += counts
-            counts = new
-    p = counts[counts > 0] / max(1, counts.sum())
-    return float(-(p * np.log(p)).sum())
-
-
-def _open_npy(path: Path, tokens: int) -> np.ndarray:
-    if not path.exists():
-        raise FileNotFoundError(f"shard {path} is missing; prepare the data again")
-    try:
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"shard {path} is truncated or no .npy file ({error}); "
-                         f"prepare the data again") from None
-    if ids.dtype not in (np.uint16, np.uint32) or ids.ndim != 1 or len(ids) != tokens:
-        raise ValueError(f"shard {path} holds {ids.dtype} {ids.shape}; meta.json says {tokens} "
-                         f"uint16 or uint32 ids; prepare the data again")
-    return ids
-
-
-def _open_bin(path: Path) -> np.ndarray:
-    header = np.fromfile(path, dtype=np.int32, count=256)
-    if len(header) < 256 or header[0] != BIN_MAGIC or header[1] != BIN_VERSION:
-        raise ValueError(f"shard {path} does not start as llm.c's do: magic {BIN_MAGIC}, "
-                         f"version {BIN_VERSION}")
-    size, expected = path.stat().st_size, BIN_HEADER + 2 * int(header[2])
-    if size != expected:
-        raise ValueError(f"shard {path} has {size:,} bytes; its header says {expected:,}")
-    return np.memmap(path, dtype=np.uint16, mode="r", offset=BIN_HEADER)
-
-
-def _sha256(ids: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,7 +1,10 @@
 """From text to batches: every document is somewhere, every token is served once."""
 import hashlib
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ from data.corpus import (CorpusConfig, documentation, docstrings, prepare, split
 from data.shakespeare import ShakespeareConfig
 from data.shakespeare import prepare as prepare_shakespeare
 from data.texts import find_files, read_documents
+from data.writer import ShardWriter, unigram_entropy
 from model import IGNORE
 
+REPOSITORY = Path(__file__).parent.parent
 BYTES = Tokenizer([], special_tokens=())
 
 
@@ -36,7 +41,7 @@ def test_a_read_crosses_shards_as_if_there_was_one():
 def test_documents_come_back_from_their_shards_whole_and_in_order(tmp_path):
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 256, size=rng.integers(1, 50)) for _ in range(100)]
-    writer = shards.ShardWriter(tmp_path, BYTES, "test", shard_tokens=300)
+    writer = ShardWriter(tmp_path, BYTES, "test", shard_tokens=300)
     for i, ids in enumerate(documents):
         writer.add("val" if i % 10 == 0 else "train", ids)
     meta = writer.finish()
@@ -51,37 +56,132 @@ def test_documents_come_back_from_their_shards_whole_and_in_order(tmp_path):
 
 def test_unigram_entropy_has_its_hand_worked_value():
     # frequencies 1/2, 1/4, 1/4: 1.5 bits
-    found = shards.unigram_entropy([np.array([0, 0, 5], np.uint16), np.array([9], np.uint16)], 2)
+    found = unigram_entropy([np.array([0, 0, 5], np.uint16), np.array([9], np.uint16)], 2)
     assert found == pytest.approx(1.5 * np.log(2))
 
 
 @pytest.mark.parametrize("damage,message", [
     (lambda p: p.unlink(), "train_0000.npy is missing"),
-    (lambda p: p.write_bytes(p.read_bytes()[:-10]), "train_0000.npy is truncated"),
-    (lambda p: p.write_bytes(b""), "train_0000.npy is truncated or no .npy"),
-    (lambda p: np.save(p, np.zeros(10, np.float64)), "holds float64"),
-    (lambda p: np.save(p, np.zeros(7, np.uint16)), r"holds uint16 \(7,\); meta.json says 49"),
+    (lambda p: p.write_bytes(p.read_bytes()[:-10]),
+     "train_0000.npy has 10,.* bytes; its header says 10,.* truncated"),
+    (lambda p: p.write_bytes(p.read_bytes() + b"x"), "its header says .* so it is damaged"),
+    (lambda p: p.write_bytes(b""), "train_0000.npy does not start as a .npy file"),
+    (lambda p: np.save(p, np.zeros(10, np.float64)), "holds numbers of type '<f8', not uint16"),
+    (lambda p: np.save(p, np.zeros((3, 2), np.uint16)), "of one row of ids"),
+    (lambda p: np.save(p, np.zeros(7, np.uint16)), "holds 7 ids, meta.json says 4,991"),
+    (lambda p: p.write_bytes(p.read_bytes().replace(b"(4991,", b"(999999999991,", 1)),
+     "does not start as a .npy file"),
+    (lambda p: p.write_bytes(p.read_bytes().replace(b"(4991,), }          ",
+                                                    b"(999999999991,), }  ", 1)),
+     "header says 2,000,000,000,110, so it is truncated"),
 ])
 def test_a_damaged_shard_is_named(dataset, damage, message):
     damage(dataset / "train_0000.npy")
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        shards.open_split(dataset, "train")
+    for read in (lambda: shards.open_split(dataset, "train"), lambda: shards.verify(dataset)):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            read()
 
 
-def test_verify_finds_a_changed_token_and_an_id_beyond_the_vocabulary(dataset):
-    path = dataset / "train_0000.npy"
-    ids = np.load(path)
-    ids[17] += 1
-    np.save(path, ids)
-    with pytest.raises(ValueError, match="differs from its checksum"):
-        shards.verify(dataset)
-    ids[17] = 300
-    np.save(path, ids)
+def forge(dataset, ids):
+    """Put ids into the training shard, with a checksum that fits."""
+    np.save(dataset / "train_0000.npy", ids)
     meta = json.loads((dataset / "meta.json").read_text())
     meta["splits"]["train"]["files"]["train_0000.npy"]["sha256"] = hashlib.sha256(ids).hexdigest()
     (dataset / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="has id 300 at position 17; the vocabulary ends at 255"):
+
+
+def test_verify_finds_a_changed_token_and_an_id_beyond_the_vocabulary(dataset, monkeypatch):
+    monkeypatch.setattr(shards, "CHUNK", 64)            # many chunks
+    ids = np.load(dataset / "train_0000.npy")
+    shards.verify(dataset)
+    ids[17] ^= 1
+    np.save(dataset / "train_0000.npy", ids)
+    with pytest.raises(ValueError, match="train_0000.npy differs from its checksum; delete"):
         shards.verify(dataset)
+    ids[[4000, 4600]] = 300
+    np.save(dataset / "train_0000.npy", ids)
+    with pytest.raises(ValueError, match="differs from its checksum; id 300 at position 4000 is"):
+        shards.verify(dataset)
+    forge(dataset, ids)
+    with pytest.raises(ValueError, match="has id 300 at position 4000; the vocabulary ends at 255"):
+        shards.verify(dataset)
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(dataset, monkeypatch):
+    read, verify_one = [], shards._verify
+    monkeypatch.setattr(shards, "_verify", lambda path, *rest: (read.append(path.name),
+                                                                verify_one(path, *rest)))
+
+    def read_by(**settings):
+        read.clear()
+        shards.verify(dataset, **settings)
+        return sorted(read)
+
+    both, stamp = ["train_0000.npy", "val_0000.npy"], dataset / ".verified.json"
+    assert read_by(cached=True) == both
+    assert read_by(cached=True) == []
+    assert read_by() == both                                        # on demand: always
+    ids = np.load(dataset / "train_0000.npy")
+    np.save(dataset / "train_0000.npy", ids)                        # equal, but written anew
+    os.utime(dataset / "train_0000.npy", ns=(0, 1))
+    assert read_by(cached=True) == ["train_0000.npy"]
+    for damaged in ("", "[" * 100_000, "[1]", '{"train_0000.npy": 3, "val_0000.npy": null}'):
+        stamp.write_text(damaged)
+        assert read_by(cached=True) == both
+
+
+def test_damage_that_keeps_size_is_found_although_a_stamp_is_there(dataset):
+    shards.verify(dataset, cached=True)
+    path = dataset / "val_0000.npy"
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match="val_0000.npy differs from its checksum"):
+        shards.verify(dataset, cached=True)
+
+
+def test_a_stamp_that_cannot_be_written_is_no_error(dataset):
+    (dataset / ".verified.json").mkdir()                # even root cannot write a file over it
+    for _ in range(2):
+        shards.verify(dataset, cached=True)
+    assert not list(dataset.glob("*.tmp"))
+
+
+def test_processes_that_verify_at_once_leave_a_whole_stamp(dataset):
+    words = [sys.executable, "-c", "import sys; from pathlib import Path; from data import shards; "
+             "[shards.verify(Path(sys.argv[1])) for _ in range(30)]", str(dataset)]
+    runs = [subprocess.Popen(words, cwd=REPOSITORY) for _ in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    assert sorted(json.loads((dataset / ".verified.json").read_text())) == [
+        "train_0000.npy", "val_0000.npy"]
+    assert not list(dataset.glob("*.tmp"))
+
+
+def test_another_tokenizer_beside_the_shards_is_named(dataset):
+    Tokenizer.train(["other text"], 260).save(dataset / "tokenizer.json")
+    with pytest.raises(ValueError, match="tokenizer.json is not the tokenizer that made the sha"):
+        shards.verify(dataset, cached=True)
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda m: m.update(vocab_size="256"), "vocab_size is '256'"),
+    (lambda m: m.update(vocab_size=0), "vocab_size is 0"),
+    (lambda m: m.pop("tokenizer_hash"), "tokenizer_hash is no text"),
+    (lambda m: m.update(unigram_entropy=float("nan")), "unigram_entropy is nan"),
+    (lambda m: m.update(splits=[]), "it names no splits"),
+    (lambda m: m["splits"].update(val=3), "split 'val' has no files"),
+    (lambda m: m["splits"]["val"].update(tokens=1), "val have not the 1 tokens"),
+    (lambda m: m["splits"]["val"]["files"].update({"../up.npy": {}}), "'../up.npy' is no shard"),
+    (lambda m: m["splits"]["val"]["files"].update({"val_0000.npy": {"tokens": -1}}), "no tokens"),
+])
+def test_a_meta_json_that_nothing_writes_is_named(dataset, change, message):
+    meta = json.loads((dataset / "meta.json").read_text())
+    change(meta)
+    (dataset / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match=f"meta.json is damaged: .*{message}"):
+        shards.open_split(dataset, "train")
 
 
 def test_a_folder_without_its_last_file_is_not_a_data_set(dataset):
@@ -102,6 +202,7 @@ def test_shards_of_llm_c_are_read(tmp_path):
     write_bin(tmp_path / "fineweb_train_000002.bin", range(100, 130))
     assert shards.find(tmp_path) == tmp_path
     assert shards.read_meta(tmp_path)["vocab_size"] == 50257
+    shards.verify(tmp_path)
     train = shards.open_split(tmp_path, "train")
     assert train.read(0, 200).tolist() == list(range(130))
     assert len(shards.open_split(tmp_path, "val")) == 50
@@ -115,6 +216,16 @@ def test_a_wrong_bin_shard_is_named(tmp_path, settings, message):
     write_bin(tmp_path / "x_train_0.bin", range(50), **settings)
     with pytest.raises(ValueError, match=message):
         shards.open_split(tmp_path, "train")
+
+
+def test_an_id_in_a_bin_shard_that_gpt2_does_not_have_is_named(tmp_path):
+    write_bin(tmp_path / "x_train_0.bin", [5, 50256])
+    write_bin(tmp_path / "x_val_0.bin", [5])
+    shards.verify(tmp_path, cached=True)
+    write_bin(tmp_path / "x_train_0.bin", [5, 50257])
+    os.utime(tmp_path / "x_train_0.bin", ns=(0, 1))
+    with pytest.raises(ValueError, match="x_train_0.bin has id 50257 at position 1; .* 50256"):
+        shards.verify(tmp_path, cached=True)
 
 
 def test_the_fingerprint_changes_with_the_data_only(dataset, tmp_path):

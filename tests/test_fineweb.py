@@ -20,7 +20,7 @@ SHARD_TOKENS = 3000
 # Prepares like the command line, but stops for ever in front of the n-th file that gets its name.
 STOPPING = """
 import os, sys
-from data import shards, fineweb
+from data import fineweb
 replace, calls = os.replace, 0
 def stopping(source, target):
     global calls
@@ -29,7 +29,7 @@ def stopping(source, target):
         print("stopped", flush=True)
         sys.stdin.read()
     replace(source, target)
-shards.os.replace = stopping
+os.replace = stopping
 fineweb.main(sys.argv[2:])
 """
 
