@@ -1,32 +1,51 @@
-"""Loss, perplexity and bits per byte of a model on a split of token shards.
+"""Loss, perplexity and bits per byte of a model on a data set or on text files.
 
     python -m eval.loss --model=out/demo --data=corpus [--split=val] [--limit=TOKENS]
+    python -m eval.loss --model=gpt2 --data=book.txt --stride=512
 
 Bits per byte = sum of token losses / (ln 2 x bytes that those tokens spell). It does not depend on
 the tokenizer, so runs with different vocabularies can be compared; special tokens spell no bytes.
+
+A text longer than the context is read in windows, side by side: the first token of each has no
+context. With --stride=N a window begins every N tokens and scores its last N only, so that each
+token is scored once, after at least block_size - N others; both figures are shown. N = 1 is the
+definition of perplexity with this context, block_size times the work.
+
+Reference: "Perplexity of fixed-length models", Hugging Face's documentation of transformers.
 """
 import math
 from dataclasses import dataclass
-from typing import Any, Iterable, Literal
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from config import option, parse, run_command
-from data import loader, shards
+from data import loader, shards, texts
 from device import autocast, pick_device, pick_dtype
+
+IGNORE = loader.IGNORE
 
 
 @dataclass(frozen=True)
 class LossConfig:
     model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, gpt2, gpt2-medium, ...")
-    data: str = option("corpus", "data set: a name under data/ or a folder of shards")
-    split: Literal["train", "val"] = option("val", "which part of it")
+    data: str = option("corpus", "data set: a name under data/ or a folder; or a .txt, .jsonl or "
+                                 ".parquet file, or several by comma")
+    split: Literal["train", "val"] = option("val", "which part of a data set")
     limit: int = option(0, "tokens to evaluate, spread over the split; 0 is all")
+    stride: int = option(0, "tokens between windows that overlap; 0: no such figure")
     batch_size: int = option(8, "windows at a time")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+
+    def __post_init__(self):
+        for name, least in (("limit", 0), ("stride", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
 def token_lengths(tokenizer: Any) -> torch.Tensor:
@@ -64,22 +83,84 @@ def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.
     return result
 
 
+def strided_batches(tokens: shards.Tokens, block_size: int, stride: int, batch_size: int,
+                    limit: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Windows that begin every `stride` tokens, as (x, y); labels where no window before had them.
+
+    With a limit, as many windows as score that many tokens, spread evenly.
+    """
+    if not 1 <= stride <= block_size:
+        raise ValueError(f"stride={stride} is not in 1 to {block_size}, the context of the model")
+    count = 1 + max(0, math.ceil((len(tokens) - 1 - block_size) / stride))
+    starts = np.arange(count) * stride
+    if limit and limit < count * stride:
+        starts = starts[np.linspace(0, count - 1, math.ceil(limit / stride)).astype(np.int64)]
+    for i in range(0, len(starts), batch_size):
+        here = starts[i:i + batch_size]
+        x = torch.zeros(len(here), block_size, dtype=torch.long)    # (B, T)
+        y = torch.full((len(here), block_size), IGNORE)             # (B, T)
+        for row, start in enumerate(here):
+            ids = torch.from_numpy(tokens.read(int(start), int(start) + block_size + 1))
+            seen = block_size - stride if start else 0
+            x[row, :len(ids) - 1], y[row, seen:len(ids) - 1] = ids[:-1], ids[seen + 1:]
+        yield x, y
+
+
+def text_tokens(source: str, tokenizer: Any) -> shards.Tokens:
+    """Text files as tokens, each document behind an end-of-text token, as in data sets."""
+    start = [] if tokenizer.eot is None else [tokenizer.eot]
+    documents = [np.array(start + tokenizer.encode(text), dtype=np.int64)
+                 for text in texts.read_documents(texts.find_files(source))]
+    if sum(map(len, documents)) < 2:
+        raise ValueError(f"{source} has fewer than two tokens; there is nothing to predict")
+    return shards.Tokens([np.concatenate(documents)])
+
+
+def open_tokens(config: LossConfig, tokenizer: Any) -> shards.Tokens:
+    """What --data and --split name; a ValueError if it is not for this tokenizer."""
+    if any(Path(name).is_file() for name in config.data.split(",")):
+        if tokenizer is None:
+            raise ValueError(f"{config.model} has no tokenizer to read {config.data} with; put its "
+                             f"tokenizer.json there")
+        return text_tokens(config.data, tokenizer)
+    folder = shards.find(config.data)
+    made_with = shards.read_meta(folder)["tokenizer_hash"]
+    if made_with is not None and (tokenizer is None or made_with != tokenizer.hash):
+        raise ValueError(f"{folder} was made with another tokenizer than {config.model}'s")
+    return shards.open_split(folder, config.split)
+
+
+def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, Any]:
+    """What `evaluate_loss` returns and, with a stride, the same under "strided"."""
+    device, block_size = next(model.parameters()).device, model.config.block_size
+    lengths = token_lengths(tokenizer) if tokenizer else None
+    dtype = pick_dtype(config.dtype, device)
+    tokens = open_tokens(config, tokenizer)
+    batches = loader.evaluation_batches(tokens, block_size, config.batch_size, config.limit)
+    result = evaluate_loss(model, batches, device, lengths, dtype)
+    if config.stride:
+        batches = strided_batches(tokens, block_size, config.stride, config.batch_size,
+                                  config.limit)
+        result["strided"] = evaluate_loss(model, batches, device, lengths, dtype)
+    return result
+
+
 def main(words: list[str]) -> None:
     from sample import load_model
     config = parse(LossConfig, words, "python -m eval.loss", about=__doc__)
-    device = pick_device(config.device)
-    model, tokenizer = load_model(config.model, device)
-    folder = shards.find(config.data)
-    made_with = shards.read_meta(folder)["tokenizer_hash"]
-    if made_with not in (None, tokenizer.hash):
-        raise ValueError(f"{folder} was made with another tokenizer than {config.model}'s")
-    batches = loader.evaluation_batches(shards.open_split(folder, config.split),
-                                        model.config.block_size, config.batch_size, config.limit)
-    result = evaluate_loss(model, batches, device, token_lengths(tokenizer),
-                           pick_dtype(config.dtype, device))
-    print(f"{config.model} on {config.data}/{config.split}: "
-          + "  ".join(f"{key} {value:,.4f}" if isinstance(value, float) else f"{key} {value:,}"
-                      for key, value in result.items()))
+    model, tokenizer = load_model(config.model, pick_device(config.device))
+    result = measure(model, tokenizer, config)
+    strided = result.pop("strided", None)
+    is_text = any(Path(name).is_file() for name in config.data.split(","))
+    print(f"{config.model} on {config.data}{'' if is_text else '/' + config.split}: {line(result)}")
+    if strided:
+        print(f"with {model.config.block_size - config.stride} tokens of context or more "
+              f"(stride {config.stride}): {line(strided)}")
+
+
+def line(figures: dict[str, float]) -> str:
+    return "  ".join(f"{key} {value:,.4f}" if isinstance(value, float) else f"{key} {value:,}"
+                     for key, value in figures.items())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""Loss on text and with overlapping windows, against loops that follow the definition."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bpe import Tokenizer
+from data.shards import Tokens
+from eval import loss
+from eval.loss import LossConfig, evaluate_loss, measure, strided_batches, text_tokens
+from model import GPT, GPTConfig
+
+CPU = torch.device("cpu")
+TEXT = "Every token of a long text is scored once, naïvely or not. " * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([TEXT], 280)
+
+
+def random_model(vocab_size, block_size=16):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer=2, n_head=2, n_embd=16)).eval()
+    with torch.no_grad():
+        for p in model.parameters():                    # so that context matters
+            p.mul_(1 if p.dim() == 1 else 15)
+    return model
+
+
+@torch.no_grad()
+def nats_one_by_one(model, ids, context):
+    """Of token i after the tokens context(i) to i - 1, each by a forward pass of its own."""
+    return [-model(ids[None, context(i):i])[0][0, -1].log_softmax(-1)[ids[i]].item()
+            for i in range(1, len(ids))]
+
+
+@pytest.mark.parametrize("length", [2, 10, 16, 17, 18, 30, 41])
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_each_token_is_scored_once_after_the_context_that_the_stride_leaves(length, stride):
+    model, ids = random_model(50), torch.randint(50, (length,))
+    def window(i):              # the first that ends at or behind i, as one begins every `stride`
+        return max(0, math.ceil((i - 16) / stride)) * stride
+    expected = nats_one_by_one(model, ids, window)
+    assert all(i - window(i) > 16 - stride for i in range(17, length))
+    found = evaluate_loss(model, strided_batches(Tokens([ids.numpy()]), 16, stride, 3), CPU)
+    assert found["tokens"] == length - 1
+    assert found["loss"] == pytest.approx(np.mean(expected), rel=1e-5)      # float32
+
+
+def test_a_stride_of_a_whole_window_is_no_overlap_and_a_smaller_one_sees_more():
+    model, ids = random_model(50), torch.randint(50, (60,)).numpy()
+    figures = [evaluate_loss(model, strided_batches(Tokens([ids]), 16, stride, 3), CPU)["loss"]
+               for stride in (16, 4)]
+    windows = loss.loader.evaluation_batches(Tokens([ids]), 16, 4)
+    assert figures[0] == pytest.approx(evaluate_loss(model, windows, CPU)["loss"], rel=1e-6)
+    assert figures[0] != pytest.approx(figures[1], rel=1e-3)
+
+
+def test_a_limit_takes_windows_from_all_of_the_text():
+    ids = np.arange(201) % 50
+    batches = list(strided_batches(Tokens([ids]), 16, 4, 8, limit=20))
+    x, y = (torch.cat(part) for part in zip(*batches))
+    assert len(x) == 5 and x[0, 0] == 0 and y[-1, -1] != loss.IGNORE
+    assert (y >= 0).sum() == 16 + 4 * 4                 # the first scores all of its own
+
+
+@pytest.mark.parametrize("stride", [-1, 0, 17])
+def test_a_stride_that_is_none_is_refused(stride):
+    with pytest.raises(ValueError, match=f"stride={stride} "):
+        next(strided_batches(Tokens([np.arange(40)]), 16, stride, 1))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_text_files_are_scored_document_by_document_behind_an_end_token(tmp_path, tokenizer, kind):
+    model, path = random_model(tokenizer.vocab_size), tmp_path / f"text.{kind}"
+    documents = [TEXT, "another"] if kind == "jsonl" else [TEXT]
+    path.write_text(TEXT if kind == "txt" else
+                    "".join(json.dumps({"text": text}) + "\n" for text in documents))
+    ids = torch.tensor([id for text in documents
+                        for id in [tokenizer.eot, *tokenizer.encode(text)]])
+    found = measure(model, tokenizer, LossConfig(data=str(path), stride=3, dtype="float32"))
+    nats = nats_one_by_one(model, ids, lambda i: (i - 1) // 16 * 16)
+    size = sum(len(text.encode()) for text in documents)        # the end tokens spell no bytes
+    assert found["tokens"] == len(nats)
+    assert found["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-5)
+    nats = nats_one_by_one(model, ids, lambda i: max(0, math.ceil((i - 16) / 3)) * 3)
+    assert found["strided"]["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert found["strided"]["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size,
+                                                              rel=1e-5)
+
+
+def test_the_command_shows_both_figures(tmp_path, tokenizer, capsys):
+    pytest.importorskip("safetensors")
+    random_model(tokenizer.vocab_size).save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model" / "tokenizer.json")
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = [f"--model={tmp_path / 'model'}", f"--data={tmp_path / 'text.txt'}", "--device=cpu"]
+    loss.main([*words, "--stride=4"])
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2 and "text.txt: loss " in shown[0]
+    assert shown[1].startswith("with 12 tokens of context or more (stride 4): loss ")
+    loss.main(words)
+    assert capsys.readouterr().out.splitlines() == shown[:1]
+
+
+def test_what_cannot_be_scored_is_one_line(tmp_path, tokenizer):
+    model = random_model(tokenizer.vocab_size)
+    (tmp_path / "empty.txt").write_text(" ")
+    (tmp_path / "text.txt").write_text(TEXT)
+    for reader, name, message in [
+            (tokenizer, "empty.txt", "has fewer than two tokens"),
+            (None, "text.txt", "has no tokenizer to read"),
+            (tokenizer, "none.txt", "there is no")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            measure(model, reader, LossConfig(data=str(tmp_path / name)))
+    for name, value in (("batch_size", 0), ("stride", -1), ("limit", -1)):
+        with pytest.raises(ValueError, match=f"{name}={value} must be at least"):
+            LossConfig(**{name: value})
+
+
+def test_documents_without_an_end_token_begin_with_their_text(tmp_path):
+    plain = Tokenizer([], special_tokens=())
+    (tmp_path / "a.txt").write_text("ab")
+    assert text_tokens(str(tmp_path / "a.txt"), plain).read(0, 9).tolist() == [97, 98]
