@@ -1,37 +1,17 @@
 """data/fineweb.py: what goes in comes out once and in order, whatever interrupts it."""
 import json
 import random
-import subprocess
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bpe import Tokenizer
-from config import parse
 from data import fineweb, shards
 from data.fineweb import FinewebConfig, prepare
 
-REPOSITORY = Path(__file__).parent.parent
 SHARD_TOKENS = 3000
-
-# Prepares like the command line, but stops for ever in front of the n-th file that gets its name.
-STOPPING = """
-import os, sys
-from data import fineweb
-replace, calls = os.replace, 0
-def stopping(source, target):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[1]):
-        print("stopped", flush=True)
-        sys.stdin.read()
-    replace(source, target)
-os.replace = stopping
-fineweb.main(sys.argv[2:])
-"""
 
 
 @pytest.fixture
@@ -119,32 +99,6 @@ def test_reading_stays_a_bounded_way_ahead_of_writing(monkeypatch, tokenizer):
         next(encoded)
         assert read - done <= (2 * 1000 + 2 * 100) / 50
     encoded.close()
-
-
-# 1 and 2 are val_0000.npy and its progress, 3 and 4 those of train_0000.npy, and so on: the kill
-# falls between writing a shard and naming it, or between naming it and noting it.
-@pytest.mark.parametrize("stop_at", [1, 2, 5, 6])
-def test_killed_preparation_resumes_to_the_same_bytes(tmp_path, texts, tokenizer, stop_at):
-    source = write_jsonl(tmp_path / "in.jsonl", texts)
-    whole = prepare(config(source, tokenizer, tmp_path / "whole"))
-    words = [f"--from={source}", f"--tokenizer={tokenizer}", f"--shard_tokens={SHARD_TOKENS}",
-             f"--out={tmp_path / 'out'}"]
-    with subprocess.Popen([sys.executable, "-c", STOPPING, str(stop_at), *words], cwd=REPOSITORY,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        while "stopped" not in (line := process.stdout.readline()):
-            assert line, "it ended before it was killed"
-        process.kill()                                              # SIGKILL: no cleaning up
-    assert not (tmp_path / "out/meta.json").exists()
-    progress = tmp_path / "out/progress.json"
-    splits = json.loads(progress.read_text())["meta"]["splits"] if progress.exists() else {}
-    finished = [name for split in splits.values() for name in split["files"]]
-    assert len(finished) == (stop_at - 1) // 2
-    before = identity(tmp_path / "out")
-
-    folder = prepare(parse(FinewebConfig, words, "fineweb"))
-    assert shards_of(folder) == shards_of(whole)
-    after = identity(folder)
-    assert all(after[name] == before[name] for name in finished)
 
 
 def test_a_complete_data_set_is_left_alone(tmp_path, texts, tokenizer, capsys):

@@ -1,0 +1,214 @@
+"""Batches of conversations: every sample once per epoch, the loss of a step over all its labels.
+
+    samples = data.chat.load_samples(folder, "train", tokenizer, "chatml", block_size=1024)
+    loader = SampleLoader(samples, block_size=1024, batch_tokens=2**15, micro_batch=8, seed=0)
+    for x, y in loader.batches(step): ...           # (B, T) int64, this rank's micro-batches
+    for x, y, positions in loader.batches(step): ...            # with packing=True
+
+A row is one sample, or with packing several; a step has batch_tokens / block_size rows, and which
+ones depends on (data, seed, step) only, not on ranks or micro-batches. y[t] is the label of the
+token after x[t], IGNORE where it has none.
+
+Padded: the epoch's permutation is cut into groups of GROUP steps, each sorted by length, so that
+the rows of a step are about equally long; then the steps are shuffled. A step's rows are sorted,
+so that a micro-batch pads little: to its longest row, rounded up to a multiple of MULTIPLE.
+Packed: samples are put into rows of block_size by best fit, the longest first, once and for every
+epoch and seed; each epoch serves the rows in a new order. Positions restart with each sample, which
+is how the model keeps samples apart; the padding behind the last is a sample of its own.
+"""
+from typing import Iterator
+
+import numpy as np
+import torch
+
+from data.loader import IGNORE, divide_step
+
+GROUP = 16              # steps sorted by length together: more pad less and shuffle less
+MULTIPLE = 16           # of padded lengths: fewer shapes to compile for
+Batch = tuple[torch.Tensor, ...]
+
+
+class Samples:
+    """Rendered conversations: all ids in one row, a mark for those with a label, and offsets.
+
+    ids (N,) int32, labelled (N,) bool, offsets (samples + 1,) int64. counts: of the records that
+    these are what is left of (records, kept, truncated, dropped).
+    """
+
+    def __init__(self, ids: np.ndarray, labelled: np.ndarray, offsets: np.ndarray, block_size: int,
+                 counts: dict[str, int] | None = None):
+        self.ids, self.labelled, self.offsets = ids, labelled, offsets
+        self.block_size, self.counts = block_size, counts or {}
+        self.lengths = np.diff(offsets) - 1             # of inputs: the last id is a target only
+        marks = np.concatenate([[0], np.cumsum(labelled)])
+        firsts = labelled[offsets[:-1]]                 # nothing predicts a sample's first token
+        self.label_counts = marks[offsets[1:]] - marks[offsets[:-1]] - firsts
+        if len(self) == 0 or self.lengths.min() < 1 or self.lengths.max() > block_size:
+            raise ValueError(f"samples must be of 2 to block_size + 1 = {block_size + 1} ids, and "
+                             f"there must be one")
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of a sample, (length,) int64 each."""
+        ids = self.ids[self.offsets[i]:self.offsets[i + 1]].astype(np.int64)
+        labelled = self.labelled[self.offsets[i] + 1:self.offsets[i + 1]]
+        return ids[:-1], np.where(labelled, ids[1:], IGNORE)
+
+    def summary(self) -> str:
+        """What became of the records, in a line."""
+        c = self.counts
+        tokens, labels = int(self.lengths.sum()), int(self.label_counts.sum())
+        return (f"{len(self):,} of {c.get('records', len(self)):,} samples, {tokens:,} tokens, "
+                f"{labels / tokens:.0%} of them labelled; {c.get('truncated', 0):,} cut to "
+                f"block_size={self.block_size}, {c.get('dropped', 0):,} dropped (no label left)")
+
+    def padded(self, chosen: np.ndarray) -> Batch:
+        """These samples as x, y (B, T), padded with 0 and IGNORE."""
+        T = int(padded_length(self.lengths[chosen].max(), self.block_size))
+        x, y = torch.zeros(len(chosen), T, dtype=torch.long), torch.full((len(chosen), T), IGNORE)
+        for row, i in enumerate(chosen):
+            inputs, targets = self.read(i)
+            x[row, :len(inputs)] = torch.from_numpy(inputs)
+            y[row, :len(inputs)] = torch.from_numpy(targets)
+        return x, y
+
+    def evaluation_batches(self, batch_size: int, limit: int | None = None, rank: int = 0,
+                           world: int = 1) -> Iterator[Batch]:
+        """All samples once, the longest first: this rank's share, up to batch_size at a time.
+
+        With a limit, samples spread evenly over the split that have about that many tokens.
+        """
+        chosen = np.arange(len(self))
+        if limit and limit < self.lengths.sum():
+            count = max(1, round(limit / self.lengths.mean()))
+            chosen = np.linspace(0, len(self) - 1, count).astype(np.int64)
+        chosen = chosen[np.argsort(-self.lengths[chosen], kind="stable")][rank::world]
+        for start in range(0, len(chosen), batch_size):
+            yield self.padded(chosen[start:start + batch_size])
+
+
+class SampleLoader:
+    """Serves samples to one rank of `world`, as data/loader.py's WindowLoader serves windows.
+
+    `windows` is the number of rows of an epoch. Shapes: B micro_batch, T at most block_size.
+    """
+
+    def __init__(self, samples: Samples, block_size: int, batch_tokens: int, micro_batch: int,
+                 seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False,
+                 packing: bool = False):
+        if samples.lengths.max() > block_size:
+            raise ValueError(f"block_size={block_size} is below the longest sample, which has "
+                             f"{samples.lengths.max()} tokens; load them with this block_size")
+        self.samples, self.block_size, self.seed = samples, block_size, seed
+        self.rank, self.world, self.pin, self.packing = rank, world, pin, packing
+        self.per_step = batch_tokens // block_size
+        self.accumulation, self.micro_batch = divide_step(batch_tokens, micro_batch, block_size,
+                                                          world)
+        self.rows = pack(samples.lengths, block_size) if packing else \
+            [[i] for i in range(len(samples))]          # the samples of each row
+        self.windows = len(self.rows)
+        self.row_lengths = np.array([samples.lengths[row].sum() for row in self.rows])
+        self.row_labels = np.array([samples.label_counts[row].sum() for row in self.rows])
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))     # the one at hand, in order
+
+    def order(self, step: int) -> np.ndarray:
+        """The rows of a step, for all ranks together: (batch_tokens / block_size,) int64."""
+        positions = np.arange(step * self.per_step, (step + 1) * self.per_step)
+        chosen = np.empty_like(positions)
+        for epoch in np.unique(positions // self.windows):
+            here = positions // self.windows == epoch
+            chosen[here] = self._permutation(int(epoch))[positions[here] % self.windows]
+        return chosen[np.argsort(self.row_lengths[chosen], kind="stable")]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        """All rows in the order of an epoch."""
+        if self._epoch[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            rows = rng.permutation(self.windows)
+            if not self.packing:
+                rows = self._by_length(rows, epoch, rng)
+            self._epoch = (epoch, rows)
+        return self._epoch[1]
+
+    def _by_length(self, rows: np.ndarray, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        """Steps of similar lengths, shuffled. Rows of steps that two epochs share stay as drawn."""
+        first = -epoch * self.windows % self.per_step   # where this epoch's first own step begins
+        steps = max(0, (self.windows - first) // self.per_step)
+        if not steps:
+            return rows
+        own = rows[first:first + steps * self.per_step]
+        size = GROUP * self.per_step
+        own = np.concatenate([group[np.argsort(self.row_lengths[group], kind="stable")]
+                              for group in np.split(own, range(size, len(own), size))])
+        own = own.reshape(steps, self.per_step)[rng.permutation(steps)].ravel()
+        return np.concatenate([rows[:first], own, rows[first + len(own):]])
+
+    def labels(self, step: int) -> int:
+        """Labelled tokens of a step over all ranks, known without reading or communicating."""
+        return int(self.row_labels[self.order(step)].sum())
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of a step: (x, y), or (x, y, positions) when packed."""
+        mine = self.order(step).reshape(self.accumulation, self.world, self.micro_batch)
+        for rows in mine[:, self.rank]:
+            batch = self._packed(rows) if self.packing else self.samples.padded(rows)
+            yield tuple(part.pin_memory() for part in batch) if self.pin else batch
+
+    def _packed(self, rows: np.ndarray) -> Batch:
+        shape = (len(rows), self.block_size)
+        x, y = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
+        positions = torch.zeros(shape, dtype=torch.long)
+        for row, members in enumerate(rows):
+            at = 0
+            for i in self.rows[members]:
+                inputs, targets = self.samples.read(i)
+                end = at + len(inputs)
+                x[row, at:end], y[row, at:end] = torch.from_numpy(inputs), torch.from_numpy(targets)
+                positions[row, at:end] = torch.arange(len(inputs))
+                at = end
+            positions[row, at:] = torch.arange(self.block_size - at)
+        return x, y, positions                                      # (B, T) each
+
+    @property
+    def wasted(self) -> float:
+        """The share of padding in all that the model computes, over the first epoch."""
+        if self.packing:
+            return 1 - float(self.row_lengths.sum()) / (self.windows * self.block_size)
+        real = computed = 0
+        for step in range(max(1, self.windows // self.per_step)):
+            lengths = self.row_lengths[self.order(step)].reshape(-1, self.micro_batch)
+            real += lengths.sum()
+            computed += padded_length(lengths.max(axis=1), self.block_size).sum() * self.micro_batch
+        return 1 - float(real / computed)
+
+
+def padded_length(length: np.ndarray, block_size: int) -> np.ndarray:
+    return np.minimum(-(-length // MULTIPLE) * MULTIPLE, block_size)
+
+
+def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Rows of samples that fill `size` together: each into the row it leaves least room in, the
+    longest first (best fit decreasing, Johnson 1973). The same for the same lengths."""
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(size + 1)]      # by the room that is left
+    rooms = 0                                                       # bit r: a row has room r
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        fitting = rooms >> length
+        room = length + (fitting & -fitting).bit_length() - 1 if fitting else size
+        if fitting:
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                rooms ^= 1 << room
+        else:
+            row = len(rows)
+            rows.append([])
+        rows[row].append(i)
+        left = room - length
+        if left:
+            if not open_rows[left]:
+                rooms |= 1 << left
+            open_rows[left].append(row)
+    return rows

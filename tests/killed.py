@@ -1,0 +1,101 @@
+"""Prepares a data set, killed by SIGKILL in front of every write to the disk, for test_killed.py.
+
+    python tests/killed.py fineweb FOLDER --from=FILE ...
+
+For every n, a process (a fork, so that a kill costs milliseconds) runs `python -m data.NAME` and
+dies in front of its n-th call of os.fsync, os.replace or os.unlink, until one needs fewer than n
+calls. What it leaves must be no data set or a whole one, and the same command must make of it the
+bytes of an undisturbed run. Prints the number of kills.
+"""
+import importlib
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import shards
+from data.writer import read_progress
+
+
+def prepare(name: str, words: list[str], kill_at: int = 0) -> bool:
+    """Run the command line in a process of its own; whether it was killed."""
+    pid = os.fork()
+    if not pid:
+        calls = 0
+
+        def deadly(function):
+            def call(*arguments, **named):
+                nonlocal calls
+                calls += 1
+                if calls == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **named)
+            return call
+
+        os.fsync, os.replace, os.unlink = map(deadly, (os.fsync, os.replace, os.unlink))
+        sys.stdout = open(os.devnull, "w")
+        code = 1
+        try:
+            importlib.import_module(f"data.{name}").main(words)
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    assert status in (0, signal.SIGKILL), f"kill at {kill_at}: the command failed"
+    return status == signal.SIGKILL
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())
+            if path.name != shards.STAMP}
+
+
+def is_data_set(folder: Path) -> bool:
+    """Whether a reader takes the folder for a data set; then it has to be a whole one."""
+    try:
+        shards.find(folder)
+    except FileNotFoundError:
+        return False
+    shards.verify(folder)
+    return True
+
+
+def finished(folder: Path) -> dict[str, int]:
+    """The shards that are done, by what changes when they are written again."""
+    if not (folder / "progress.json").exists():
+        return {}
+    meta, _ = read_progress(folder)
+    return {path.name: path.stat().st_ino for path in shards.files_of(folder, meta)}
+
+
+def main(name: str, folder: Path, words: list[str]) -> None:
+    whole, out, before = (folder / part for part in ("whole", "out", "before"))
+    prepare(name, [*words, f"--out={whole}"])
+    expected, kills, killed = content(whole), 0, True
+    while killed:
+        shutil.rmtree(out, ignore_errors=True)
+        if before.exists():                             # other data are in the folder
+            shutil.copytree(before, out)
+        killed = prepare(name, [*words, f"--out={out}"], kill_at=kills + 1)
+        kills += killed
+        assert killed or is_data_set(out)
+        is_data_set(out)
+        kept = finished(out)
+        prepare(name, [*words, f"--out={out}"])
+        assert content(out) == expected, f"kill {kills}: {sorted(content(out))}"
+        if name == "fineweb":
+            assert all((out / shard).stat().st_ino == inode for shard, inode in kept.items())
+    print(kills)
+    if name == "fineweb":                               # killed again and again, it gets there too
+        shutil.rmtree(out)
+        times = 0
+        while prepare(name, [*words, f"--out={out}"], kill_at=8):
+            times += 1
+        assert content(out) == expected and times > 2, times
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
