@@ -1,0 +1,154 @@
+"""IMDB: is a film review negative (0) or positive (1)? Asked of a GPT, or of a classifier.
+
+    python -m eval.imdb --model=gpt2|FOLDER|RUN --file=REVIEWS.jsonl [--limit=N]
+
+In: {"text": review, "label": 0 or 1} a line. Zero-shot: the model reads
+
+    Review: {text}
+    Sentiment:
+
+and its answer is the likelier of " negative" and " positive". A review that does not fit loses its
+beginning, as the verdict mostly stands at the end. Reviews' "<br />" are line ends.
+
+    result = evaluate(gpt, tokenizer, reviews)          # zero-shot
+    samples = class_samples(reviews, tokenizer, 1024)   # data for a classifier.Classifier
+    result = evaluate_classifier(classifier, samples)
+
+Both: n, acc with its count and 95% interval, confusion[label][answer], the number of reviews cut.
+
+Reference: Maas et al. 2011, "Learning Word Vectors for Sentiment Analysis" (ACL).
+"""
+from dataclasses import dataclass
+from typing import Any, Literal, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from config import option, parse, run_command
+from data.samples import Samples
+from device import autocast, pick_device, pick_dtype
+from eval.hellaswag import CPU_BATCH, GPU_BATCH, Question, batches_of, score_batch, wilson_interval
+from eval.records import read_records, text_of
+
+BEFORE, AFTER = "Review:", "\nSentiment:"
+ANSWERS = (" negative", " positive")        # by label
+
+
+@dataclass(frozen=True)
+class IMDBConfig:
+    model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium")
+    file: str = option("", "JSONL of reviews: {\"text\": ..., \"label\": 0 or 1}")
+    limit: int = option(0, "the first so many; 0 is all")
+    batch_tokens: int = option(0, "tokens of a batch, at most; 0: 4096 on a CPU, 32768 on a GPU")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+
+
+@dataclass(frozen=True)
+class Review:
+    text: str
+    label: int
+
+
+def load_reviews(path: str) -> list[Review]:
+    reviews = []
+    for place, record in read_records(path, "IMDB"):
+        if record.get("label") not in (0, 1) or isinstance(record["label"], bool):
+            raise ValueError(f"{place}: label is {record.get('label')!r}, not 0 or 1")
+        text = text_of(record, "text", place).replace("<br />", "\n").strip()
+        reviews.append(Review(text, int(record["label"])))
+    return reviews
+
+
+def prompt(review: Review, tokenizer: Any, room: int) -> tuple[list[int], bool]:
+    """The question in at most `room` tokens, and whether the review was cut for it."""
+    before, after = tokenizer.encode(BEFORE), tokenizer.encode(AFTER)
+    text, room = tokenizer.encode(" " + review.text), room - len(before) - len(after)
+    if room < 1:
+        raise ValueError(f"the model's context leaves no room for a review: the question alone has "
+                         f"{len(before) + len(after)} tokens")
+    return before + text[-room:] + after, len(text) > room
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tokenizer: Any, reviews: Sequence[Review], batch_tokens: int = 0,
+             dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Zero-shot: which of the two answers is likelier after the question."""
+    device = next(model.parameters()).device
+    answers = [tokenizer.encode(answer) for answer in ANSWERS]
+    room = model.config.block_size + 1 - max(map(len, answers))     # the last token is no input
+    prompts = [prompt(review, tokenizer, room) for review in reviews]
+    questions = [Question(tuple(ids), answers, [2 * n, 2 * n + 1])
+                 for n, (ids, _) in enumerate(prompts)]
+    sums = torch.zeros(2 * len(reviews), device=device)
+    was_training = model.training
+    model.eval()
+    batch_tokens = batch_tokens or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+    with autocast(device, dtype):
+        for batch in batches_of(questions, batch_tokens):
+            score_batch(model, batch, sums)
+    model.train(was_training)
+    labels = torch.tensor([review.label for review in reviews])
+    found = sums.view(-1, 2).argmax(1).cpu()
+    return counted(labels, found, 2) | {"cut": sum(was_cut for _, was_cut in prompts)}
+
+
+def class_samples(reviews: Sequence[Review], tokenizer: Any, block_size: int) -> Samples:
+    """Reviews as samples for data.samples.SampleLoader, to train a Classifier.
+
+    The class stands where the next token would: it is the one target, at the last token.
+    """
+    rows = []
+    for review in reviews:
+        ids = tokenizer.encode(review.text)
+        rows.append(np.array(ids[-block_size:] + [review.label], dtype=np.int32))
+    offsets = np.cumsum([0] + [len(row) for row in rows])
+    labelled = np.zeros(offsets[-1], dtype=bool)
+    labelled[offsets[1:] - 1] = True
+    return Samples(np.concatenate(rows), labelled, offsets, block_size)
+
+
+@torch.no_grad()
+def evaluate_classifier(model: nn.Module, samples: Samples, batch_size: int = 16,
+                        dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """What `evaluate` returns (but `cut`), and the loss: of a Classifier on `class_samples`."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    labels, found, nats = [], [], 0.0
+    for x, y in samples.evaluation_batches(batch_size):
+        with autocast(device, dtype):
+            logits, loss = model(x.to(device), y.to(device), reduction="sum")
+        labels.append(y[y >= 0])
+        found.append(logits.argmax(1).cpu())
+        nats += loss.item()
+    model.train(was_training)
+    return counted(torch.cat(labels), torch.cat(found), model.head.out_features) | {
+        "loss": nats / len(samples)}
+
+
+def counted(labels: torch.Tensor, found: torch.Tensor, classes: int) -> dict[str, Any]:
+    n, right = len(labels), int((labels == found).sum())
+    confusion = torch.bincount(classes * labels + found, minlength=classes**2)
+    return {"n": n, "acc": right / n, "correct": right, "acc_interval": wilson_interval(right, n),
+            "confusion": confusion.view(classes, classes).tolist()}
+
+
+def main(words: list[str]) -> None:
+    from sample import load_model
+    config = parse(IMDBConfig, words, "python -m eval.imdb", about=__doc__)
+    reviews = load_reviews(config.file)[:config.limit or None]
+    device = pick_device(config.device)
+    model, tokenizer = load_model(config.model, device)
+    if tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer.json; put its tokenizer there")
+    r = evaluate(model, tokenizer, reviews, config.batch_tokens, pick_dtype(config.dtype, device))
+    low, high = r["acc_interval"]
+    print(f"{config.model} on {r['n']:,} reviews, zero-shot: acc {r['acc']:.4f} (95% interval "
+          f"{low:.4f} to {high:.4f}), {r['cut']:,} cut to {model.config.block_size} tokens")
+    for label, row in zip(ANSWERS, r["confusion"]):
+        print(f"  {label.strip()} reviews: {row[0]:,} answered negative, {row[1]:,} positive")
+
+
+if __name__ == "__main__":
+    run_command(main)

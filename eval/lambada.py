@@ -1,0 +1,89 @@
+"""LAMBADA: does the model say the last word of a passage, which takes all of it to guess?
+
+    python -m eval.lambada --model=gpt2|FOLDER|RUN --file=PASSAGES.jsonl [--limit=N]
+
+In: {"text": passage} a line. The last word, with the space before it, follows the rest of the text.
+acc: the share of passages where every token of it is the likeliest; perplexity: exp of the mean of
+the word's negative log-probability. Both as in lm-evaluation-harness (lambada_openai), where GPT-2
+(124M) has acc 0.3256 and perplexity 40.06.
+
+Reference: Paperno et al. 2016, "The LAMBADA dataset" (1606.06031).
+"""
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Sequence
+
+import torch
+import torch.nn as nn
+
+from config import option, parse, run_command
+from device import autocast, pick_device, pick_dtype
+from eval.hellaswag import wilson_interval
+from eval.records import read_records, text_of
+
+
+@dataclass(frozen=True)
+class LambadaConfig:
+    model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium")
+    file: str = option("", "JSONL of passages: {\"text\": ...}")
+    limit: int = option(0, "the first so many; 0 is all")
+    batch_size: int = option(16, "passages at a time")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+
+
+def load_passages(path: str) -> list[tuple[str, str]]:
+    """(what comes before, the last word with its space) of every passage."""
+    found = []
+    for place, record in read_records(path, "LAMBADA"):
+        context, _, word = text_of(record, "text", place).strip().rpartition(" ")
+        if not context:
+            raise ValueError(f"{place} has a single word")
+        found.append((context, " " + word))
+    return found
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, tokenizer: Any, passages: Sequence[tuple[str, str]],
+             batch_size: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """n, acc with its count and 95% interval, perplexity; cut: passages that lost their start."""
+    device, T = next(model.parameters()).device, model.config.block_size
+    rows = [(tokenizer.encode(context), tokenizer.encode(word)) for context, word in passages]
+    cut = sum(len(context) + len(word) > T + 1 for context, word in rows)
+    rows = sorted([((context + word)[-T - 1:], min(len(word), T)) for context, word in rows],
+                  key=lambda row: len(row[0]))
+    nats, right, was_training = 0.0, 0, model.training
+    model.eval()
+    for batch in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
+        longest = len(batch[-1][0])
+        ids = torch.tensor([ids + (longest - len(ids)) * [0] for ids, _ in batch], device=device)
+        row, t = torch.tensor([(b, i) for b, (ids, length) in enumerate(batch)
+                               for i in range(len(ids) - length, len(ids))], device=device).T
+        with autocast(device, dtype):
+            x = model.features(ids[:, :-1])[row, t - 1]             # (tokens of words, C)
+            logits = model.lm_head(x)[:, :model.config.vocab_size].float()
+        nats -= logits.log_softmax(-1).gather(1, ids[row, t, None]).sum().item()
+        wrong = row[logits.argmax(-1) != ids[row, t]].unique()
+        right += len(batch) - len(wrong)
+    model.train(was_training)
+    n = len(rows)
+    return {"n": n, "cut": cut, "acc": right / n, "correct": right,
+            "acc_interval": wilson_interval(right, n), "perplexity": math.exp(min(nats / n, 700))}
+
+
+def main(words: list[str]) -> None:
+    from sample import load_model
+    config = parse(LambadaConfig, words, "python -m eval.lambada", about=__doc__)
+    passages = load_passages(config.file)[:config.limit or None]
+    device = pick_device(config.device)
+    model, tokenizer = load_model(config.model, device)
+    if tokenizer is None:
+        raise ValueError(f"{config.model} has no tokenizer.json; put its tokenizer there")
+    r = evaluate(model, tokenizer, passages, config.batch_size, pick_dtype(config.dtype, device))
+    print(f"{config.model} on {r['n']:,} LAMBADA passages: acc {r['acc']:.4f} (95% interval "
+          f"{r['acc_interval'][0]:.4f} to {r['acc_interval'][1]:.4f})  perplexity "
+          f"{r['perplexity']:.2f}  ({r['cut']} cut to {model.config.block_size} tokens)")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,237 @@
+"""LAMBADA and IMDB against one forward pass for each item, and by hand."""
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bpe import Tokenizer
+from classifier import Classifier
+from data.samples import SampleLoader
+from eval import imdb, lambada
+from eval.hellaswag import wilson_interval
+from model import IGNORE, GPT, GPTConfig
+
+REVIEWS = [("A fine film, and a good one.<br />Really good.", 1), ("Bad, bad, and long. Awful!", 0),
+           ("Good good good", 1), ("This was a bad film " * 9 + "with a naïve end.", 0),
+           ("good", 1), ("awful and bad", 0), ("A good end, good film", 1), ("bad film", 0)]
+PASSAGES = ["the cat sat on the mat", "the dog sat on the doormat", "one two three four five six",
+            "a b c d e", "one two three four five six seven eight nine ten eleven twelve thirteen"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([text for text, _ in REVIEWS] + PASSAGES, 290)
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    path = tmp_path / "reviews.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n"
+                            for text, label in REVIEWS))
+    return path
+
+
+@pytest.fixture
+def passages(tmp_path):
+    path = tmp_path / "passages.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES))
+    return path
+
+
+def small(tokenizer, block_size=64, scale=10):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size, tokenizer.vocab_size, 2, 2, 32, vocab_multiple=64))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 if p.dim() == 1 else scale)
+    return model
+
+
+def taught(model, rows, steps=60):
+    """The model after learning these rows of ids, all of one length or padded."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    targets = torch.tensor([row + [IGNORE] * (longest - len(row)) for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        model(ids[:, :-1], targets[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@torch.no_grad()
+def log_probs(model, ids, count):
+    """(log-probability, is it the likeliest) of each of the last `count` ids."""
+    ids = torch.tensor(ids[-model.config.block_size - 1:])
+    logits = model(ids[None, :-1])[0][0, -count:]
+    return [(row.log_softmax(-1)[id].item(), row.argmax() == id)
+            for row, id in zip(logits, ids[-count:])]
+
+
+# ---- LAMBADA
+
+@pytest.mark.parametrize("block_size", [64, 8])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_last_words_are_scored_as_one_at_a_time(tokenizer, passages, block_size, batch_size):
+    """By a model that has learned some of the passages, so that some words are right."""
+    items = lambada.load_passages(passages)
+    rows = [(tokenizer.encode(context), tokenizer.encode(word)) for context, word in items]
+    model = small(tokenizer, block_size, scale=1)
+    taught(model, [(context + word)[-block_size - 1:] for context, word in rows[:3]])
+    found = lambada.evaluate(model.train(), tokenizer, items, batch_size)
+    expected = [log_probs(model.eval(), context + word, len(word)) for context, word in rows]
+    right = [all(is_likeliest for _, is_likeliest in word) for word in expected]
+    nats = [-sum(logp for logp, _ in word) for word in expected]
+    assert 0 < sum(right) < len(right)
+    assert (found["n"], found["correct"], found["acc"]) == (5, sum(right), sum(right) / 5)
+    assert found["acc_interval"] == wilson_interval(sum(right), 5)
+    assert found["perplexity"] == pytest.approx(math.exp(sum(nats) / 5), rel=1e-4)
+    assert found["cut"] == sum(len(c) + len(w) > block_size + 1 for c, w in rows)
+
+
+def test_a_word_counts_only_with_all_its_tokens(tokenizer):
+    class Fixed:
+        """Says "ab" after anything: logits by position are those of the bytes of " ab"."""
+        config, training = GPTConfig(8, tokenizer.vocab_size, 1, 1, 8), False
+        parameters, eval = (lambda self: iter([torch.zeros(1)])), (lambda self: None)
+        train = lm_head = staticmethod(lambda x: x)
+
+        def features(self, ids):
+            after = {ord("x"): ord(" "), ord(" "): ord("a"), ord("a"): ord("b")}
+            said = torch.tensor([[after.get(int(id), 0) for id in row] for row in ids])
+            return F.one_hot(said, tokenizer.vocab_size).float() * 50
+    plain = Tokenizer([], special_tokens=())
+    result = [lambada.evaluate(Fixed(), plain, [("x", word)])["acc"]
+              for word in (" ab", " a", " ac", " bb", " aba")]
+    assert result == [1, 1, 0, 0, 0]
+
+
+def test_the_last_word_is_cut_off_with_its_space(passages):
+    assert lambada.load_passages(passages)[0] == ("the cat sat on the", " mat")
+
+
+# ---- IMDB, zero-shot
+
+@pytest.mark.parametrize("block_size", [64, 48])
+def test_answers_are_compared_after_the_prompt_as_one_at_a_time(tokenizer, reviews, block_size):
+    model, items = small(tokenizer, block_size).train(), imdb.load_reviews(reviews)
+    assert items[0].text == "A fine film, and a good one.\nReally good."
+    found = imdb.evaluate(model, tokenizer, items)
+    assert model.training
+    before, after = tokenizer.encode("Review:"), tokenizer.encode("\nSentiment:")
+    answers = [tokenizer.encode(" negative"), tokenizer.encode(" positive")]
+    room = block_size + 1 - len(before) - len(after) - max(map(len, answers))
+    confusion, cut = [[0, 0], [0, 0]], 0
+    for item in items:
+        text = tokenizer.encode(" " + item.text)
+        cut += len(text) > room
+        sums = [sum(logp for logp, _ in log_probs(model.eval(), before + text[-room:] + after
+                                                  + answer, len(answer))) for answer in answers]
+        confusion[item.label][sums[1] > sums[0]] += 1
+    assert (found["confusion"], found["cut"]) == (confusion, cut)
+    assert found["correct"] == confusion[0][0] + confusion[1][1]
+    assert (found["n"], found["acc"]) == (8, found["correct"] / 8)
+    assert found["acc_interval"] == wilson_interval(found["correct"], 8)
+    assert 0 < cut < 8
+
+
+def test_a_model_that_has_learned_the_answers_is_always_right(tokenizer, reviews):
+    items = imdb.load_reviews(reviews)
+    rows = [imdb.prompt(item, tokenizer, 50)[0] + tokenizer.encode(imdb.ANSWERS[item.label])
+            for item in items]
+    model = taught(small(tokenizer, scale=1), rows)
+    assert imdb.evaluate(model, tokenizer, items)["confusion"] == [[4, 0], [0, 4]]
+
+
+def test_a_context_without_room_for_a_review_is_refused(tokenizer, reviews):
+    with pytest.raises(ValueError, match="leaves no room for a review"):
+        imdb.evaluate(small(tokenizer, 16), tokenizer, imdb.load_reviews(reviews))
+
+
+# ---- IMDB, classified
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_classifier_learns_reviews_from_the_loader_of_conversations(tokenizer, reviews, packing):
+    items = imdb.load_reviews(reviews)
+    samples = imdb.class_samples(items, tokenizer, 48)
+    inputs, targets = samples.read(3)                   # the longest loses its beginning
+    assert inputs.tolist() == tokenizer.encode(items[3].text)[-48:]
+    assert targets.tolist() == [IGNORE] * 47 + [0]
+    model = Classifier(small(tokenizer, 48, scale=1), 2, "mean")
+    loader = SampleLoader(samples, 48, 4 * 48, 2, packing=packing)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(30):
+        labels = loader.labels(step)
+        for x, y, *positions in loader.batches(step):
+            (model(x, y, *positions, reduction="sum")[1] / labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = imdb.evaluate_classifier(model, samples, batch_size=3)
+    assert found["confusion"] == [[4, 0], [0, 4]] and found["acc"] == 1 and found["n"] == 8
+    assert found["loss"] < 0.2 and model.training
+
+
+def test_loss_and_confusion_of_a_classifier_by_hand(tokenizer, reviews):
+    items = imdb.load_reviews(reviews)[:5]
+    model = Classifier(small(tokenizer)).eval()
+    found = imdb.evaluate_classifier(model, imdb.class_samples(items, tokenizer, 64), batch_size=2)
+    logits = torch.cat([model(torch.tensor([tokenizer.encode(item.text)[-64:]]))[0]
+                        for item in items])
+    labels = torch.tensor([item.label for item in items])
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+    expected = [[0, 0], [0, 0]]
+    for label, answer in zip(labels, logits.argmax(1)):
+        expected[label][answer] += 1
+    assert found["confusion"] == expected
+
+
+# ---- files and commands
+
+@pytest.mark.parametrize("load", [imdb.load_reviews, lambada.load_passages])
+@pytest.mark.parametrize("line,message", [
+    (b"{", "line 2 is no JSON"), (b"\xff", "line 2 is no JSON"), (b"[1]", "line 2 is no JSON obj"),
+    (b'{"text": 1, "label": 1}', "line 2 has no text 'text'"),
+    (b'{"text": " ", "label": 1}', "line 2 has no text 'text'"),
+    (b'{"text": "a \\ud800", "label": 1}', "line 2: text has half a surrogate pair"),
+    (b"[" * 100_000, "line 2 is no JSON")])
+def test_malformed_records_are_named_by_line(tmp_path, load, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "a b", "label": 0}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+def test_other_wrong_files_are_one_line(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    for text, load, message in [
+            ("", imdb.load_reviews, "holds no IMDB items"),
+            ("\n", lambada.load_passages, "holds no LAMBADA items"),
+            ('{"text": "alone"}', lambada.load_passages, "line 1 has a single word"),
+            ('{"text": "a", "label": 2}', imdb.load_reviews, "label is 2, not 0 or 1"),
+            ('{"text": "a", "label": true}', imdb.load_reviews, "label is True, not 0 or 1"),
+            ('{"text": "a"}', imdb.load_reviews, "label is None, not 0 or 1")]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load(path)
+    with pytest.raises(FileNotFoundError, match="there is no IMDB file "):
+        imdb.load_reviews("")
+
+
+def test_the_commands_print_what_they_found(tokenizer, reviews, passages, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    model = small(tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model" / "tokenizer.json")
+    for module, file in ((imdb, reviews), (lambada, passages)):
+        module.main([f"--model={tmp_path / 'model'}", f"--file={file}", "--device=cpu",
+                     "--dtype=float32", "--limit=4"])
+    shown = capsys.readouterr().out
+    found = imdb.evaluate(model, tokenizer, imdb.load_reviews(reviews)[:4])
+    assert f"on 4 reviews, zero-shot: acc {found['acc']:.4f}" in shown
+    assert f"positive reviews: {found['confusion'][1][0]} answered negative" in shown
+    found = lambada.evaluate(model, tokenizer, lambada.load_passages(passages)[:4])
+    assert f"on 4 LAMBADA passages: acc {found['acc']:.4f}" in shown
+    assert f"perplexity {found['perplexity']:.2f}" in shown
