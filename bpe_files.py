@@ -7,14 +7,14 @@ spellings. tiktoken keeps the bytes of each token and its id, and no merges.
 In: a file or its contents. Out: the arguments of `bpe.Tokenizer` as a dict; a file that holds
 anything that would silently change ids is refused. And the way back, for Hugging Face.
 """
-import hashlib
 import json
 import os
-import urllib.request
 from pathlib import Path
 from typing import Any, Iterable
 
 import regex
+
+from download import download
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {
@@ -87,16 +87,8 @@ def find_gpt2() -> Path:
     for name, sha256 in GPT2_SHA256.items():
         if (folder / name).is_file():
             continue
-        try:
-            with urllib.request.urlopen(GPT2_URL + name, timeout=60) as response:
-                data = response.read()
-        except OSError as error:
-            raise FileNotFoundError(f"cannot download {GPT2_URL + name} ({error}); put vocab.bpe "
-                                    f"and encoder.json into {folder}") from None
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise ValueError(f"{GPT2_URL + name} has not the expected sha256 {sha256}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / name, data)
+        download(GPT2_URL + name, folder / name, sha256,
+                 f"put vocab.bpe and encoder.json into {folder}")
     return folder
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from config import option, parse, run_command
 from data.corpus import named_tokenizer, write_dataset
 from data.shards import DATA
-from data.texts import download
+from download import download
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -1,12 +1,8 @@
 """Documents from files: .txt (a file is a document), .jsonl ({"text": ...} a line), .parquet.
 
     for text in read_documents(find_files("folder")): ...
-    path = download(url, path, sha256, instead="python -m data.NAME --from=FILE")
 """
-import hashlib
 import json
-import os
-import urllib.request
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -36,26 +32,6 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
         for text in read(path):
             if text.strip():
                 yield text
-
-
-def download(url: str, path: Path, sha256: str, instead: str) -> Path:
-    """Fetch a file once and check it. `instead` is what to do where there is no network."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        try:
-            with urllib.request.urlopen(url, timeout=30) as answer, open(temporary, "wb") as file:
-                while block := answer.read(1 << 20):
-                    file.write(block)
-        except OSError as error:
-            raise FileNotFoundError(f"cannot download {url} ({error}); get the file elsewhere and "
-                                    f"use: {instead}") from None
-        os.replace(temporary, path)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        path.unlink()
-        raise ValueError(f"{path} had SHA-256 {found}, expected {sha256}; it is removed, try again")
-    return path
 
 
 def _read_text(path: Path) -> Iterator[str]:

@@ -36,8 +36,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import option, parse, run_command
-from data.texts import download
 from device import autocast, pick_device, pick_dtype
+from download import download
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"

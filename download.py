@@ -1,0 +1,107 @@
+"""Files from the internet: fetched once, checked, gone on with where they stopped.
+
+    path = download(url, path, sha256, instead="python -m data.NAME --from=FILE")
+
+What has come stands in `path.part` until it is whole and its checksum fits; then it is renamed, so
+`path` is never half a file. A cut or silent connection is tried again, and so is the same call: it
+asks for the rest only (RFC 9110, section 14), or for everything where a server cannot do that.
+"""
+import hashlib
+import http.client
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+TIMEOUT = 30            # seconds without an answer or a byte until a connection is given up
+PAUSES = (1, 2, 4)      # seconds before each new attempt, counted anew when bytes have come
+BLOCK = 1 << 20
+BUSY = (408, 425, 429, 500, 502, 503, 504)      # answers after which to try again
+
+
+def download(url: str, path: Path, sha256: str, instead: str, timeout: float = TIMEOUT,
+             pauses: tuple[float, ...] = PAUSES) -> Path:
+    """The file at `url`, under `path`; where it is already, it is only checked.
+
+    FileNotFoundError when it cannot be had, with the reason and `instead`: what to do where there
+    is no network. ValueError when it is not what was published.
+    """
+    if path.exists():
+        found = checksum(path)
+        if found != sha256:
+            raise ValueError(f"{path} has SHA-256 {found}, expected {sha256}; delete it to have it "
+                             f"downloaded again")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    failures = longest = 0
+    while not (part.exists() and checksum(part) == sha256):     # whole, but killed before its name
+        try:
+            _fetch(url, part, timeout)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            size = part.stat().st_size if part.exists() else 0
+            failures = 0 if size > longest else failures
+            longest = max(size, longest)
+            if failures == len(pauses) or not _passing(error):
+                kept = f"; {size:,} bytes are kept, the same command goes on" if size else ""
+                raise FileNotFoundError(f"cannot download {url} ({error or type(error).__name__}); "
+                                        f"with a copy of the file: {instead}{kept}") from None
+            time.sleep(pauses[failures])
+            failures += 1
+    found = checksum(part)
+    if found != sha256:
+        part.unlink()
+        raise ValueError(f"{url} gave a file with SHA-256 {found}, expected {sha256}; it is "
+                         f"removed; try again, or with a copy of the file: {instead}")
+    os.replace(part, path)
+    return path
+
+
+def checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fetch(url: str, part: Path, timeout: float) -> None:
+    """Append to `part` what it lacks. OSError or HTTPException when the connection fails."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:                      # nothing there: ours is too long
+            part.unlink()
+        raise
+    place = answer.headers.get("Content-Range", "")
+    with answer, open(part, "r+b" if have else "wb") as file:
+        if answer.status != 206:
+            have = 0                                        # everything comes again
+        elif not place.startswith(f"bytes {have}-"):
+            part.unlink()
+            raise ConnectionError(f"bytes from {have} were asked for, and {place!r:.50} came")
+        file.seek(have)
+        file.truncate()
+        length = answer.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdecimal() else None
+        with tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, delay=2,
+                  disable=None) as bar:
+            while block := answer.read1(BLOCK):
+                file.write(block)
+                bar.update(len(block))
+        if total is not None and file.tell() < total:
+            raise ConnectionError(f"cut after {file.tell():,} of {total:,} bytes")
+
+
+def _passing(error: Exception) -> bool:
+    """Whether a failure may be over in seconds; a missing page or network is not."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code in BUSY + (416,)      # the part is removed: from the start
+    return not isinstance(getattr(error, "reason", None), (socket.gaierror, FileNotFoundError))
