@@ -18,11 +18,12 @@ which is written last. It knows no tokenizer and no template; data/chat.py bring
 """
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
+
+from data.shards import write_file, write_json
 
 Message = dict[str, str]
 FORMAT_VERSION = 1
@@ -270,12 +271,12 @@ def write_dataset(folder: str | Path, conversations: list[dict[str, Any]], sourc
     splits = {}
     for name, part in (("train", train), ("val", val)):
         data = "".join(spell(c) + "\n" for c in part).encode()
-        _write(folder / f"{name}.jsonl", data)
+        write_file(folder / f"{name}.jsonl", lambda file: file.write(data))
         splits[name] = {"records": len(part), "sha256": hashlib.sha256(data).hexdigest()}
     dropped = dict(dropped or {})
     meta = {"version": FORMAT_VERSION, "kind": "chat", "source": source, "splits": splits,
             "read": len(train) + len(val) + sum(dropped.values()), "dropped": dropped}
-    _write(folder / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+    write_json(folder / "meta.json", meta)
     print(f"{folder}: {len(train):,} conversations to train on, {len(val):,} to validate"
           + "".join(f"; dropped {n:,}: {reason}" for reason, n in sorted(dropped.items())))
     return meta
@@ -311,12 +312,3 @@ def read_split(folder: Path, split: str) -> list[str]:
         raise ValueError(f"{path} differs from its checksum in meta.json; after a change, prepare "
                          f"it again: python -m data.chat prepare {path} --out=FOLDER")
     return data.decode().split("\n")[:-1]
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

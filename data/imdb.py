@@ -1,0 +1,116 @@
+"""IMDB: 50,000 film reviews, as text to continue or as a question with a one-word answer.
+
+    python -m data.imdb                             downloads it once; token shards in data/imdb
+    python -m data.imdb --task=sentiment            conversations in data/imdb_sentiment
+    python -m data.imdb --from=PATH                 the unpacked folder aclImdb, or .jsonl files of
+                                                    {"text": ..., "label": 0 or 1}
+
+Training and validation are the published halves train and test where the source has them (folders
+of the archive, files with "test" in their name); else the hash of a review decides. Line breaks,
+<br />, become line ends. Source: ai.stanford.edu/~amaas/data/sentiment (Maas et al. 2011).
+"""
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Literal
+
+from config import option, parse, run_command
+from data.conversations import read_records, split, write_dataset as write_conversations
+from data.corpus import named_tokenizer, write_dataset
+from data.shards import DATA
+from download import download
+
+URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
+SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
+QUESTION = "Is this film review positive or negative? Answer with one word."
+ANSWERS = ("negative", "positive")
+MEMBER = re.compile(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt")
+
+
+@dataclass(frozen=True)
+class ImdbConfig:
+    source: str = option("", "folder aclImdb, a .jsonl file or a folder of them; empty: download "
+                             "it once", flag="from")
+    task: Literal["text", "sentiment"] = option("text", "token shards, or conversations")
+    tokenizer: str = option("gpt2", "of the shards: gpt2, bytes, or a tokenizer's path")
+    validation: float = option(0.05, "share that validates, where the source has no test reviews")
+    out: str = option("", "folder of the data set; empty: data/imdb or data/imdb_sentiment")
+
+
+Review = tuple[str, str, int]           # "train" or "test", the text, 1 for positive
+
+
+def reviews_of_folder(folder: Path) -> Iterator[Review]:
+    for half in ("train", "test"):
+        for label, kind in enumerate(("neg", "pos")):
+            for path in sorted((folder / half / kind).glob("*.txt")):
+                yield half, path.read_text(encoding="utf-8"), label
+
+
+def reviews_of_archive(path: Path) -> Iterator[Review]:
+    """Read from the archive as it is; nothing is unpacked onto the disk."""
+    with tarfile.open(path) as archive:
+        members = [member for member in archive if MEMBER.fullmatch(member.name)]
+        for member in members:
+            half, kind = MEMBER.fullmatch(member.name).groups()
+            yield half, archive.extractfile(member).read().decode(), int(kind == "pos")
+
+
+def reviews_of_file(path: Path) -> Iterator[Review]:
+    half = "test" if "test" in path.stem else "train"
+    for line, record in read_records(path):
+        text, label = (record.get(key) for key in ("text", "label")) \
+            if isinstance(record, dict) else (None, None)
+        if not isinstance(text, str) or label not in (0, 1):
+            raise ValueError(f"{path}:{line} is no review: it needs a text and a label 0 or 1")
+        yield half, text, label
+
+
+def read_reviews(source: str, folder: Path) -> list[Review]:
+    path = Path(source) if source else download(URL, folder / "aclImdb_v1.tar.gz", SHA256,
+                                                "python -m data.imdb --from=FOLDER")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    if path.is_dir():
+        found = list(reviews_of_folder(path)) or [
+            review for file in sorted(path.glob("*.jsonl")) for review in reviews_of_file(file)]
+    else:
+        found = list(reviews_of_archive(path) if path.name.endswith(".tar.gz")
+                     else reviews_of_file(path))
+    if not found:
+        raise ValueError(f"{path} holds no reviews: neither train/pos/*.txt nor *.jsonl")
+    return [(half, text.replace("<br />", "\n").strip(), label) for half, text, label in found]
+
+
+def as_conversation(review: Review) -> dict[str, Any]:
+    _, text, label = review
+    return {"messages": [
+        {"role": "user", "content": f"{QUESTION}\n\n{text}", "input": text},
+        {"role": "assistant", "content": ANSWERS[label]}]}
+
+
+def prepare(config: ImdbConfig = ImdbConfig()) -> Path:
+    home = DATA / "imdb"
+    folder = Path(config.out or (home if config.task == "text" else DATA / "imdb_sentiment"))
+    reviews = read_reviews(config.source, home)
+    talks = [as_conversation(review) for review in reviews]
+    train = [talk for talk, review in zip(talks, reviews) if review[0] == "train"]
+    val = [talk for talk, review in zip(talks, reviews) if review[0] == "test"]
+    if not train or not val:
+        train, val = split(talks, config.validation)
+    source = config.source or URL
+    if config.task == "sentiment":
+        write_conversations(folder, train, source, val=val)
+    else:
+        texts = ([talk["messages"][0]["input"] for talk in part] for part in (train, val))
+        write_dataset(folder, *texts, named_tokenizer(config.tokenizer), source)
+    return folder
+
+
+def main(words: list[str]) -> None:
+    prepare(parse(ImdbConfig, words, "python -m data.imdb", about=__doc__))
+
+
+if __name__ == "__main__":
+    run_command(main)

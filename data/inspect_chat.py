@@ -1,0 +1,157 @@
+"""Look at conversations before training on them: python -m data.chat inspect FILE|NAME.
+
+Prints one rendered example with what has a label in colour, the lengths of prompts and answers,
+which answers repeat, and the shares by task, script and what a block_size would cut. NAME is a
+prepared data set (data/NAME or a folder); a FILE may be of any format that data/conversations.py
+reads. Without --tokenizer a token is a byte.
+"""
+import json
+import sys
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bpe import Tokenizer, find_tokenizer
+from config import option, parse
+from data import conversations
+from data.chat import cut, encode, extend_tokenizer, find_template, render
+from data.samples import IGNORE
+from data.shards import DATA
+
+GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
+WIDTH = 40              # characters of a histogram's longest bar
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    tokenizer: str = option("", "gpt2 or a tokenizer's path; empty: bytes")
+    template: str = option("chatml", "how conversations are written: alpaca, plain, chatml, "
+                                     "llama3, none")
+    block_size: int = option(1024, "what is longer counts as truncated")
+    split: Literal["train", "val"] = option("train", "of a prepared data set")
+    example: int = option(0, "which conversation is shown; the first is 0")
+    format: Literal["auto", "messages", "alpaca", "conversation", "sharegpt"] = option(
+        "auto", "of a file's records")
+
+
+def load(name: str, split: str, format: str) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The conversations of a file or of a prepared data set, and what was dropped why."""
+    if Path(name).is_file():
+        return conversations.read([Path(name)], format)
+    folder = Path(name) if Path(name).is_dir() else DATA / name
+    lines = conversations.read_split(folder, split)
+    return [json.loads(line) for line in lines], Counter(conversations.read_meta(folder)["dropped"])
+
+
+def script(text: str) -> str:
+    """The most frequent script of a text's letters: LATIN, CJK, ARABIC, ...; "none" without any."""
+    letters = Counter(unicodedata.name(char, "?").split()[0] for char in text[:500]
+                      if char.isalpha())
+    return letters.most_common(1)[0][0] if letters else "none"
+
+
+def task(conversation: dict[str, Any]) -> str:
+    """What the record says its task is; else how it begins: the first question's first word, two
+    characters where words are not parted by spaces."""
+    if "task" in conversation:
+        return conversation["task"]
+    question = next(m["content"] for m in conversation["messages"] if m["role"] == "user")
+    word = question.split(maxsplit=1)[0].strip(",.:;!?\"'`").lower()
+    return word if word.isascii() and len(word) < 20 else word[:2]
+
+
+def examine(talks: list[dict[str, Any]], tokenizer: Tokenizer, template: str,
+            block_size: int) -> dict[str, Any]:
+    """Figures of conversations. Lengths are in tokens; a prompt is all that has no label."""
+    tokenizer = extend_tokenizer(tokenizer, template)
+    prompts, lengths, answers = [], [], Counter()
+    report: dict[str, Any] = {"conversations": len(talks), "answers": 0, "several turns": 0,
+                              "system message": 0, "truncated": 0, "unlabelled": 0,
+                              "tasks": Counter(), "scripts": Counter()}
+    for talk in talks:
+        messages = talk["messages"]
+        ids, spans = encode(messages, tokenizer, template)
+        labelled = [end - start for start, end in spans]
+        fitting, whole = cut(spans, block_size + 1)
+        lengths += labelled
+        prompts.append(spans[-1][1] - sum(labelled))
+        answers.update(m["content"].strip() for m in messages if m["role"] == "assistant")
+        report["several turns"] += len(spans) > 1
+        report["system message"] += messages[0]["role"] == "system"
+        report["truncated"] += bool(fitting) and not whole
+        report["unlabelled"] += not fitting
+        report["tasks"][task(talk)] += 1
+        report["scripts"][script(messages[-2]["content"] + messages[-1]["content"])] += 1
+    report["answers"] = answers.total()
+    report["repeated answers"] = answers.total() - len(answers)
+    report.update(prompts=prompts, lengths=lengths, common=answers.most_common(3))
+    return report
+
+
+def histogram(title: str, values: list[int]) -> None:
+    """Bars for lengths from each power of two to the next."""
+    ordered = sorted(values)
+    print(f"{title}: median {ordered[len(ordered) // 2]:,}, longest {ordered[-1]:,}, "
+          f"{sum(ordered):,} tokens in all")
+    bins = Counter(value.bit_length() for value in values)
+    for power in range(min(bins), max(bins) + 1):
+        bar = "█" * -(-bins[power] * WIDTH // max(bins.values()))
+        print(f"  {2 ** power // 2:>7,} to {2 ** power - 1:<7,} {bins[power]:>7,}  {bar}")
+
+
+def shares(title: str, counts: Counter[str], total: int, most: int = 8) -> None:
+    listed = [f"{name} {count / total:.1%}" for name, count in counts.most_common(most)]
+    rest = total - sum(count for _, count in counts.most_common(most))
+    print(f"{title}: " + ", ".join(listed + [f"others {rest / total:.1%}"] * (rest > 0)))
+
+
+def coloured(messages: list[dict[str, str]], tokenizer: Tokenizer, template: str,
+             colour: bool) -> str:
+    """The rendered text, labels in green or, where there is no colour, in [[ ]]."""
+    tokenizer = extend_tokenizer(tokenizer, template)
+    ids, labels = render(messages, tokenizer, template)
+    shown, start = [], 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or (labels[end] == IGNORE) != (labels[start] == IGNORE):
+            text, has_label = tokenizer.decode(ids[start:end]), labels[start] != IGNORE
+            if colour:
+                shown.append(f"{GREEN if has_label else GREY}{text}{PLAIN}")
+            else:
+                shown.append(f"[[{text}]]" if has_label else text)
+            start = end
+    return "".join(shown)
+
+
+def main(names: list[str], words: list[str]) -> None:
+    config = parse(InspectConfig, words, "python -m data.chat inspect FILE|NAME", about=__doc__)
+    if len(names) != 1:
+        raise ValueError("name a file or a data set to inspect: python -m data.chat inspect pydocs")
+    find_template(config.template)
+    talks, dropped = load(names[0], config.split, config.format)
+    if not 0 <= config.example < len(talks):
+        raise ValueError(f"example={config.example}, but {names[0]} has {len(talks):,} "
+                         f"conversations; the first is 0")
+    tokenizer = find_tokenizer(config.tokenizer) if config.tokenizer else \
+        Tokenizer([], special_tokens=())
+    colour = sys.stdout.isatty()
+    print(f"--- conversation {config.example}, template {config.template}; "
+          f"{'green' if colour else '[[ ]]'} has a label")
+    print(coloured(talks[config.example]["messages"], tokenizer, config.template, colour))
+    print("---")
+    report = examine(talks, tokenizer, config.template, config.block_size)
+    n = report["conversations"]
+    print(f"{n:,} conversations, {report['answers']:,} answers; {report['several turns']:,} of "
+          f"several turns, {report['system message']:,} with a system message")
+    for reason, count in sorted(dropped.items()):
+        print(f"dropped {count:,}: {reason}")
+    histogram("prompts, tokens without a label", report["prompts"])
+    histogram("answers, tokens with a label", report["lengths"])
+    print(f"repeated answers: {report['repeated answers']:,}"
+          + "".join(f"\n  {count:,} times {text[:60]!r}" for text, count in report["common"]
+                    if count > 1))
+    shares("tasks", report["tasks"], n)
+    shares("scripts", report["scripts"], n)
+    print(f"block_size={config.block_size}: {report['truncated'] / n:.1%} truncated, "
+          f"{report['unlabelled'] / n:.1%} without a label left, which training leaves out")

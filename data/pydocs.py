@@ -1,0 +1,96 @@
+"""Questions and answers that are always there: Python's own documentation, asked about.
+
+    python -m data.pydocs                       about 8,000 conversations, no network, no file
+
+What has a docstring in the standard library is asked about in one of several ways; the answer is
+the summary, the docstring's first paragraph. A quarter goes on to a second question. Which way a
+name is asked about depends on the name only, so the data are the same for the same Python.
+"""
+import ast
+import hashlib
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config import option, parse, run_command
+from data.conversations import write_dataset
+from data.corpus import docstrings, library, library_files
+from data.shards import DATA
+
+LONGEST = 400           # characters of an answer; a longer first paragraph is no summary
+REPEATED = 3            # answers given more often ("Internal function.") say too little
+
+FUNCTION = ["What does `{head}` do?", "What is `{name}` for? Its signature is `{head}`.",
+            "Explain `{head}` in a sentence.", "In Python, what is the use of `{head}`?"]
+CLASS = ["What is the class `{name}` for?", "What does `{name}` stand for?",
+         "Describe the class `{name}` of Python's library."]
+MODULE = ["What is the module `{name}` for?", "What would I import `{name}` for?"]
+TASK = "Say what this function of Python's library does."           # with the function as input
+
+
+@dataclass(frozen=True)
+class PydocsConfig:
+    validation: float = option(0.05, "share of the conversations that validates")
+    out: str = option("", "folder of the data set; empty: data/pydocs")
+
+
+def questions() -> list[dict[str, Any]]:
+    """A conversation about everything that is documented, in the order of the files."""
+    entries = []
+    for path in library_files():
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):       # templates, and files that are wrong on purpose
+            continue
+        module = ".".join(path.relative_to(library()).with_suffix("").parts)
+        module = module.removesuffix(".__init__")
+        for text in docstrings(tree, module):
+            head, _, body = text.partition("\n\n")
+            paragraphs = [" ".join(part.split()) for part in body.split("\n\n")]
+            entries.append((module, head, paragraphs))
+    counts = Counter(paragraphs[0] for _, _, paragraphs in entries)
+    return [{"messages": conversation(module, head, paragraphs)}
+            for module, head, paragraphs in dict.fromkeys(
+                (module, head, tuple(paragraphs)) for module, head, paragraphs in entries)
+            if 10 <= len(paragraphs[0]) <= LONGEST and counts[paragraphs[0]] <= REPEATED]
+
+
+def conversation(module: str, head: str, paragraphs: tuple[str, ...]) -> list[dict[str, str]]:
+    """One or two questions about a name, and their answers. head: "json.dumps(obj)"."""
+    draw = int.from_bytes(hashlib.sha256(head.encode()).digest()[:4], "big")
+    name, _, arguments = head.partition("(")
+    ways = FUNCTION + [TASK] if arguments else MODULE if name == module else CLASS
+    way = ways[draw % len(ways)]
+    first = {"role": "user", "content": way.format(name=name, head=head)}
+    if way == TASK:
+        first = {"role": "user", "content": f"{TASK}\n\n{head}", "input": head}
+    messages = [first, {"role": "assistant", "content": paragraphs[0]}]
+    if draw // 64 % 4:
+        return messages
+    if len(paragraphs) > 1 and 10 <= len(paragraphs[1]) <= LONGEST:
+        more, answer = "Tell me more.", paragraphs[1]
+    elif arguments:
+        more, answer = "Which arguments does it take?", f"`({arguments}`"
+    elif name != module:
+        more, answer = "Which module is it in?", f"`{module}`"
+    else:
+        return messages
+    return [*messages, {"role": "user", "content": more}, {"role": "assistant", "content": answer}]
+
+
+def prepare(config: PydocsConfig = PydocsConfig()) -> Path:
+    folder = Path(config.out or DATA / "pydocs")
+    print("asking about the documentation of this Python")
+    source = f"documentation of Python {sys.version.split()[0]}"
+    write_dataset(folder, questions(), source, config.validation)
+    return folder
+
+
+def main(words: list[str]) -> None:
+    prepare(parse(PydocsConfig, words, "python -m data.pydocs", about=__doc__))
+
+
+if __name__ == "__main__":
+    run_command(main)
