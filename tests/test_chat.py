@@ -361,8 +361,11 @@ def test_python_answers_for_itself_without_repeating_a_pair():
     assert {len(c["messages"]) for c in found} == {2, 4}
     for c in found:
         conversations.check_messages(c["messages"])
-    first = next(c["messages"] for c in found if "`json.dumps" in c["messages"][0]["content"])
-    assert first[1]["content"] == "Serialize ``obj`` to a JSON formatted ``str``."
+    answers = {c["messages"][1]["content"] for c in found
+               if "json.dumps(" in c["messages"][0]["content"]}
+    assert answers == {"Serialize ``obj`` to a JSON formatted ``str``."}
+    asked = pydocs.conversation("m", "m.f(x)", ("Return x, doubled.",))
+    assert "m.f(x)" in asked[0]["content"] and asked[1]["content"] == "Return x, doubled."
 
 
 def test_alpaca_is_read_from_a_file_and_its_size_is_checked(tmp_path, capsys):
