@@ -19,6 +19,7 @@ import torch.nn as nn
 from config import option, parse, run_command
 from device import autocast, pick_device, pick_dtype
 from eval.hellaswag import wilson_interval
+from eval.loss import IGNORE, score_rows
 from eval.records import read_records, text_of
 
 
@@ -43,7 +44,6 @@ def load_passages(path: str) -> list[tuple[str, str]]:
     return found
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, tokenizer: Any, passages: Sequence[tuple[str, str]],
              batch_size: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """n, acc with its count and 95% interval, perplexity; cut: passages that lost their start."""
@@ -56,15 +56,14 @@ def evaluate(model: nn.Module, tokenizer: Any, passages: Sequence[tuple[str, str
     model.eval()
     for batch in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
         longest = len(batch[-1][0])
-        ids = torch.tensor([ids + (longest - len(ids)) * [0] for ids, _ in batch], device=device)
-        row, t = torch.tensor([(b, i) for b, (ids, length) in enumerate(batch)
-                               for i in range(len(ids) - length, len(ids))], device=device).T
+        x = torch.zeros(len(batch), longest - 1, dtype=torch.long)  # (B, T)
+        y = torch.full_like(x, IGNORE)                              # (B, T)
+        for i, (ids, length) in enumerate(batch):
+            x[i, :len(ids) - 1] = torch.tensor(ids[:-1])
+            y[i, len(ids) - 1 - length:len(ids) - 1] = torch.tensor(ids[-length:])
         with autocast(device, dtype):
-            x = model.features(ids[:, :-1])[row, t - 1]             # (tokens of words, C)
-            logits = model.lm_head(x)[:, :model.config.vocab_size].float()
-        nats -= logits.log_softmax(-1).gather(1, ids[row, t, None]).sum().item()
-        wrong = row[logits.argmax(-1) != ids[row, t]].unique()
-        right += len(batch) - len(wrong)
+            row_nats, row_right = score_rows(model, x.to(device), y.to(device))
+        nats, right = nats + row_nats.sum().item(), right + int(row_right.sum())
     model.train(was_training)
     n = len(rows)
     return {"n": n, "cut": cut, "acc": right / n, "correct": right,

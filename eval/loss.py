@@ -1,7 +1,8 @@
-"""Loss, perplexity and bits per byte of a model on a data set or on text files.
+"""Loss, perplexity and bits per byte of a model: on a data set, text files or conversations.
 
     python -m eval.loss --model=out/demo --data=corpus [--split=val] [--limit=TOKENS]
     python -m eval.loss --model=gpt2 --data=book.txt --stride=512
+    python -m eval.loss --model=out/chat --data=chat --template=chatml [--fit]
 
 Bits per byte = sum of token losses / (ln 2 x bytes that those tokens spell). It does not depend on
 the tokenizer, so runs with different vocabularies can be compared; special tokens spell no bytes.
@@ -10,6 +11,9 @@ A text longer than the context is read in windows, side by side: the first token
 context. With --stride=N a window begins every N tokens and scores its last N only, so that each
 token is scored once, after at least block_size - N others; both figures are shown. N = 1 is the
 definition of perplexity with this context, block_size times the work.
+
+Of conversations the answers are scored (data/chat.py); --fit says what the model has learned of
+them (eval/fit.py).
 
 Reference: "Perplexity of fixed-length models", Hugging Face's documentation of transformers.
 """
@@ -38,7 +42,10 @@ class LossConfig:
     split: Literal["train", "val"] = option("val", "which part of a data set")
     limit: int = option(0, "tokens to evaluate, spread over the split; 0 is all")
     stride: int = option(0, "tokens between windows that overlap; 0: no such figure")
-    batch_size: int = option(8, "windows at a time")
+    batch_size: int = option(8, "windows or conversations at a time")
+    template: str = option("chatml", "of chat data: the one that the model was trained with")
+    labels: Literal["all", "last"] = option("all", "of chat data: which answers are scored")
+    fit: bool = option(False, "of chat data: has the model learned it, and does it generalise?")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
 
@@ -83,6 +90,18 @@ def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.
     return result
 
 
+@torch.no_grad()
+def score_rows(model: nn.Module, x: torch.Tensor, y: torch.Tensor):
+    """Of each row of x, y (B, T): the nats of its labelled tokens (B,), and whether all of them
+    are the likeliest (B,), which is what greedy decoding would say."""
+    row, t = (y != IGNORE).nonzero(as_tuple=True)                   # (N,) labelled tokens
+    logits = model.lm_head(model.features(x)[row, t])[:, :model.config.vocab_size].float()
+    nats = -logits.log_softmax(-1).gather(1, y[row, t, None])[:, 0]
+    wrong = (logits.argmax(-1) != y[row, t]).float()
+    return (nats.new_zeros(len(y)).index_add(0, row, nats),
+            wrong.new_zeros(len(y)).index_add(0, row, wrong) == 0)
+
+
 def strided_batches(tokens: shards.Tokens, block_size: int, stride: int, batch_size: int,
                     limit: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Windows that begin every `stride` tokens, as (x, y); labels where no window before had them.
@@ -116,12 +135,13 @@ def text_tokens(source: str, tokenizer: Any) -> shards.Tokens:
     return shards.Tokens([np.concatenate(documents)])
 
 
+def is_text(data: str) -> bool:
+    return any(Path(name).is_file() for name in data.split(","))
+
+
 def open_tokens(config: LossConfig, tokenizer: Any) -> shards.Tokens:
     """What --data and --split name; a ValueError if it is not for this tokenizer."""
-    if any(Path(name).is_file() for name in config.data.split(",")):
-        if tokenizer is None:
-            raise ValueError(f"{config.model} has no tokenizer to read {config.data} with; put its "
-                             f"tokenizer.json there")
+    if is_text(config.data):
         return text_tokens(config.data, tokenizer)
     folder = shards.find(config.data)
     made_with = shards.read_meta(folder)["tokenizer_hash"]
@@ -130,18 +150,46 @@ def open_tokens(config: LossConfig, tokenizer: Any) -> shards.Tokens:
     return shards.open_split(folder, config.split)
 
 
+def is_chat(data: str) -> bool:
+    if is_text(data):
+        return False
+    meta = shards.find(data) / "meta.json"
+    return meta.exists() and shards.read_json(meta).get("kind") == "chat"
+
+
+def open_chat(config: LossConfig, split: str, tokenizer: Any, block_size: int) -> Any:
+    """The samples of a split of chat data, as data.samples.Samples."""
+    from data import chat
+    return chat.load_samples(shards.find(config.data), split, tokenizer, config.template,
+                             block_size, config.labels)
+
+
 def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, Any]:
-    """What `evaluate_loss` returns and, with a stride, the same under "strided"."""
+    """What `evaluate_loss` returns, with a stride the same under "strided", with --fit `fit`."""
     device, block_size = next(model.parameters()).device, model.config.block_size
+    dtype, size, limit = pick_dtype(config.dtype, device), config.batch_size, config.limit
+    chat = is_chat(config.data)
+    if tokenizer is None and (chat or is_text(config.data)):
+        raise ValueError(f"{config.model} has no tokenizer to read {config.data} with; put its "
+                         f"tokenizer.json there")
+    if chat and config.stride or config.fit and not chat:
+        name, kind = ("stride", "text") if chat else ("fit", "chat data")
+        raise ValueError(f"--{name} is for {kind}, and {config.data} is none; leave it out")
+    if chat:
+        samples = open_chat(config, config.split, tokenizer, block_size)
+        batches = samples.evaluation_batches(size, limit)
+    else:
+        tokens = open_tokens(config, tokenizer)
+        batches = loader.evaluation_batches(tokens, block_size, size, limit)
     lengths = token_lengths(tokenizer) if tokenizer else None
-    dtype = pick_dtype(config.dtype, device)
-    tokens = open_tokens(config, tokenizer)
-    batches = loader.evaluation_batches(tokens, block_size, config.batch_size, config.limit)
-    result = evaluate_loss(model, batches, device, lengths, dtype)
+    result: dict[str, Any] = evaluate_loss(model, batches, device, lengths, dtype)
     if config.stride:
-        batches = strided_batches(tokens, block_size, config.stride, config.batch_size,
-                                  config.limit)
+        batches = strided_batches(tokens, block_size, config.stride, size, limit)
         result["strided"] = evaluate_loss(model, batches, device, lengths, dtype)
+    if config.fit:
+        from eval.fit import fit_report
+        splits = [open_chat(config, split, tokenizer, block_size) for split in ("train", "val")]
+        result["fit"] = fit_report(model, *splits, size, limit, dtype)
     return result
 
 
@@ -150,12 +198,15 @@ def main(words: list[str]) -> None:
     config = parse(LossConfig, words, "python -m eval.loss", about=__doc__)
     model, tokenizer = load_model(config.model, pick_device(config.device))
     result = measure(model, tokenizer, config)
-    strided = result.pop("strided", None)
-    is_text = any(Path(name).is_file() for name in config.data.split(","))
-    print(f"{config.model} on {config.data}{'' if is_text else '/' + config.split}: {line(result)}")
+    strided, fit = result.pop("strided", None), result.pop("fit", None)
+    part = "" if is_text(config.data) else f"/{config.split}"
+    print(f"{config.model} on {config.data}{part}: {line(result)}")
     if strided:
         print(f"with {model.config.block_size - config.stride} tokens of context or more "
               f"(stride {config.stride}): {line(strided)}")
+    if fit:
+        found = fit.pop("verdict")
+        print(f"{line(fit)}\n{config.model} {found}")
 
 
 def line(figures: dict[str, float]) -> str:

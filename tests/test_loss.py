@@ -127,3 +127,119 @@ def test_documents_without_an_end_token_begin_with_their_text(tmp_path):
     plain = Tokenizer([], special_tokens=())
     (tmp_path / "a.txt").write_text("ab")
     assert text_tokens(str(tmp_path / "a.txt"), plain).read(0, 9).tolist() == [97, 98]
+
+
+# ---- conversations
+
+CHAT = [[{"role": "user", "content": f"What is {a} and {b}?"},
+         {"role": "assistant", "content": f"It is {a + b}."},
+         {"role": "user", "content": "Sure?"},
+         {"role": "assistant", "content": "Yes." if a % 2 else "No, it is not."}]
+        for a in range(5) for b in range(4)]
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    """A folder of chat data and a tokenizer with the template's special tokens."""
+    from data import chat
+    folder = tmp_path_factory.mktemp("chat")
+    (folder / "all.jsonl").write_text("".join(
+        json.dumps({"messages": messages}) + "\n" for messages in CHAT))
+    chat.prepare(chat.ChatConfig(source=str(folder / "all.jsonl"), out=str(folder / "data"),
+                                 validation=0.2))
+    tokenizer = Tokenizer.train(["What is 1 and 2? It is 3. Sure? Yes. No, it is not."] * 3, 280)
+    return folder / "data", chat.extend_tokenizer(tokenizer, "chatml")
+
+
+@pytest.fixture(scope="module")
+def chat_model(conversations):
+    """A model that has learned most of the training conversations."""
+    from data import chat
+    folder, tokenizer = conversations
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(128, tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32))
+    samples = chat.load_samples(folder, "train", tokenizer, "chatml", 128)
+    x, y = samples.padded(np.arange(len(samples) // 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        model(x, y)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def split_of(folder, split):
+    return [json.loads(line)["messages"]
+            for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+
+
+def test_chat_data_is_scored_on_its_answers(conversations, chat_model):
+    from data import chat
+    folder, tokenizer = conversations
+    nats, size = [], 0
+    for messages in split_of(folder, "val"):
+        ids, labels = chat.render(messages, tokenizer, "chatml")
+        nats += [nat for nat, label in zip(nats_one_by_one(chat_model, torch.tensor(ids),
+                                                           lambda i: 0), labels[1:]) if label >= 0]
+        size += sum(len(m["content"]) for m in messages if m["role"] == "assistant")
+    found = measure(chat_model, tokenizer, LossConfig(data=str(folder), dtype="float32"))
+    assert found["tokens"] == len(nats)
+    assert found["loss"] == pytest.approx(np.mean(nats), rel=1e-4)
+    assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-4)
+
+
+def test_exact_match_is_what_generation_says_word_for_word(conversations, chat_model):
+    """Each answer generated after the true turns before it, against the figure of one pass."""
+    from data import chat
+    folder, tokenizer = conversations
+    end = tokenizer.special_tokens["<|im_end|>"]
+    right, training = 0, split_of(folder, "train")
+    for messages in training:
+        said = []
+        for turn in (1, 3):
+            prompt = chat.render_prompt(messages[:turn], tokenizer, "chatml")
+            new = chat_model.generate(torch.tensor([prompt]), 30, temperature=0, stop_ids=[end])
+            said.append(tokenizer.decode(new[0, len(prompt):].tolist()))
+        right += said == [messages[turn]["content"] + "<|im_end|>" for turn in (1, 3)]
+    assert 0 < right < len(training)
+    settings = LossConfig(data=str(folder), fit=True, dtype="float32", batch_size=3)
+    fit = measure(chat_model, tokenizer, settings)["fit"]
+    assert fit["exact_match"] == right / len(training) and fit["samples"] == len(training)
+    losses = [measure(chat_model, tokenizer, LossConfig(data=str(folder), split=split,
+                                                        dtype="float32"))["loss"]
+              for split in ("train", "val")]
+    assert [fit["train_loss"], fit["val_loss"]] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("figures,words", [
+    ((2.0, 2.1, 0.49), "has not learned the training set: it answers 49%"),
+    ((0.1, 0.7, 0.5), "has learned it but does not generalise: validation is 0.60 nats"),
+    ((0.1, 0.5, 0.5), "fine: it answers 50%"),
+])
+def test_the_verdict_follows_its_thresholds(figures, words):
+    from eval.fit import verdict
+    assert verdict(*figures).startswith(words)
+
+
+def test_the_command_reports_the_fit(conversations, chat_model, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    folder, tokenizer = conversations
+    chat_model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loss.main([f"--model={tmp_path}", f"--data={folder}", "--fit", "--device=cpu"])
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 3 and "/val: loss " in shown[0] and "exact_match 0." in shown[1]
+    assert "word for word" in shown[2] or "does not generalise" in shown[2]
+
+
+def test_settings_of_the_wrong_data_are_refused(conversations, chat_model, dataset):
+    folder, tokenizer = conversations
+    for settings, message in [
+            (dict(data=str(folder), stride=4), "--stride is for text"),
+            (dict(data=str(dataset), fit=True), "--fit is for chat data"),
+            (dict(data=str(folder), template="alpine"), "template='alpine' is unknown")]:
+        with pytest.raises(ValueError, match=message):
+            measure(chat_model, tokenizer, LossConfig(**settings))
+    with pytest.raises(ValueError, match="has no tokenizer to read"):
+        measure(chat_model, None, LossConfig(data=str(folder)))
