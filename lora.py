@@ -1,0 +1,319 @@
+"""LoRA: fine-tuning by low-rank changes of frozen linear layers.
+
+    model = add_lora(model, LoRAConfig(r=8, alpha=16))      # in place; only the adapter trains
+    save_lora(model, "adapter")                             # PEFT's format, and back:
+    load_lora(model, "adapter", name="other")
+    set_adapter(model, {"default": 0.5, "other": 0.5})      # which ones compute
+    with disable_lora(model): ...                           # the base
+    merge_lora(model, idx);  unmerge_lora(model);  plain = unload_lora(model)
+
+    python lora.py merge --base=gpt2 --adapter=FOLDER --out=FOLDER
+    python lora.py info FOLDER
+
+A layer W (out, in) becomes h = W x + s (B A - B0 A0) dropout(x) with A (R, in) and B (out, R),
+rank R and scale s = alpha / R. B starts at zero and there is no B0 A0, except where an init starts
+from the weight's own directions: then B0 A0 is where B A started. So the model always starts as the
+base and the base's weights are never edited.
+
+Four choices: scale (use_rslora), init, forward (use_dora), weights of the base (quantize).
+Hu et al. 2022, "LoRA"; Kalajdzievski 2023, "rsLoRA"; Liu et al. 2024, "DoRA"; Meng et al. 2024,
+"PiSSA"; Büyükakyüz 2024, "OLoRA"; Li et al. 2024, "LoftQ"; Dettmers et al. 2023, "QLoRA".
+LoRA+ is a setting of optim.py.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterable
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import lora_files
+from config import build, option, parse, run_command
+from lora_adapters import (Adapters, activate, adapted_layers, adapters_of, base_hash,
+                           base_parameters, describe, disable_lora, load_trainable_state,
+                           refuse_if_merged, say, set_adapter, trainable_state)
+from lora_files import save_lora
+from lora_layer import INITS, LoRAConfig, LoRALinear, LowRank, weight_of
+from lora_targets import (FUSED, full_names, linear_layers, matches, summary, targets, tied_error,
+                          tied_weights)
+from quant import NF4Linear
+
+__all__ = ["LoRAConfig", "add_lora", "merge_lora", "unmerge_lora", "unload_lora", "save_lora",
+           "load_lora", "load_run", "set_adapter", "disable_lora", "describe", "trainable_state",
+           "load_trainable_state"]
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
+    """Give the model an adapter, in place: it computes and trains, everything else is frozen."""
+    _attach(model, config, name)
+    say(describe(model))
+    return model
+
+
+def _attach(model: nn.Module, config: LoRAConfig, name: str) -> None:
+    found, linear = targets(model, config), linear_layers(model)
+    adapters = getattr(model, "lora", None) or Adapters(base_hash(model))
+    saved = _modules_to_save(model, config, found)
+    if name in adapters.configs:
+        raise ValueError(f"there is an adapter {name!r} already; choose another name")
+    refuse_if_merged(model, "add an adapter")
+    if config.quantize != "none" and adapters.configs and any(
+            isinstance(getattr(layer, "base_layer", layer), nn.Linear) for layer in
+            (linear[layer] for layer in found)):
+        raise ValueError(f"lora.quantize={config.quantize}: the base has adapters already; the "
+                         f"first one says whether it is quantised")
+    made = {layer: _factors(linear[layer], layer, parts, config) for layer, parts in found.items()}
+    if config.quantize == "nf4":
+        tied = tied_weights(model)
+        for layer, module in linear.items():
+            inside = any(layer == other or layer.startswith(other + ".") for other in saved)
+            if type(module) is nn.Linear and layer not in tied and not inside:
+                model.set_submodule(layer, NF4Linear(module, _taken_off(module, made.get(layer))))
+    for layer, parts in made.items():
+        module = model.get_submodule(layer)
+        if not isinstance(module, LoRALinear):
+            module = LoRALinear(module).train(module.training)
+            model.set_submodule(layer, module)
+        module.lora_adapters[name] = nn.ModuleDict({
+            part: LowRank(module.base_layer, A, B, scale, config, start)
+            for part, (A, B, scale, start) in parts.items()}).train(module.training)
+    model.lora = adapters
+    adapters.configs[name] = config
+    base = base_parameters(model)
+    extras = [key for key in base if
+              any(key.startswith(other + ".") for other in saved)
+              or key.rpartition(".")[2] == "bias" and (
+                  config.bias == "all"
+                  or config.bias == "lora_only" and key.rpartition(".")[0] in found)]
+    for key in extras:
+        adapters.original.setdefault(key, base[key].detach().clone())
+    adapters.trained[name] = {key: adapters.original[key].clone() for key in extras}
+    set_adapter(model, name)
+
+
+def _factors(layer: nn.Module, name: str, parts: tuple[str, ...], config: LoRAConfig):
+    """Where the change of each part of a layer starts: {part: (A, B, scale, first row)}."""
+    base, fused, made = getattr(layer, "base_layer", layer), FUSED.get(name.rpartition(".")[2]), {}
+    device = next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
+    for part, full in zip(parts, full_names(name, parts)):
+        rows = base.out_features // (1 if part == "whole" else len(fused))
+        start = 0 if part == "whole" else fused.index(part) * rows
+        r, scale = config.rank(full), config.scale(full)
+        if config.init in ("kaiming", "gaussian"):              # the weight may be packed
+            weight = torch.empty((), device=device).expand(rows, base.in_features)
+        elif r > min(rows, base.in_features):
+            raise ValueError(f"lora.r={r} is above the {min(rows, base.in_features)} directions of "
+                             f"{full}, which init={config.init} takes them from")
+        else:
+            weight = weight_of(base)[start:start + rows]
+        made[part] = *INITS[config.init](weight, r, scale, config.init), scale, start
+    return made
+
+
+def _taken_off(linear: nn.Linear, parts: dict[str, tuple] | None):
+    """What a layer's adapter starts with, to be taken off the weight before quantising."""
+    if not parts or not any(B.any() for _, B, _, _ in parts.values()):
+        return None
+    ups = [F.pad(scale * B, (0, 0, start, linear.out_features - start - len(B)))
+           for _, B, scale, start in parts.values()]
+    return torch.cat(ups, dim=1), torch.cat([A for A, *_ in parts.values()])
+
+
+def _modules_to_save(model: nn.Module, config: LoRAConfig, found: Iterable[str]) -> list[str]:
+    names, tied = [], tied_weights(model)
+    for wanted in config.modules_to_save:
+        hits = [name for name, _ in model.named_modules() if name and matches(wanted, name)]
+        if not hits:
+            raise ValueError(f"lora.modules_to_save: there is no module {wanted!r}")
+        names += hits
+    for name in names:
+        if name in tied:
+            raise ValueError(tied_error(name, tied[name]))
+        for layer in found:
+            if (layer + ".").startswith(name + "."):
+                raise ValueError(f"lora.modules_to_save: {name} holds the adapted layer {layer}; "
+                                 f"leave one of them out")
+    return names
+
+
+# ------------------------------------------------------------------------------------------------
+# Merging
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, *inputs: Any) -> float:
+    """Add the active adapters to the base's weights: in float32, rounded once.
+
+    Prints and returns how far that moves the logits of model(*inputs), or, without inputs, the
+    weights. The base is kept for `unmerge_lora`; a quantised layer becomes a plain one.
+    """
+    adapters_of(model)
+    refuse_if_merged(model, "merge again")
+    before, rounding, packed = _logits(model, inputs), 0.0, 0
+    for layer in adapted_layers(model).values():
+        if not layer.active:
+            continue
+        base = layer.base_layer
+        weight = weight_of(base)
+        for name, share in layer.active:
+            for part in layer.lora_adapters[name].values():
+                weight = part.change(weight, base, share)
+        dtype = torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
+        merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        merged.bias = base.bias
+        packed += isinstance(base, NF4Linear)
+        rounding = max(rounding, (merged.weight.float() - weight).abs().max().item())
+        layer.base_layer, layer.lora_unmerged = merged.train(layer.training), base
+    if packed:
+        say(f"merged onto the dequantised weights of {packed} layers, which are float32 now")
+    if not inputs:
+        say(f"merged: weights are rounded by at most {rounding:.3g}")
+        return rounding
+    difference = (_logits(model, inputs) - before).abs().max().item()
+    say(f"merged: logits differ by at most {difference:.3g}")
+    return difference
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, inputs: tuple) -> torch.Tensor | None:
+    if not inputs:
+        return None
+    training = model.training
+    out = model.eval()(*inputs)
+    model.train(training)
+    out = getattr(out, "logits", out)
+    return (out[0] if isinstance(out, tuple) else out).float()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Take merged adapters off again; the base comes back bit for bit, for it was kept."""
+    adapters_of(model)
+    layers = [layer for layer in adapted_layers(model).values() if layer.lora_unmerged is not None]
+    if not layers:
+        raise ValueError("no adapter is merged")
+    for layer in layers:
+        layer.base_layer, layer.lora_unmerged = layer.lora_unmerged, None
+
+
+def unload_lora(model: nn.Module) -> nn.Module:
+    """The plain model, in place: with what is merged, else without any adapter's change."""
+    adapters_of(model)
+    layers = adapted_layers(model)
+    if all(layer.lora_unmerged is None for layer in layers.values()):
+        activate(model, {})
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.base_layer)
+    del model.lora
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Files and command line
+
+@torch.no_grad()
+def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
+              trainable: bool = False) -> nn.Module:
+    """Add an adapter from a file, ours or PEFT's, and let it compute; frozen unless `trainable`."""
+    settings, layers, others, notes = lora_files.read(folder)
+    here = model.lora.base_hash if getattr(model, "lora", None) else base_hash(model)
+    if here and notes.get("base_hash", here) != here:
+        raise ValueError(f"{folder} was trained on another base "
+                         f"({settings.get('base_model_name_or_path') or 'unnamed'}, hash "
+                         f"{notes['base_hash'][:8]}); this model's hash is {here[:8]}")
+    config = LoRAConfig(**lora_files.config_settings(settings, layers))
+    linear = linear_layers(model)
+    for layer, found in layers.items():
+        if layer not in linear:
+            raise ValueError(f"{folder} adapts {layer}, which this model does not have as a linear "
+                             f"layer")
+        r, module = config.rank(layer), linear[layer]
+        shapes = tuple(found["A"].shape), tuple(found["B"].shape)
+        if shapes != ((r, module.in_features), (module.out_features, r)):
+            raise ValueError(f"{folder}: A and B of {layer} are {shapes[0]} and {shapes[1]}; rank "
+                             f"{r} and the model ask for {(r, module.in_features)} and "
+                             f"{(module.out_features, r)}")
+    with torch.random.fork_rng(devices=[]):             # its random start is overwritten
+        _attach(model, config, name)
+    for layer, found in layers.items():
+        part = model.get_submodule(layer).lora_adapters[name]["whole"]
+        part.lora_A.copy_(found["A"])
+        part.lora_B.copy_(found["B"])
+        if part.lora_magnitude is not None:
+            part.lora_magnitude.copy_(found["magnitude"])
+    base = base_parameters(model)
+    for key in model.lora.trained[name]:
+        if key not in others or others[key].shape != base[key].shape:
+            raise ValueError(f"{folder} has no tensor {key} of shape {tuple(base[key].shape)}")
+        base[key].copy_(others[key])
+    set_adapter(model, name, None if trainable else ())
+    say(describe(model))
+    return model
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    base: str = option("gpt2", "the model: gpt2, a Hugging Face folder or a run")
+    adapter: str = option("", "the adapter: a folder in PEFT's format, or a run that trained one")
+    out: str = option("", "folder to write, as transformers reads it")
+
+    def __post_init__(self):
+        for name in ("adapter", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing; give --{name}=FOLDER")
+
+
+def load_run(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Give a base the adapter of a run's best checkpoint, or its last one."""
+    import checkpoint
+    folder = Path(folder)
+    state = (checkpoint.load(folder / "best.pt") if (folder / "best.pt").exists()
+             else checkpoint.load_last(folder))
+    if state is None:
+        raise FileNotFoundError(f"the run {folder} has no checkpoint yet")
+    if not any(".lora_adapters." in key for key in state["model"]):
+        raise ValueError(f"the run {folder} trained no adapter; it is a model itself")
+    add_lora(model, build(LoRAConfig, state["config"]["lora"]))
+    load_trainable_state(model, state["model"])
+    return model
+
+
+def merge_command(words: list[str]) -> None:
+    import sample
+    config = parse(MergeConfig, words, "lora.py merge", about=__doc__)
+    model, tokenizer = sample.load_model(config.base)
+    is_run = (Path(config.adapter) / "run.json").exists()
+    (load_run if is_run else load_lora)(model, config.adapter)
+    generator = torch.Generator().manual_seed(0)
+    length = min(64, model.config.block_size)
+    merge_lora(model, torch.randint(model.config.vocab_size, (2, length), generator=generator))
+    unload_lora(model).save_pretrained(config.out)
+    if tokenizer:
+        tokenizer.save_pretrained(config.out)
+    print(f"written: {config.out}")
+
+
+def info_command(words: list[str]) -> None:
+    if len(words) != 1:
+        raise ValueError("give one adapter: python lora.py info FOLDER")
+    settings, layers, others, notes = lora_files.read(words[0])
+    for key in ("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "use_dora", "bias",
+                "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
+        if settings.get(key):
+            print(f"{key}: {settings[key]}")
+    for key, value in notes.items():
+        print(f"{key}: {value}")
+    tensors = [tensor for found in layers.values() for tensor in found.values()]
+    print(f"{summary(list(layers))}: {sum(t.numel() for t in (*tensors, *others.values())):,} "
+          f"parameters")
+
+
+def main(words: list[str]) -> None:
+    commands = {"merge": merge_command, "info": info_command}
+    if not words or words[0] not in commands:
+        raise ValueError("say what to do: python lora.py merge|info")
+    commands[words[0]](words[1:])
+
+
+if __name__ == "__main__":
+    run_command(main)
