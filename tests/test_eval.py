@@ -8,10 +8,14 @@ from torch.nn import functional as F
 
 from bpe import Tokenizer
 from classifier import Classifier
+from config import build
 from data.samples import SampleLoader
-from eval import imdb, lambada
+from eval import __main__ as command
+from eval import hellaswag, imdb, lambada, loss
 from eval.hellaswag import wilson_interval
 from model import IGNORE, GPT, GPTConfig
+from sample import load_model
+from train import TrainConfig, train
 
 REVIEWS = [("A fine film, and a good one.<br />Really good.", 1), ("Bad, bad, and long. Awful!", 0),
            ("Good good good", 1), ("This was a bad film " * 9 + "with a naïve end.", 0),
@@ -235,3 +239,86 @@ def test_the_commands_print_what_they_found(tokenizer, reviews, passages, tmp_pa
     found = lambada.evaluate(model, tokenizer, lambada.load_passages(passages)[:4])
     assert f"on 4 LAMBADA passages: acc {found['acc']:.4f}" in shown
     assert f"perplexity {found['perplexity']:.2f}" in shown
+
+
+# ---- all of them
+
+@pytest.fixture
+def run(dataset, tmp_path):
+    train(build(TrainConfig, dict(
+        data=str(dataset), out=str(tmp_path / "run"), max_steps=3, batch_tokens=512, micro_batch=8,
+        device="cpu", dtype="float32", compile="off", sample_tokens=0,
+        model=dict(block_size=64, n_layer=1, n_head=2, n_embd=16))))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def hellaswag_file(tmp_path):
+    path = tmp_path / "hellaswag.jsonl"
+    path.write_text("".join(json.dumps({"query": f"What is {i}?", "label": i % 4,
+                                        "endings": ["one", "two or so", "3", str(i)]}) + "\n"
+                            for i in range(6)))
+    return path
+
+
+def test_one_table_and_the_runs_own_file_hold_what_each_evaluation_finds(
+        run, hellaswag_file, reviews, passages, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    model, tokenizer = load_model(run)
+    folder = tmp_path / "folder"
+    model.save_pretrained(folder)
+    tokenizer.save(folder / "tokenizer.json")
+    capsys.readouterr()
+    command.main([str(run), str(folder), f"--hellaswag={hellaswag_file}", f"--imdb={reviews}",
+                  f"--lambada={passages}", "--limit=4", "--tokens=256", "--device=cpu",
+                  "--dtype=float32"])
+    shown = capsys.readouterr().out.splitlines()
+    lines = {line[:32].strip(): line[32:].split() for line in shown}
+    kept = json.loads((run / "eval.json").read_text())
+    items = hellaswag.load_items(hellaswag_file)[:4]
+    for style in ("completion", "harness"):
+        found = hellaswag.evaluate(model, tokenizer, items, style)
+        assert kept[f"hellaswag_{style}"] == json.loads(json.dumps(found))
+        for metric in ("acc", "acc_norm"):              # the same for the run and for its folder
+            figures = lines[f"hellaswag {style} {metric}"]
+            assert figures[0] == f"{found[metric]:.4f}" and figures[:4] == figures[4:]
+    assert kept["imdb"]["n"] == kept["lambada"]["n"] == 4
+    assert kept["imdb"]["acc"] == imdb.evaluate(
+        model, tokenizer, imdb.load_reviews(reviews)[:4])["acc"]
+    expected = loss.measure(model, tokenizer, loss.LossConfig(
+        data=kept["loss"]["data"], limit=256, dtype="float32"))
+    assert {key: kept["loss"][key] for key in expected} == expected
+    assert lines["bits per byte"] == [f"{expected['bits_per_byte']:.4f}", "-"]  # a folder has none
+    assert shown[0].split() == [str(run), str(folder)]
+    assert not (folder / "eval.json").exists()
+
+
+def test_all_is_without_limits(run, hellaswag_file):
+    command.main([str(run), f"--hellaswag={hellaswag_file}", "--limit=2", "--tokens=64", "--all",
+                  "--device=cpu"])
+    kept = json.loads((run / "eval.json").read_text())
+    assert kept["hellaswag_harness"]["n"] == 6 and kept["loss"]["tokens"] == 1008
+
+
+def test_what_has_no_file_is_left_out_and_said_so(run, dataset, monkeypatch, capsys):
+    monkeypatch.setattr(command.hellaswag, "load_items", missing)
+    (dataset / "meta.json").unlink()
+    command.main([str(run), "--device=cpu"])
+    shown = capsys.readouterr()
+    assert "HellaSwag is left out: there is none" in shown.err
+    assert f"{run}: its loss is left out: there is no prepared data" in shown.err
+    assert json.loads((run / "eval.json").read_text()).keys() == {"parameters", "block_size"}
+    for words in ([str(run), "--hellaswag=none"], [str(run), f"--data={dataset}"]):
+        with pytest.raises(FileNotFoundError):          # asked for, so not left out
+            command.main([*words, "--device=cpu"])
+
+
+def missing(path):
+    raise FileNotFoundError("there is none")
+
+
+def test_wrong_words_are_one_line(run):
+    for words, message in [([], "no model given"), ([str(run), "--limit=0"], "limit=0 must be"),
+                           ([str(run), "--limt=3"], "unknown setting --limt")]:
+        with pytest.raises(ValueError, match=message):
+            command.main(words)

@@ -1,0 +1,146 @@
+"""All evaluations of a model, or of several side by side, in one table.
+
+    python -m eval out/demo                     a run: its data's validation split, HellaSwag
+    python -m eval out/a out/b gpt2 --all       every item and token, not a sample of them
+    python -m eval FOLDER --data=book.txt --imdb=test.jsonl --lambada=test.jsonl
+
+What has no file here is left out, and said so. Of a run the figures are also kept, in its
+eval.json. Losses of models with different tokenizers do not compare; bits per byte do.
+"""
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from config import option, parse, run_command
+from data.shards import write_json
+from device import pick_device, pick_dtype
+from eval import hellaswag, imdb, lambada, loss
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    data: str = option("", "of the loss, as in eval.loss; empty: what a run was trained on")
+    hellaswag: str = option("", "HellaSwag file; empty: the official one, downloaded once")
+    imdb: str = option("", "JSONL of reviews {text, label}; empty: left out")
+    lambada: str = option("", "JSONL of passages {text}; empty: left out")
+    limit: int = option(1000, "items of each task, at most")
+    tokens: int = option(100_000, "tokens of the loss, at most, spread over the split")
+    all: bool = option(False, "every item and token, whatever the limits")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+
+    def __post_init__(self):
+        for name in ("limit", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; --all is "
+                                 f"without limits")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The items of each task, read once for all models; empty lists are left out."""
+    hellaswag: list[hellaswag.Item]
+    imdb: list[imdb.Review]
+    lambada: list[tuple[str, str]]
+
+
+def load_tasks(config: EvalConfig) -> Tasks:
+    end = None if config.all else config.limit
+    try:
+        items = hellaswag.load_items(config.hellaswag or None)
+    except FileNotFoundError as error:
+        if config.hellaswag:
+            raise
+        print(f"HellaSwag is left out: {error}", file=sys.stderr)
+        items = []
+    return Tasks(items[:end], imdb.load_reviews(config.imdb)[:end] if config.imdb else [],
+                 lambada.load_passages(config.lambada)[:end] if config.lambada else [])
+
+
+def evaluate(name: str, model: Any, tokenizer: Any, tasks: Tasks, config: EvalConfig
+             ) -> dict[str, Any]:
+    """{task: what its own evaluation returns}, with the number of parameters and the context."""
+    dtype = pick_dtype(config.dtype, next(model.parameters()).device)
+    found: dict[str, Any] = {"parameters": model.num_params(),
+                             "block_size": model.config.block_size}
+    settings = own_settings(name)
+    data = config.data or settings.get("data", "")
+    if data:
+        how = loss.LossConfig(model=name, data=data, limit=0 if config.all else config.tokens,
+                              template=settings.get("template", loss.LossConfig.template),
+                              dtype=config.dtype)
+        try:
+            found["loss"] = {"data": data, **loss.measure(model, tokenizer, how)}
+        except FileNotFoundError as error:
+            if config.data:
+                raise
+            print(f"{name}: its loss is left out: {error}", file=sys.stderr)
+    for style in get_args(hellaswag.Style) if tasks.hellaswag else ():
+        found[f"hellaswag_{style}"] = hellaswag.evaluate(model, tokenizer, tasks.hellaswag, style,
+                                                         dtype=dtype, progress=True)
+    if tasks.lambada:
+        found["lambada"] = lambada.evaluate(model, tokenizer, tasks.lambada, dtype=dtype)
+    if tasks.imdb:
+        found["imdb"] = imdb.evaluate(model, tokenizer, tasks.imdb, dtype=dtype)
+    return found
+
+
+def own_settings(name: str) -> dict[str, Any]:
+    """The settings that a run was trained with; none of what is no run."""
+    file = Path(name) / "config.json"
+    if not (Path(name) / "run.json").exists() or not file.exists():
+        return {}
+    return json.loads(file.read_text())
+
+
+def rows_of(found: dict[str, Any]) -> dict[str, str]:
+    """The lines of the table for one model: label -> figure."""
+    rows = {"parameters": f"{found['parameters']:,}", "context": f"{found['block_size']:,}"}
+    if figures := found.get("loss"):
+        rows["loss on"] = Path(figures["data"]).name
+        rows.update({key.replace("_", " "): f"{figures[key]:.4f}"
+                     for key in ("loss", "perplexity", "bits_per_byte") if key in figures})
+    for task in ("hellaswag_completion", "hellaswag_harness", "lambada", "imdb"):
+        for metric in ("acc", "acc_norm"):
+            if metric in found.get(task, {}):
+                low, high = found[task][f"{metric}_interval"]
+                rows[f"{task.replace('_', ' ')} {metric}"] = (
+                    f"{found[task][metric]:.4f} ({low:.3f} to {high:.3f})")
+    if "lambada" in found:
+        rows["lambada perplexity"] = f"{found['lambada']['perplexity']:.2f}"
+    return rows
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """One column for each model, one line for each figure that any of them has."""
+    columns = {name: rows_of(found) for name, found in results.items()}
+    labels = list(dict.fromkeys(label for rows in columns.values() for label in rows))
+    lines = [["", *columns]] + [[label, *(rows.get(label, "-") for rows in columns.values())]
+                                for label in labels]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+                     for line in lines)
+
+
+def main(words: list[str]) -> None:
+    from sample import load_model
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    names, words = list(dict.fromkeys(words[:count])), words[count:]
+    config = parse(EvalConfig, words, "python -m eval RUN|FOLDER|gpt2 [MORE...]", about=__doc__)
+    if not names:
+        raise ValueError("no model given; name runs or folders: python -m eval out/demo")
+    device, tasks, results = pick_device(config.device), load_tasks(config), {}
+    for name in names:
+        model, tokenizer = load_model(name, device)
+        if tokenizer is None:
+            raise ValueError(f"{name} has no tokenizer.json; put its tokenizer there")
+        results[name] = evaluate(name, model, tokenizer, tasks, config)
+        if (Path(name) / "run.json").exists():
+            write_json(Path(name) / "eval.json", results[name])
+    print(table(results))
+
+
+if __name__ == "__main__":
+    run_command(main)
