@@ -20,6 +20,7 @@ Hu et al. 2022, "LoRA"; Kalajdzievski 2023, "rsLoRA"; Liu et al. 2024, "DoRA"; M
 "PiSSA"; Büyükakyüz 2024, "OLoRA"; Li et al. 2024, "LoftQ"; Dettmers et al. 2023, "QLoRA".
 LoRA+ is a setting of optim.py.
 """
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable
@@ -34,9 +35,9 @@ from lora_adapters import (Adapters, activate, adapted_layers, adapters_of, base
                            base_parameters, describe, disable_lora, load_trainable_state,
                            refuse_if_merged, say, set_adapter, trainable_state)
 from lora_files import save_lora
-from lora_layer import INITS, LoRAConfig, LoRALinear, LowRank, weight_of
-from lora_targets import (FUSED, full_names, linear_layers, matches, summary, targets, tied_error,
-                          tied_weights)
+from lora_layer import INITS, RANDOM, LoRAConfig, LoRALinear, LowRank, weight_of
+from lora_targets import (FUSED, full_names, is_head, linear_layers, saved_modules, summary,
+                          targets, tied_weights)
 from quant import NF4Linear
 
 __all__ = ["LoRAConfig", "add_lora", "merge_lora", "unmerge_lora", "unload_lora", "save_lora",
@@ -52,23 +53,24 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.
 
 
 def _attach(model: nn.Module, config: LoRAConfig, name: str) -> None:
-    found, linear = targets(model, config), linear_layers(model)
+    found, linear, tied = targets(model, config), linear_layers(model), tied_weights(model)
+    saved = saved_modules(model, config, found)
     adapters = getattr(model, "lora", None) or Adapters(base_hash(model))
-    saved = _modules_to_save(model, config, found)
     if name in adapters.configs:
         raise ValueError(f"there is an adapter {name!r} already; choose another name")
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"an adapter cannot be called {name!r}; choose another name")
     refuse_if_merged(model, "add an adapter")
-    if config.quantize != "none" and adapters.configs and any(
-            isinstance(getattr(layer, "base_layer", layer), nn.Linear) for layer in
-            (linear[layer] for layer in found)):
+    if config.quantize != "none" and any(isinstance(getattr(linear[layer], "base_layer", None),
+                                                    nn.Linear) for layer in found):
         raise ValueError(f"lora.quantize={config.quantize}: the base has adapters already; the "
                          f"first one says whether it is quantised")
+    extras = _trained_names(model, config, found, saved)
     made = {layer: _factors(linear[layer], layer, parts, config) for layer, parts in found.items()}
     if config.quantize == "nf4":
-        tied = tied_weights(model)
         for layer, module in linear.items():
-            inside = any(layer == other or layer.startswith(other + ".") for other in saved)
-            if type(module) is nn.Linear and layer not in tied and not inside:
+            inside = any((layer + ".").startswith(other + ".") for other in saved)
+            if type(module) is nn.Linear and not is_head(layer, tied) and not inside:
                 model.set_submodule(layer, NF4Linear(module, _taken_off(module, made.get(layer))))
     for layer, parts in made.items():
         module = model.get_submodule(layer)
@@ -81,15 +83,22 @@ def _attach(model: nn.Module, config: LoRAConfig, name: str) -> None:
     model.lora = adapters
     adapters.configs[name] = config
     base = base_parameters(model)
-    extras = [key for key in base if
-              any(key.startswith(other + ".") for other in saved)
-              or key.rpartition(".")[2] == "bias" and (
-                  config.bias == "all"
-                  or config.bias == "lora_only" and key.rpartition(".")[0] in found)]
     for key in extras:
         adapters.original.setdefault(key, base[key].detach().clone())
     adapters.trained[name] = {key: adapters.original[key].clone() for key in extras}
     set_adapter(model, name)
+
+
+def _trained_names(model: nn.Module, config: LoRAConfig, found: Iterable[str],
+                   saved: Iterable[str]) -> list[str]:
+    """The base's own parameters that the adapter trains: biases and whole modules."""
+    names = []
+    for key in base_parameters(model):
+        owner, _, last = key.rpartition(".")
+        bias = config.bias == "all" or config.bias == "lora_only" and owner in found
+        if last == "bias" and bias or any(key.startswith(other + ".") for other in saved):
+            names.append(key)
+    return names
 
 
 def _factors(layer: nn.Module, name: str, parts: tuple[str, ...], config: LoRAConfig):
@@ -100,9 +109,10 @@ def _factors(layer: nn.Module, name: str, parts: tuple[str, ...], config: LoRACo
         rows = base.out_features // (1 if part == "whole" else len(fused))
         start = 0 if part == "whole" else fused.index(part) * rows
         r, scale = config.rank(full), config.scale(full)
-        if config.init in ("kaiming", "gaussian"):              # the weight may be packed
+        reads = config.use_dora or config.init not in RANDOM
+        if not reads:                                           # the weight may be packed
             weight = torch.empty((), device=device).expand(rows, base.in_features)
-        elif r > min(rows, base.in_features):
+        elif config.init not in RANDOM and r > min(rows, base.in_features):
             raise ValueError(f"lora.r={r} is above the {min(rows, base.in_features)} directions of "
                              f"{full}, which init={config.init} takes them from")
         else:
@@ -118,23 +128,6 @@ def _taken_off(linear: nn.Linear, parts: dict[str, tuple] | None):
     ups = [F.pad(scale * B, (0, 0, start, linear.out_features - start - len(B)))
            for _, B, scale, start in parts.values()]
     return torch.cat(ups, dim=1), torch.cat([A for A, *_ in parts.values()])
-
-
-def _modules_to_save(model: nn.Module, config: LoRAConfig, found: Iterable[str]) -> list[str]:
-    names, tied = [], tied_weights(model)
-    for wanted in config.modules_to_save:
-        hits = [name for name, _ in model.named_modules() if name and matches(wanted, name)]
-        if not hits:
-            raise ValueError(f"lora.modules_to_save: there is no module {wanted!r}")
-        names += hits
-    for name in names:
-        if name in tied:
-            raise ValueError(tied_error(name, tied[name]))
-        for layer in found:
-            if (layer + ".").startswith(name + "."):
-                raise ValueError(f"lora.modules_to_save: {name} holds the adapted layer {layer}; "
-                                 f"leave one of them out")
-    return names
 
 
 # ------------------------------------------------------------------------------------------------
@@ -223,6 +216,9 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
                          f"{notes['base_hash'][:8]}); this model's hash is {here[:8]}")
     config = LoRAConfig(**lora_files.config_settings(settings, layers))
     linear = linear_layers(model)
+    # PEFT takes every module whose name ends so, even within a word
+    config = dataclasses.replace(config, modules_to_save=tuple(
+        name for name, _ in model.named_modules() if name.endswith(config.modules_to_save or "\0")))
     for layer, found in layers.items():
         if layer not in linear:
             raise ValueError(f"{folder} adapts {layer}, which this model does not have as a linear "
@@ -233,6 +229,11 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
             raise ValueError(f"{folder}: A and B of {layer} are {shapes[0]} and {shapes[1]}; rank "
                              f"{r} and the model ask for {(r, module.in_features)} and "
                              f"{(module.out_features, r)}")
+    base = base_parameters(model)
+    extras = _trained_names(model, config, layers, config.modules_to_save)
+    for key in extras:
+        if key not in others or others[key].shape != base[key].shape:
+            raise ValueError(f"{folder} has no tensor {key} of shape {tuple(base[key].shape)}")
     with torch.random.fork_rng(devices=[]):             # its random start is overwritten
         _attach(model, config, name)
     for layer, found in layers.items():
@@ -241,10 +242,7 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
         part.lora_B.copy_(found["B"])
         if part.lora_magnitude is not None:
             part.lora_magnitude.copy_(found["magnitude"])
-    base = base_parameters(model)
-    for key in model.lora.trained[name]:
-        if key not in others or others[key].shape != base[key].shape:
-            raise ValueError(f"{folder} has no tensor {key} of shape {tuple(base[key].shape)}")
+    for key in extras:
         base[key].copy_(others[key])
     set_adapter(model, name, None if trainable else ())
     say(describe(model))

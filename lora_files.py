@@ -23,7 +23,7 @@ import torch.nn as nn
 
 from lora_adapters import adapted_layers, adapters_of, as_shares, trained_values
 from lora_layer import weight_of
-from lora_targets import linear_layers
+from lora_targets import linear_layers, saved_modules
 
 PREFIX = "base_model.model."
 CONV1D = ("c_attn", "c_fc", "c_proj")
@@ -166,7 +166,7 @@ def save_lora(model: nn.Module, folder: str | Path,
     settings = peft_settings(
         layers, list(linear_layers(model)), config.use_rslora, use_dora=config.use_dora,
         lora_dropout=config.dropout, bias=config.bias,
-        modules_to_save=list(config.modules_to_save) or None,
+        modules_to_save=saved_modules(model, config) or None,
         base_model_name_or_path=base or getattr(model, "name_or_path", "") or None)
     for key, value in values.items():
         turned = settings["fan_in_fan_out"] and is_conv1d(key)

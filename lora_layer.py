@@ -109,6 +109,7 @@ def loftq(weight: torch.Tensor, r: int, scale: float, init: str):
     return A, B
 
 
+RANDOM = ("kaiming", "gaussian")        # these read the weight's size only
 INITS = {"kaiming": random_a, "gaussian": random_a, "pissa": pissa, "olora": olora, "loftq": loftq}
 
 
@@ -124,7 +125,7 @@ class LowRank(nn.Module):
         self.scale, self.dropout, self.start = scale, config.dropout, start
         self.after = base.out_features - start - len(B)     # rows of the layer below this part
         self.lora_A, self.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
-        moved = config.init in ("pissa", "olora", "loftq")
+        moved = config.init not in RANDOM
         self.register_buffer("initial_A", A.clone() if moved else None)
         self.register_buffer("initial_B", B.clone() if moved else None)
         self.lora_magnitude = None

@@ -6,7 +6,7 @@ Every choice that matches nothing, or something that cannot be adapted, is a Val
 """
 import difflib
 import re
-from typing import Any
+from typing import Any, Iterable
 
 import torch.nn as nn
 
@@ -56,7 +56,7 @@ def targets(model: nn.Module, config: Any) -> dict[str, tuple[str, ...]]:
         for name in linear:
             last = name.rpartition(".")[2]
             if target == "all-linear":
-                parts = ("whole",) if last not in HEADS and name not in tied else ()
+                parts = () if is_head(name, tied) else ("whole",)
             elif matches(target, name):
                 parts = ("whole",)
             else:
@@ -86,6 +86,28 @@ def targets(model: nn.Module, config: Any) -> dict[str, tuple[str, ...]]:
                 raise ValueError(f"lora.{kind}: {key!r} matches no adapted layer; there are "
                                  f"{summary(adapted)}")
     return found
+
+
+def saved_modules(model: nn.Module, config: Any, found: Iterable[str] = ()) -> list[str]:
+    """The modules of config.modules_to_save; none may be tied or hold a layer of `found`."""
+    names, tied = [], tied_weights(model)
+    for wanted in config.modules_to_save:
+        hits = [name for name, _ in model.named_modules() if name and matches(wanted, name)]
+        if not hits:
+            raise ValueError(f"lora.modules_to_save: there is no module {wanted!r}")
+        names += hits
+    for name in names:
+        if name in tied:
+            raise ValueError(tied_error(name, tied[name]))
+        for layer in found:
+            if (layer + ".").startswith(name + "."):
+                raise ValueError(f"lora.modules_to_save: {name} holds the adapted layer {layer}; "
+                                 f"leave one of them out")
+    return names
+
+
+def is_head(name: str, tied: dict[str, str]) -> bool:
+    return name in tied or name.rpartition(".")[2] in HEADS
 
 
 def full_names(name: str, parts: tuple[str, ...]) -> list[str]:

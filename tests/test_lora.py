@@ -235,7 +235,8 @@ def test_every_b_moves_in_the_first_step_and_nothing_frozen_does(variant, recomp
     with torch.autocast("cpu", torch.bfloat16):
         model.train()(ids(), ids(1))[1].backward()
     optimizer.step()
-    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    moved = {key for key, value in model.state_dict().items()
+             if not torch.equal(value, before[key])}
     assert {name for name in train if name.endswith("lora_B")} <= moved <= train
     assert any(name.endswith("lora_B") for name in moved)
 
@@ -286,14 +287,15 @@ def test_a_checkpoint_holds_the_adapter_alone_and_rebuilds_the_model(variant):
     state = {key: tensor.clone() for key, tensor in trainable_state(model).items()}
     assert not any(key.endswith(("wte.weight", "wpe.weight", "lm_head.weight")) for key in state)
     torch.manual_seed(99)
-    other = add_lora(gpt(), config) if variant != "lora" else add_lora(gpt().eval(), config).train()
+    other = add_lora(gpt(), config)
     load_trainable_state(other, state)
     assert torch.equal(logits(other), logits(model))
 
 
 def test_a_checkpoint_of_other_settings_is_refused():
     state = trainable_state(add_lora(gpt(), LoRAConfig(r=4)))
-    for other, words in ((LoRAConfig(r=2), "(4, 32)"), (LoRAConfig(r=4, use_dora=True), "magnitude"),
+    for other, words in ((LoRAConfig(r=2), "(4, 32)"),
+                         (LoRAConfig(r=4, use_dora=True), "magnitude"),
                          (LoRAConfig(r=4, layers=(0,)), "has no tensor")):
         with pytest.raises(ValueError, match="other lora settings") as error:
             load_trainable_state(add_lora(gpt(), other), state)
@@ -373,16 +375,13 @@ def two_adapters():
 
 
 def test_switching_computes_with_the_chosen_adapter_alone():
-    model, a, b = two_adapters(), gpt(), gpt()
-    shake(add_lora(a, LoRAConfig(r=4, bias="lora_only")), seed=1)
-    torch.manual_seed(0)
+    model = two_adapters()
     in_b = logits(model)
     set_adapter(model, "a")
-    torch.testing.assert_close(logits(model)[0, 0, 0], logits(model)[0, 0, 0])
     in_a = logits(model)
     assert (in_a - in_b).abs().max() > 1e-3
     with disable_lora(model):
-        assert torch.equal(logits(model), logits(b))
+        assert torch.equal(logits(model), logits(gpt()))
     set_adapter(model, "b")
     assert torch.equal(logits(model), in_b)
     set_adapter(model, "a")

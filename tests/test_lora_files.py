@@ -1,0 +1,291 @@
+"""Adapters as files: to PEFT and back, what is in them, what is refused, the command line."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora import (LoRAConfig, add_lora, load_lora, merge_lora, save_lora, set_adapter,
+                  trainable_state, unload_lora)
+from model import GPT, GPTConfig
+
+pytest.importorskip("safetensors")
+from safetensors.torch import load_file, save_file             # noqa: E402
+
+REPOSITORY = Path(__file__).parent.parent
+SHAPE = GPTConfig(block_size=16, vocab_size=53, n_layer=3, n_head=2, n_embd=32)
+BOTH = {                    # what PEFT and we have under the same names
+    "lora": {},
+    "rslora": dict(use_rslora=True),
+    "dora": dict(use_dora=True),
+    "bias": dict(bias="lora_only"),
+    "all biases": dict(bias="all", use_dora=True),
+    "modules": dict(modules_to_save=("ln_f", "c_fc")),
+    "patterns": dict(target_modules=("c_attn", "c_fc"),
+                     rank_pattern={"c_fc": 2, "h.1.attn.c_attn": 7},
+                     alpha_pattern={"c_fc": 3}),
+    "rslora patterns": dict(use_rslora=True, rank_pattern={"h.1.attn.c_attn": 7}),
+    "c_proj": dict(target_modules=("c_proj", "c_attn"), layers=(0, 2)),
+}
+OURS = {                    # what becomes an ordinary LoRA in a file
+    "pissa": dict(init="pissa"), "olora rslora": dict(init="olora", use_rslora=True),
+    "pissa dora": dict(init="pissa", use_dora=True),
+    "parts": dict(target_modules=("c_attn.q", "c_attn.v"), rank_pattern={"c_attn.q": 2}),
+    "parts dora": dict(target_modules=("c_attn.q",), use_dora=True, bias="lora_only"),
+    "all-linear": dict(target_modules="all-linear"),
+}
+
+
+def gpt(seed=0):
+    torch.manual_seed(seed)
+    model = GPT(SHAPE)
+    for name, p in model.named_parameters():                # no zero biases: they would hide errors
+        if p.dim() == 1:
+            p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def ids():
+    return torch.randint(SHAPE.vocab_size, (2, 16), generator=torch.Generator().manual_seed(3))
+
+
+def logits(model):
+    out = model.eval()(ids())
+    return (out.logits if hasattr(out, "logits") else out[0]).detach()
+
+
+def shake(model):
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.2 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """transformers' GPT-2 with the weights of gpt()."""
+    transformers = pytest.importorskip("transformers")
+    gpt().save_pretrained(tmp_path / "base")
+    return transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+
+
+def peft_config(r, alpha, settings):
+    peft = pytest.importorskip("peft")
+    names = dict(layers="layers_to_transform")
+    lists = {names.get(key, key): list(value) if isinstance(value, tuple) else value
+             for key, value in settings.items()}
+    return peft.LoraConfig(**{"target_modules": ["c_attn"], "r": r, "lora_alpha": alpha,
+                              "fan_in_fan_out": True, "task_type": "CAUSAL_LM", **lists})
+
+
+@pytest.mark.parametrize("variant", [*BOTH, *OURS])
+def test_an_adapter_from_here_gives_the_same_logits_in_peft(variant, theirs, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = logits(gpt())
+    model = shake(add_lora(gpt(), LoRAConfig(r=4, alpha=6, **{**BOTH, **OURS}[variant])))
+    save_lora(model, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    assert (logits(model) - base).abs().max() > 1e-2
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", BOTH)
+def test_an_adapter_from_peft_gives_the_same_logits_here(variant, theirs, tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = shake(peft.get_peft_model(theirs, peft_config(4, 6, BOTH[variant])))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = load_lora(gpt(), tmp_path / "adapter")
+    assert (logits(model) - logits(gpt())).abs().max() > 1e-2
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_of_a_llama_goes_to_peft_and_back(tmp_path):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+
+    def llama():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32))
+
+    config = LoRAConfig(r=4, target_modules="all-linear", use_dora=True, modules_to_save=("norm",))
+    model = shake(add_lora(llama(), config))
+    save_lora(model, tmp_path / "adapter")
+    for loaded in (peft.PeftModel.from_pretrained(llama(), tmp_path / "adapter"),
+                   load_lora(llama(), tmp_path / "adapter")):
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [*BOTH, *OURS])
+def test_saved_and_loaded_adapters_compute_the_same(variant, tmp_path):
+    model = shake(add_lora(gpt(), LoRAConfig(r=4, alpha=6, **{**BOTH, **OURS}[variant])))
+    save_lora(model, tmp_path)
+    loaded = load_lora(gpt(), tmp_path)
+    # 2r instead of two times r, and parts as one layer: other orders of summation
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    if variant in BOTH:
+        assert torch.equal(logits(loaded), logits(model))
+        assert trainable_state(loaded).keys() == trainable_state(model).keys()
+
+
+def test_pissa_is_saved_as_an_ordinary_lora_of_twice_the_rank(tmp_path):
+    save_lora(shake(add_lora(gpt(), LoRAConfig(r=4, alpha=6, init="pissa"))), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["init_lora_weights"]) == (8, 12, True)
+
+
+def test_a_mixture_is_saved_as_one_adapter(tmp_path):
+    model = shake(add_lora(gpt(), LoRAConfig(r=4, bias="all"), "a"))
+    shake(add_lora(model, LoRAConfig(r=2, alpha=3, bias="all"), "b"))
+    set_adapter(model, {"a": 0.3, "b": 0.7})
+    save_lora(model, tmp_path, {"a": 0.3, "b": 0.7})
+    torch.testing.assert_close(logits(load_lora(gpt(), tmp_path)), logits(model),
+                               rtol=0, atol=1e-5)
+
+
+def test_a_file_holds_the_adapter_and_what_changed_and_no_more(tmp_path):
+    """r = 4 on c_attn (32, 96), 3 blocks: (32 + 96) * 4 * 3 numbers of 4 bytes, and a header."""
+    save_lora(add_lora(gpt(), LoRAConfig(r=4)), tmp_path / "a")
+    size = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+    assert 4 * (32 + 96) * 4 * 3 < size < 4 * (32 + 96) * 4 * 3 + 2000
+    save_lora(add_lora(gpt(), LoRAConfig(r=4, bias="lora_only", modules_to_save=("ln_f",))),
+              tmp_path / "b")
+    more = (tmp_path / "b" / "adapter_model.safetensors").stat().st_size
+    assert 4 * (3 * 96 + 2 * 32) <= more - size < 4 * (3 * 96 + 2 * 32) + 1000
+
+
+def test_an_inactive_adapter_is_saved_with_its_own_biases(tmp_path):
+    model = shake(add_lora(gpt(), LoRAConfig(r=4, bias="all"), "a"))
+    alone = logits(model)
+    shake(add_lora(model, LoRAConfig(r=4, bias="all"), "b"))
+    save_lora(model, tmp_path, "a")
+    assert torch.equal(logits(load_lora(gpt(), tmp_path)), alone)
+
+
+def test_a_merged_model_saves_the_same_adapter(tmp_path):
+    model = shake(add_lora(gpt(), LoRAConfig(r=4, target_modules=("c_attn.q",), use_dora=True)))
+    save_lora(model, tmp_path / "a")
+    merge_lora(model)
+    save_lora(model, tmp_path / "b")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def test_several_adapters_load_side_by_side_frozen_or_trainable(tmp_path):
+    for seed, name in ((1, "a"), (2, "b")):
+        save_lora(shake(add_lora(gpt(), LoRAConfig(r=seed))), tmp_path / name)
+    model = load_lora(gpt(), tmp_path / "a", "a")
+    assert not any(p.requires_grad for p in model.parameters())
+    in_a = logits(model)
+    load_lora(model, tmp_path / "b", "b", trainable=True)
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} \
+        == {"whole"}
+    set_adapter(model, "a")
+    assert torch.equal(logits(model), in_a)
+    assert torch.equal(logits(unload_lora(model)), logits(gpt()))
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    save_lora(add_lora(gpt(), LoRAConfig()), tmp_path)
+    model = gpt()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    load_lora(model, tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused
+
+def test_another_base_is_refused(tmp_path):
+    save_lora(add_lora(gpt(), LoRAConfig()), tmp_path, base="gpt2")
+    other = gpt()
+    other.transformer.h[2].mlp.c_fc.weight.data[5, 7] += 1e-3
+    with pytest.raises(ValueError, match=r"was trained on another base \(gpt2, hash [0-9a-f]{8}\)"):
+        load_lora(other, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())[
+        "base_model_name_or_path"] == "gpt2"
+
+
+def spoil(folder, change_tensors=None, **settings):
+    """Rewrite an adapter, without the hash of its base."""
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if change_tensors:
+        tensors = change_tensors(tensors)
+    save_file(tensors, file)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+
+
+KEY = "base_model.model.transformer.h.1.attn.c_attn."
+
+
+@pytest.mark.parametrize("change,settings,words", [
+    (lambda t: {k.replace("c_attn", "c_att"): v for k, v in t.items()}, {},
+     "adapts transformer.h.0.attn.c_att, which this model does not have"),
+    (lambda t: {**t, KEY + "lora_A.weight": torch.zeros(4, 31)}, {},
+     "A and B of transformer.h.1.attn.c_attn are (4, 31) and (96, 4); rank 4 and the model ask for "
+     "(4, 32) and (96, 4)"),
+    (None, dict(r=5), "rank 5 and the model ask for (5, 32)"),
+    (lambda t: {k: v for k, v in t.items() if k != KEY + "lora_B.weight"}, {},
+     "has no B of layer transformer.h.1.attn.c_attn"),
+    (None, dict(use_dora=True), "has no magnitude of layer transformer.h.0.attn.c_attn"),
+    (None, dict(bias="lora_only"), "has no tensor transformer.h.0.attn.c_attn.bias of shape (96,)"),
+    (None, dict(peft_type="LOHA"), "holds a LOHA adapter; only LORA is read"),
+    (None, dict(lora_bias=True), "lora_bias=True is not supported"),
+])
+def test_files_that_do_not_fit_are_refused_in_one_line(change, settings, words, tmp_path):
+    save_lora(add_lora(gpt(), LoRAConfig(r=4)), tmp_path)
+    spoil(tmp_path, change, **settings)
+    model = gpt()
+    with pytest.raises(ValueError) as error:
+        load_lora(model, tmp_path)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert list(model.state_dict()) == list(gpt().state_dict())     # nothing half done
+
+
+def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
+        load_lora(gpt(), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+
+def run(*words):
+    return subprocess.run([sys.executable, "lora.py", *words], cwd=REPOSITORY, text=True,
+                          capture_output=True)
+
+
+def test_merging_on_the_command_line_writes_a_model_of_its_own(tmp_path):
+    gpt().save_pretrained(tmp_path / "base")
+    model = shake(add_lora(gpt(), LoRAConfig(r=4, use_dora=True, bias="all")))
+    save_lora(model, tmp_path / "adapter", base="somewhere")
+    done = run("merge", f"--base={tmp_path / 'base'}", f"--adapter={tmp_path / 'adapter'}",
+               f"--out={tmp_path / 'merged'}")
+    assert done.returncode == 0, done.stderr
+    assert "logits differ by at most" in done.stdout
+    torch.testing.assert_close(logits(GPT.from_pretrained(tmp_path / "merged")), logits(model),
+                               rtol=0, atol=1e-4)
+    done = run("info", str(tmp_path / "adapter"))
+    assert done.returncode == 0, done.stderr
+    assert "base_model_name_or_path: somewhere" in done.stdout and "use_dora: True" in done.stdout
+    assert "3 x transformer.h.*.attn.c_attn" in done.stdout
+
+
+@pytest.mark.parametrize("words,message", [
+    ((), "say what to do: python lora.py merge|info"),
+    (("merge", "--base=gpt2"), "adapter is missing; give --adapter=FOLDER"),
+    (("info", "nowhere"), "nowhere has no adapter_config.json"),
+    (("merge", "--bse=gpt2"), "did you mean --base?"),
+])
+def test_wrong_commands_are_one_line(words, message):
+    done = run(*words)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
