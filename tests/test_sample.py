@@ -1,5 +1,8 @@
-"""Models by name, their text and their loss, from the command line."""
+"""Models by name, their text, their answers and their loss, from the command line."""
+import dataclasses
+import json
 import re
+import sys
 
 import pytest
 import torch
@@ -8,9 +11,13 @@ import checkpoint
 import sample
 from bpe import Tokenizer
 from config import build
+from data.chat import extend_tokenizer, load_samples, render_prompt
+from data.conversations import write_dataset
 from data.corpus import CorpusConfig, prepare
+from data.samples import SampleLoader
 from eval import loss
-from sample import continue_text, load_model
+from model import GPT, GPTConfig
+from sample import Chat, chat_reply, continue_text, load_model
 from train import TrainConfig, train
 
 
@@ -80,3 +87,217 @@ def test_data_of_another_tokenizer_is_refused(run, dataset):
         loss.main([f"--model={run}", f"--data={dataset}"])
     with pytest.raises(FileNotFoundError, match="there is no run in out/none"):
         load_model("out/none")
+
+
+# ---- conversations
+
+ANSWERS = {"Hello!": "Good day 問😀", "And you?": "Fine, thanks.", "Bye!": "Addio é"}
+EACH = ("plain", "chatml")
+
+
+def talk_of(questions):
+    return [message for q in questions for message in
+            ({"role": "user", "content": q}, {"role": "assistant", "content": ANSWERS[q]})]
+
+
+@pytest.fixture(scope="module", params=EACH)
+def talker(request, tmp_path_factory):
+    """A run that learned three answers by heart, a byte a token: é is two tokens, 😀 is four."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    folder, template = tmp_path_factory.mktemp("talker"), request.param
+    orders = [["Hello!", "And you?", "Bye!"], ["And you?", "Hello!"], ["Bye!", "Hello!"],
+              ["Bye!"], ["And you?"], ["Hello!", "Bye!", "And you?"]]
+    write_dataset(folder / "data", [{"messages": talk_of(o)} for o in orders], "test",
+                  val=[{"messages": talk_of(["Hello!"])}])
+    tokenizer = extend_tokenizer(Tokenizer([], special_tokens=()), template)
+    samples = load_samples(folder / "data", "train", tokenizer, template, 256)
+    model = GPT(GPTConfig(block_size=256, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2,
+                          n_embd=64))
+    loader = SampleLoader(samples, 256, 6 * 256, 6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(150):
+        for x, y in loader.batches(step):
+            model(x, y)[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    run = folder / "run"
+    run.mkdir()
+    settings = {"model": dataclasses.asdict(model.config), "template": template}
+    checkpoint.save(run / "best.pt", {"model": model.state_dict(), "config": settings})
+    (run / "config.json").write_text(json.dumps(settings))
+    (run / "run.json").write_text("{}")
+    tokenizer.save(run / "tokenizer.json")
+    return run, template
+
+
+def count_computed(model, monkeypatch):
+    """A list that gets the length of every row that the model computes."""
+    computed, features = [], model.features
+
+    def counting(idx, *rest, **named):
+        computed.append(idx.size(1))
+        return features(idx, *rest, **named)
+
+    monkeypatch.setattr(model, "features", counting)
+    return computed
+
+
+def test_a_run_answers_as_it_was_taught_and_stops_at_its_end_token(talker):
+    model, tokenizer = load_model(talker[0])
+    assert sample.run_template(talker[0]) == talker[1]
+    for question, answer in ANSWERS.items():
+        messages = [{"role": "user", "content": question}]
+        assert chat_reply(model, tokenizer, messages, talker[1], temperature=0) == answer
+
+
+def test_a_chat_gives_the_ids_that_no_cache_gives_and_computes_only_new_ones(talker, monkeypatch):
+    run, template = talker
+    model, tokenizer = load_model(run)
+    chat, expected = Chat(model, tokenizer, template, temperature=0), []
+    for question in ("Hello!", "And you?", "Bye!"):
+        expected += [{"role": "user", "content": question}]
+        prompt = render_prompt(expected, tokenizer, template)
+        whole = model.generate(torch.tensor([prompt]), 40, temperature=0,
+                               stop_ids=tokenizer.special_tokens.values())[0].tolist()
+        known = len(chat.known)
+        with monkeypatch.context() as patch:
+            computed = count_computed(model, patch)
+            answer = "".join(chat.answer(question))
+        assert answer == ANSWERS[question]
+        assert chat.known == whole[:-1]                 # all but the end token, which is not read
+        assert sum(computed) == len(whole) - 1 - known
+        expected += [{"role": "assistant", "content": answer}]
+    assert chat.messages == expected
+
+
+def test_sampling_in_a_chat_is_that_of_generate(talker):
+    run, template = talker
+    model, tokenizer = load_model(run)
+    prompt = render_prompt([{"role": "user", "content": "Hello!"}], tokenizer, template)
+    settings = dict(temperature=1.5, top_k=20, top_p=0.95)
+    generator = torch.Generator().manual_seed(7)
+    whole = model.generate(torch.tensor([prompt]), 30, generator=generator, **settings)[0].tolist()
+    chat = Chat(model, tokenizer, template, seed=7, **settings)
+    new = [token for token, _ in zip(chat.new_tokens(prompt), range(30))]
+    assert prompt + new == whole
+
+
+def test_pieces_are_whole_characters(talker):
+    model, tokenizer = load_model(talker[0])
+    pieces = list(Chat(model, tokenizer, talker[1], temperature=0).answer("Hello!"))
+    assert "".join(pieces) == ANSWERS["Hello!"] and "\ufffd" not in "".join(pieces)
+    assert {"問", "😀"} <= set(pieces) and len(pieces) == len(ANSWERS["Hello!"])
+
+
+def test_characters_that_break_off_are_replaced_once_and_no_text_ends_an_answer(talker,
+                                                                               monkeypatch):
+    model, tokenizer = load_model(talker[0])
+    chat = Chat(model, tokenizer, talker[1])
+    other = max(tokenizer.special_tokens.values())
+    messages = [{"role": "user", "content": "?"}]
+    for ids, text in (([72, 0xf0, 0x9f, 72], "H\ufffdH"), ([72, 0xc3], "H\ufffd"),
+                      ([72, other, 72], "H"), ([72, tokenizer.vocab_size + 5, 72], "H"), ([], "")):
+        monkeypatch.setattr(chat, "new_tokens", lambda prompt: iter(ids))
+        assert "".join(chat.reply(messages)) == text
+
+
+def test_a_full_context_forgets_its_oldest_turns_whole(talker):
+    run, template = talker
+    model, tokenizer = load_model(run)
+    chat = Chat(model, tokenizer, template, temperature=0)
+    chat.set_system("Be kind.")
+    for turn in range(8):
+        assert "".join(chat.answer("And you?")) is not None
+        assert len(chat.known) <= model.config.block_size
+    ids = chat.fitting([*chat.messages, {"role": "user", "content": "Bye!"}])
+    text = tokenizer.decode(ids)
+    assert len(ids) <= 256 - 64 and "Be kind." in text and text.count("And you?") in (1, 2, 3)
+    kept = text.count("And you?")
+    assert ids == render_prompt([chat.messages[0], *chat.messages[len(chat.messages) - 2 * kept:],
+                                 {"role": "user", "content": "Bye!"}], tokenizer, template)
+    before = list(chat.messages)
+    with pytest.raises(ValueError, match="leaves room for 192: shorten it"):
+        list(chat.answer("x" * 300))
+    assert chat.messages == before
+
+
+def test_a_stopped_answer_counts_as_far_as_it_came(talker):
+    model, tokenizer = load_model(talker[0])
+    chat = Chat(model, tokenizer, talker[1], temperature=0)
+    pieces = chat.answer("Hello!")
+    assert next(pieces) + next(pieces) == "Go"
+    pieces.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": "Go"}
+    assert "".join(chat.answer("And you?"))
+    chat.reset()
+    assert "".join(chat.answer("Bye!")) == ANSWERS["Bye!"]
+
+
+def test_the_terminal_talks_until_its_end(talker, monkeypatch, capsys):
+    lines = iter(["/system Be kind.", "/reset", "Hello!", "", "/quit", "x" * 400, KeyboardInterrupt,
+                  "Bye!"])
+
+    def say(prompt):
+        line = next(lines, EOFError)
+        if isinstance(line, type):
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", say)
+    sample.main([str(talker[0]), "--chat", "--temperature=0", "--dtype=float32"])
+    out = capsys.readouterr().out
+    assert "/system TEXT" in out and "shorten it" in out
+
+
+def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(talker, monkeypatch, capsys):
+    model, tokenizer = load_model(talker[0])
+    chat, tokens = Chat(model, tokenizer, talker[1], temperature=0), Chat.new_tokens
+
+    def interrupted(self, prompt):
+        for i, token in enumerate(tokens(self, prompt)):
+            if len(self.messages) == 1 and i == 4:
+                raise KeyboardInterrupt
+            yield token
+
+    monkeypatch.setattr(Chat, "new_tokens", interrupted)
+    lines = iter(["Hello!", "Bye!"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or sys.exit())
+    with pytest.raises(SystemExit):
+        sample.talk(chat)
+    assert [m["content"] for m in chat.messages[:3]] == ["Hello!", chat.messages[1]["content"],
+                                                         "Bye!"]
+    assert ANSWERS["Hello!"].startswith(chat.messages[1]["content"].strip())
+    assert len(chat.messages) == 4
+
+
+def test_prompts_of_a_file_are_answered_into_another(talker, tmp_path):
+    (tmp_path / "p.txt").write_text("Hello!\n\nBye!\n")
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, (
+        {"prompt": "Hello!"}, {"messages": talk_of(["Hello!", "Bye!"])},
+        {"instruction": "Bye!", "output": "Addio"}))))
+    for name, prompts, references in (
+            ("p.txt", ["Hello!", "Bye!"], [None, None]),
+            ("p.jsonl", ["Hello!", "Hello!\n\nGood day 問😀\n\nBye!", "Bye!"],
+             [None, "Addio é", "Addio"])):
+        out = tmp_path / "answers.jsonl"
+        sample.main([str(talker[0]), f"--prompts={tmp_path / name}", f"--out={out}",
+                     "--temperature=0", "--dtype=float32"])
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [line["prompt"] for line in lines] == prompts
+        assert [line.get("reference") for line in lines] == references
+        assert lines[0]["answer"] == ANSWERS["Hello!"] and lines[-1]["answer"] == ANSWERS["Bye!"]
+        assert lines[0]["model"] == str(talker[0])
+
+
+def test_what_cannot_chat_says_why(talker, run, tmp_path):
+    for words, message in (
+            ([str(run), "--chat"], "was not trained on conversations"),
+            ([str(run), "--chat", "--template=llama3"], "lacks special tokens of template=llama3"),
+            ([str(run), "--chat", "--template=vicuna"], "choose alpaca, plain"),
+            ([str(talker[0]), f"--prompts={tmp_path / 'none'}"], "there is no file")):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            sample.main(words)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    with pytest.raises(ValueError, match=r"p.jsonl:2: empty user message"):
+        sample.main([str(talker[0]), f"--prompts={tmp_path / 'p.jsonl'}"])
