@@ -1,11 +1,19 @@
-"""Optimizer and learning-rate schedules.
+"""Optimizers and learning-rate schedules.
 
     optimizer = make_optimizer(model, OptimConfig(), learning_rate=6e-4, weight_decay=0.1)
     lr = learning_rate(step, "cosine", max_steps=19073, warmup_steps=715, peak=6e-4, floor=6e-5)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+AdamW: Loshchilov & Hutter 2019. LoRA+: Hayou et al. 2024, B of an adapter learns faster than A.
+GaLore: Zhao et al. 2024, AdamW on gradients projected to a low rank, which needs less memory.
+Muon: Jordan et al. 2024, momentum made orthogonal, with the scale of Liu et al. 2025 ("Muon is
+scalable"), so that learning rates of AdamW fit. The last two are for the matrices of linear layers;
+embeddings, biases and gains keep AdamW.
 """
 import math
 from dataclasses import dataclass
-from typing import Callable
+from typing import Any, Callable, Literal
 
 import torch
 import torch.nn as nn
@@ -15,32 +23,142 @@ from config import option
 
 @dataclass(frozen=True)
 class OptimConfig:
+    optimizer: Literal["adamw", "galore", "muon"] = option("adamw", "how matrices are updated")
     beta1: float = option(0.9, "AdamW: decay of the mean of gradients")
     beta2: float = option(0.95, "AdamW: decay of their mean square (GPT-3's; PyTorch has 0.999)")
     eps: float = option(1e-8, "AdamW: added to the root of the mean square")
+    lora_plus_ratio: float = option(1.0, "LoRA+: learning rate of B over that of A; the paper's "
+                                         "choice is 16")
+    galore_rank: int = option(128, "GaLore: rank of the projected gradients")
+    galore_every: int = option(200, "GaLore: steps between projections")
+    galore_scale: float = option(0.25, "GaLore: factor of its updates")
+    muon_momentum: float = option(0.95, "Muon: decay of the mean of gradients")
     power: float = option(1.0, "exponent of the polynomial schedule")
     decay_share: float = option(0.2, "share of the steps in which the wsd schedule decays")
 
     def __post_init__(self):
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} is not in [0, 1)")
+        for name in ("lora_plus_ratio", "galore_rank", "galore_every", "galore_scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be positive")
+        if self.optimizer not in ("adamw", "galore", "muon"):
+            raise ValueError(f"optim.optimizer={self.optimizer!r} is unknown; choose adamw, "
+                             f"galore or muon")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"optim.decay_share={self.decay_share} is not in (0, 1]")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters in two groups: matrices and embeddings decay, biases and gains not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in trainable if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0}]
+def parameter_groups(model: nn.Module, weight_decay: float,
+                     lora_plus_ratio: float = 1.0) -> list[dict[str, Any]]:
+    """Trainable parameters: matrices and embeddings decay, biases and gains not.
+
+    A group's `lr_scale` is what the learning rate is multiplied by: the ratio for the B of adapters
+    in LoRA+, in a group of their own, else 1.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    fast = {name for name, _ in named if name.endswith("lora_B") and lora_plus_ratio != 1}
+    groups = [
+        {"params": [p for name, p in named if p.dim() >= 2 and name not in fast],
+         "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0}]
+    if fast:
+        groups.append({"params": [p for name, p in named if name in fast],
+                       "weight_decay": weight_decay, "lr_scale": lora_plus_ratio})
+    return groups
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float,
                    weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019), fused: one kernel updates all parameters of a group."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate,
-                             betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    """The optimizer of a model's trainable parameters."""
+    groups = parameter_groups(model, weight_decay, config.lora_plus_ratio)
+    for group in groups:
+        group["lr"] = learning_rate * group["lr_scale"]
+    if config.optimizer == "adamw":     # fused: one kernel updates all parameters of a group
+        return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps,
+                                 fused=True)
+    # The same parameters in the same order, with the matrices of linear layers apart.
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = {module.weight for module in model.modules()
+                if isinstance(module, nn.Linear)} - embeddings
+    split = []
+    for group in groups:
+        for rule, wanted in ((config.optimizer, True), ("adamw", False)):
+            params = [p for p in group["params"] if (p in matrices) == wanted]
+            if params:
+                split.append({**group, "params": params, "rule": rule})
+    return ByRule(split, config)
+
+
+class ByRule(torch.optim.Optimizer):
+    """An optimizer whose groups have a `rule`, one of RULES: gradient to update.
+
+    All that a rule remembers is in the state, so saving and loading it continues exactly.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig):
+        super().__init__(groups, {})
+        self.config = config
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    update = RULES[group["rule"]](p.grad, self.state[p], self.config)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(update, alpha=group["lr"])
+
+
+def adamw(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig) -> torch.Tensor:
+    """The mean of gradients over the root of their mean square, both without bias."""
+    if "mean" not in state:
+        state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+    state["step"] = step = state.get("step", 0) + 1
+    mean = state["mean"].lerp_(gradient, 1 - config.beta1)
+    square = state["square"].lerp_(gradient.square(), 1 - config.beta2)
+    root = (square / (1 - config.beta2 ** step)).sqrt_().add_(config.eps)
+    return mean / (1 - config.beta1 ** step) / root
+
+
+def galore(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig) -> torch.Tensor:
+    """AdamW on the gradient's part in its `galore_rank` largest singular directions.
+
+    Those of the shorter side are taken, anew every `galore_every` steps; the means stay.
+    """
+    wide = gradient.size(0) <= gradient.size(1)
+    if state.get("step", 0) % config.galore_every == 0:
+        U, _, V = torch.linalg.svd(gradient.float(), full_matrices=False)
+        basis = U[:, :config.galore_rank] if wide else V[:config.galore_rank].t()
+        state["basis"] = basis.to(gradient.dtype).contiguous()      # (shorter side, R)
+    basis = state["basis"]
+    if wide:
+        return config.galore_scale * basis @ adamw(basis.t() @ gradient, state, config)
+    return config.galore_scale * adamw(gradient @ basis, state, config) @ basis.t()
+
+
+def muon(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig) -> torch.Tensor:
+    """The nearest orthogonal matrix to the mean of gradients with Nesterov's step, roughly.
+
+    Five Newton-Schulz steps bring every singular value near 1. A matrix (n, m) so has entries of
+    root mean square 1 / sqrt(max(n, m)); 0.2 is that of AdamW's updates.
+    """
+    if "mean" not in state:
+        state["mean"] = torch.zeros_like(gradient)
+    mean = state["mean"].lerp_(gradient, 1 - config.muon_momentum)
+    x = gradient.lerp(mean, config.muon_momentum)
+    tall = x.size(0) > x.size(1)
+    x = (x.t() if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
+    x = x / x.norm().clamp_min(1e-7)
+    for _ in range(5):
+        square = x @ x.t()
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    x = (x.t() if tall else x).to(gradient.dtype)
+    return 0.2 * math.sqrt(max(x.shape)) * x
+
+
+RULES = {"adamw": adamw, "galore": galore, "muon": muon}
 
 
 # A schedule maps the share of training that is done after warmup, 0..1, to a share of the way from

@@ -1,11 +1,15 @@
-"""Schedules against hand-worked values; weight decay where it belongs."""
+"""Schedules and optimizer steps against hand-worked values; weight decay where it belongs."""
+import io
 import math
 
 import pytest
 import torch
 
+from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
 from optim import OptimConfig, learning_rate, make_optimizer, parameter_groups
+
+SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 
 
 @pytest.mark.parametrize("schedule,expected", [
@@ -42,3 +46,169 @@ def test_a_step_equals_adamw_written_out():
         # first step: mean g, mean square g^2 after bias correction, so the step is g / |g|
         expected = before[name] * (1 - 1e-2 * decay) - 1e-2 * p.grad / (p.grad.abs() + 1e-8)
         torch.testing.assert_close(p.detach(), expected, rtol=1e-5, atol=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------
+# LoRA+, GaLore, Muon
+
+def test_lora_plus_gives_b_a_multiple_of_the_learning_rate_of_a():
+    model = add_lora(GPT(SHAPE), LoRAConfig(r=2, bias="lora_only"))
+    slow, plain, fast = parameter_groups(model, 0.1, lora_plus_ratio=16.0)
+    named = {p: name for name, p in model.named_parameters()}
+    assert {named[p].rpartition(".")[2] for p in slow["params"]} == {"lora_A"}
+    assert {named[p].rpartition(".")[2] for p in fast["params"]} == {"lora_B"}
+    assert [group["lr_scale"] for group in (slow, plain, fast)] == [1.0, 1.0, 16.0]
+    optimizer = make_optimizer(model, OptimConfig(lora_plus_ratio=16.0), 1e-3, 0.0)
+    before = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+    for p in before:
+        p.grad = torch.ones_like(p)
+    optimizer.step()                        # the first step of AdamW is the learning rate
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            torch.testing.assert_close(before[p] - p, torch.full_like(p, 1e-3 * group["lr_scale"]),
+                                       rtol=1e-3, atol=1e-7)
+
+
+def test_every_group_says_its_lr_scale():
+    for name in ("adamw", "galore", "muon"):
+        optimizer = make_optimizer(GPT(SHAPE), OptimConfig(optimizer=name), 1e-3, 0.1)
+        groups = optimizer.param_groups
+        assert all(group["lr_scale"] == 1.0 and group["lr"] == 1e-3 for group in groups)
+
+
+@pytest.mark.parametrize("optimizer", ["galore", "muon"])
+def test_matrices_of_linear_layers_are_apart_and_each_parameter_is_in_one_group(optimizer):
+    model = GPT(SHAPE)
+    groups = make_optimizer(model, OptimConfig(optimizer=optimizer), 1e-3, 0.1).param_groups
+    named = {p: name for name, p in model.named_parameters()}
+    found = {named[p] for group in groups if group["rule"] == optimizer for p in group["params"]}
+    assert found == {f"transformer.h.{i}.{layer}.weight" for i in range(2) for layer in
+                     ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    everything = [p for group in groups for p in group["params"]]
+    assert len(everything) == len(set(everything)) == len(named)
+    decays = {named[p]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert all(decays[name] == (0.1 if p.dim() == 2 else 0.0) for p, name in named.items())
+
+
+def steps(optimizer_name, shape, gradients, lr=0.1, weight_decay=0.5, **settings):
+    """The weight of a linear layer before and after steps with these gradients."""
+    model = torch.nn.Linear(shape[1], shape[0], bias=False)
+    before = model.weight.detach().clone()
+    optimizer = make_optimizer(model, OptimConfig(optimizer=optimizer_name, **settings), lr,
+                               weight_decay)
+    for gradient in gradients:
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+    return before, model.weight.detach(), optimizer.state[model.weight]
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_a_galore_step_is_adamws_in_the_largest_singular_directions(shape):
+    gradient = torch.randn(shape)
+    before, after, state = steps("galore", shape, [gradient], galore_rank=2, galore_scale=0.25)
+    U, S, V = torch.linalg.svd(gradient)
+    # AdamW's first step is the sign of its gradient: here of U^T G, or of G V
+    update = U[:, :2] @ (U[:, :2].t() @ gradient).sign() if shape[0] < shape[1] \
+        else (gradient @ V[:2].t()).sign() @ V[:2]
+    expected = before * (1 - 0.1 * 0.5) - 0.1 * 0.25 * update
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    assert state["mean"].numel() == state["square"].numel() == 2 * 10      # not 6 * 10
+
+
+def test_galore_takes_new_directions_after_its_interval():
+    gradients = [torch.randn(4, 6) for _ in range(3)]
+    bases = [steps("galore", (4, 6), gradients[:n], galore_rank=2, galore_every=2)[2]["basis"]
+             for n in (1, 2, 3)]
+    assert not torch.equal(bases[1], bases[2])
+    U = torch.linalg.svd(gradients[2])[0][:, :2]
+    torch.testing.assert_close(bases[2].abs(), U.abs(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_a_muon_step_is_nearly_orthogonal_and_pytorchs(shape):
+    gradients = [torch.randn(shape) for _ in range(3)]
+    before, after, _ = steps("muon", shape, gradients[:1], weight_decay=0.0)
+    values = torch.linalg.svdvals((before - after) / (0.1 * 0.2 * math.sqrt(10)))
+    assert values.min() > 0.6 and values.max() < 1.25       # Jordan's coefficients: 0.7 to 1.2
+    before, after, _ = steps("muon", shape, gradients)
+    theirs = torch.nn.Parameter(before.clone())
+    reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.5, momentum=0.95,
+                                 adjust_lr_fn="match_rms_adamw")
+    for gradient in gradients:
+        theirs.grad = gradient.clone()
+        reference.step()
+    # PyTorch iterates in bfloat16, 3 digits; each step moves an entry by about 0.1 * 0.2
+    torch.testing.assert_close(after, theirs.detach(), rtol=0, atol=2e-3)
+
+
+def test_adamw_written_out_equals_pytorchs():
+    model, other = GPT(SHAPE), GPT(SHAPE)
+    other.load_state_dict(model.state_dict())
+    # rank 8 is the whole of c_attn's shorter side, but embeddings and gains take plain AdamW
+    ours = make_optimizer(model, OptimConfig(optimizer="galore"), 1e-2, 0.1)
+    theirs = make_optimizer(other, OptimConfig(), 1e-2, 0.1)
+    for step in range(3):
+        torch.manual_seed(step)
+        for p, q in zip(model.parameters(), other.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    for (name, p), q in zip(model.named_parameters(), other.parameters()):
+        if "ln" in name or "wte" in name or "bias" in name:
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "galore", "muon"])
+def test_a_loaded_optimizer_continues_exactly(optimizer):
+    config = OptimConfig(optimizer=optimizer, galore_rank=3, galore_every=2)
+    idx = torch.randint(11, (4, 8))
+
+    def train(model, state, count):
+        optimizer = make_optimizer(model, config, 1e-2, 0.1)
+        if state:
+            file = io.BytesIO()
+            torch.save(state, file)
+            file.seek(0)
+            optimizer.load_state_dict(torch.load(file, weights_only=True))
+        for _ in range(count):
+            model(idx, idx)[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer.state_dict()
+
+    torch.manual_seed(0)
+    whole, _ = train(GPT(SHAPE), None, 5)
+    torch.manual_seed(0)
+    half, state = train(GPT(SHAPE), None, 3)
+    torch.manual_seed(123)                              # nothing random outside the state
+    resumed, _ = train(half, state, 2)
+    for a, b in zip(whole.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["galore", "muon"])
+def test_it_learns(optimizer):
+    torch.manual_seed(0)
+    model, idx = GPT(SHAPE), torch.randint(11, (4, 8))
+    start = model(idx, idx)[1].item()
+    config = OptimConfig(optimizer=optimizer, galore_rank=4, galore_every=10, galore_scale=1.0)
+    optimizer = make_optimizer(model, config, 1e-2, 0.0)
+    for _ in range(40):
+        loss = model(idx, idx)[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.5 * start
+
+
+@pytest.mark.parametrize("settings,words", [
+    (dict(optimizer="sgd"), "optim.optimizer='sgd' is unknown; choose adamw, galore or muon"),
+    (dict(lora_plus_ratio=0), "optim.lora_plus_ratio=0 must be positive"),
+    (dict(galore_rank=0), "optim.galore_rank=0 must be positive"),
+    (dict(muon_momentum=1.0), "optim.muon_momentum=1.0 is not in [0, 1)"),
+])
+def test_wrong_optimizer_settings_are_refused(settings, words):
+    with pytest.raises(ValueError) as error:
+        OptimConfig(**settings)
+    assert str(error.value) == words
