@@ -34,6 +34,7 @@ GPT-2, Radford et al. 2019.
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -58,6 +59,9 @@ from bpe_train import (BLOCK, GPT2_PATTERN, NO_PATTERN, PATTERNS, SAFE_PATTERNS,
 
 END_OF_TEXT = "<|endoftext|>"
 FORMAT, VERSION = "oneloop-bpe", 1   # of tok.json
+MOST_IDS = 1 << 22      # 16 times the largest vocabulary in use; what damaged files claim is more
+# What numbers in the place of texts, missing keys and the like raise while a file is read.
+WRONG_TYPES = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError)
 # GPT-2's pattern as tiktoken writes it, the same pieces with less backtracking: an ending such as
 # 's or 'll, else letters, digits or other signs, each with one space before, else white space.
 TIKTOKEN_GPT2 = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s")
@@ -167,6 +171,8 @@ class Tokenizer:
             if i in spelled:
                 raise ValueError(f"special token {name!r} has id {i}, which a byte or merge has")
         size = max([end, 256, *(i + 1 for i in self.special_tokens.values())])
+        if size > MOST_IDS:
+            raise ValueError(f"id {size - 1} is beyond the {MOST_IDS:,} ids that are allowed")
         return [spelled.get(i, b"") for i in range(size)]
 
     # -------------------------------------------------------------------------- where they are from
@@ -336,25 +342,40 @@ class Tokenizer:
         path = Path(path)
         if path.is_dir():
             files = [path / name for name in ("tok.json", "tokenizer.json")]
-            found = next((file for file in files if file.is_file()), None)
-            return cls.load(found) if found else cls(**from_gpt2_folder(path))
-        data = read_json(path)
-        if isinstance(data, dict) and "model" in data:
-            return cls(**from_hugging_face(data, path, PATTERNS))
+            path = next((file for file in files if file.is_file()), path)
+        try:
+            if path.is_dir():
+                return cls._from_file(path, **from_gpt2_folder(path))
+            data = read_json(path)
+            if isinstance(data, dict) and "model" in data:
+                return cls._from_file(path, **from_hugging_face(data, path, PATTERNS))
+        except WRONG_TYPES as error:
+            raise ValueError(f"{path} was changed or damaged: {error!r:.200}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{path} is neither our tok.json nor a Hugging Face tokenizer.json")
         if data.get("version") != VERSION:
-            raise ValueError(f"{path} has version {data.get('version')!r}; this code reads "
+            raise ValueError(f"{path} has version {data.get('version')!r:.50}; this code reads "
                              f"version {VERSION}: train again or use the code that wrote it")
         try:
+            check_lengths(data["merges"], data["first_merge"])
+            check_repeats(data["pattern"])
             tok = cls([row[:2] for row in data["merges"]], data["pattern"],
                       data["special_tokens"], data["byte_ids"], data["first_merge"])
             intact = {**tok._state, "format": FORMAT, "version": VERSION, "sha256": tok.hash}
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} was changed or damaged: {error!r}") from None
+        except (ValueError, *WRONG_TYPES) as error:
+            raise ValueError(f"{path} was changed or damaged: {error!r:.200}") from None
         if data != intact:
             raise ValueError(f"{path} was changed after it was written: its checksum does not fit")
         return tok
+
+    @classmethod
+    def _from_file(cls, path: Path, **arguments: Any) -> "Tokenizer":
+        """A tokenizer of others; what is wrong with it is said with the file's name."""
+        try:
+            check_repeats(arguments.get("pattern", GPT2_PATTERN))
+            return cls(**arguments)
+        except ValueError as error:
+            raise ValueError(f"{path} is no BPE that can be read: {error!s:.300}") from None
 
     def to_tiktoken(self) -> tiktoken.Encoding:
         """The same tokenizer as a tiktoken.Encoding, which is what encodes, in Rust.
@@ -393,6 +414,26 @@ class Tokenizer:
 def find_tokenizer(name: str | Path) -> Tokenizer:
     """The tokenizer of a name that a user gives: gpt2, a file or a folder; errors as in `load`."""
     return Tokenizer.gpt2() if name == "gpt2" else Tokenizer.load(name)
+
+
+def check_lengths(merges: list[list[Any]], first_merge: int) -> None:
+    """ValueError where a merge makes more bytes than its spelling in the file can hold.
+
+    A merge can double a token, so a few damaged lines could ask for more memory than there is.
+    """
+    sizes: dict[int, int] = {}
+    for i, (a, b, spelling) in enumerate(merges, first_merge):
+        sizes[i] = sizes.get(a, 1) + sizes.get(b, 1)
+        if sizes[i] > 4 * len(spelling):                # a character has up to four bytes
+            raise ValueError(f"merges[{i - first_merge}] does not make {spelling!r:.50}")
+
+
+def check_repeats(pattern: str) -> None:
+    """ValueError for repeats such as ((a{99}){99}){99}, which take gigabytes to compile."""
+    counts = [int(number) for pair in re.findall(r"\{(\d*),?(\d*)\}", pattern)
+              for number in pair if number]
+    if math.prod(max(count, 1) for count in counts) > 10_000:
+        raise ValueError(f"pattern={pattern!r:.80} repeats a part more than 10,000 times")
 
 
 def count_merges(vocab_size: int, special_tokens: Sequence[str], min_frequency: int) -> int:

@@ -45,19 +45,23 @@ def readable(token: bytes) -> str:
 def from_vocab(vocab: dict[str, int], merges: Iterable[tuple[str, str]], specials: dict[str, int],
                path: str | Path) -> dict[str, Any]:
     """Tokenizer arguments, but for the pattern, from ids and merges of spellings."""
+    for token, i in [*vocab.items(), *specials.items()]:
+        if type(i) is not int or i < 0:
+            raise ValueError(f"{path} is damaged: token {token!r:.50} has the id {i!r:.50}")
     try:
         byte_ids = [vocab[BYTE_TO_CHAR[b]] for b in range(256)]
         pairs = [(vocab[a], vocab[b]) for a, b in merges]
         made = [vocab[a + b] for a, b in merges]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no byte-level BPE: its vocabulary lacks {error}") from None
+        raise ValueError(f"{path} is no byte-level BPE: its vocabulary lacks {error!s:.80}"
+                         ) from None
     first = made[0] if made else max(256, max(byte_ids) + 1)
     if made != list(range(first, first + len(made))):
         raise ValueError(f"{path}: the ids of its merges are not consecutive, which is not "
                          "supported")
     extra = set(vocab) - set(specials) - set(CHAR_TO_BYTE) - {a + b for a, b in merges}
     if extra:
-        raise ValueError(f"{path}: token {min(extra)!r} is no byte, merge or special token")
+        raise ValueError(f"{path}: token {min(extra)!r:.80} is no byte, merge or special token")
     return {"merges": pairs, "special_tokens": specials, "byte_ids": byte_ids,
             "first_merge": first}
 
@@ -102,8 +106,13 @@ def from_gpt2_folder(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no tok.json, tokenizer.json, or GPT-2 files "
                                 "(vocab.bpe and encoder.json, or merges.txt and vocab.json)")
     vocab = read_json(folder / vocab_name)
-    lines = (folder / merges_name).read_text(encoding="utf-8").splitlines()
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    try:
+        lines = (folder / merges_name).read_text(encoding="utf-8").split("\n")
+        merges = [(a, b) for line in lines if line and not line.startswith("#version")
+                  for a, b in [line.split(" ")]]
+    except ValueError as error:
+        raise ValueError(f"{folder / merges_name} is damaged, each line is a merge of two tokens: "
+                         f"{error}") from None
     made = {a + b for a, b in merges}
     specials = {token: i for token, i in vocab.items()
                 if token not in made and token not in CHAR_TO_BYTE}
@@ -219,7 +228,7 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no such file: {path}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:           # nested too deep is no JSON of ours
         raise ValueError(f"{path} is truncated or not JSON: {error}") from None
 
 

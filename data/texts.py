@@ -55,7 +55,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 def _text_of(line: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:                   # nested too deep is no JSON
         raise ValueError(f"{place} is no JSON: {error}") from None
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
@@ -76,9 +76,16 @@ def _read_parquet(path: Path) -> Iterator[str]:
                                   '-c constraints.txt -e ".[datasets]"') from None
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is no parquet file: {error}") from None
-    if "text" not in file.schema_arrow.names:
-        raise ValueError(f"{path} has no column 'text', only {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-        yield from (text for text in batch.column(0).to_pylist() if text)
+        names = file.schema_arrow.names
+        batches = file.iter_batches(batch_size=1024, columns=["text"])
+        if "text" not in names:
+            raise ValueError(f"it has no column 'text', only {', '.join(names):.200}")
+        if not (pyarrow.types.is_string(kind := file.schema_arrow.field("text").type)
+                or pyarrow.types.is_large_string(kind)):
+            raise ValueError(f"its column 'text' holds {kind}, not text")
+        for batch in batches:
+            yield from filter(None, batch.column(0).to_pylist())
+    except (ValueError, OSError, pyarrow.ArrowException, MemoryError) as error:
+        # The last for sizes that a damaged file claims; the others are how pyarrow says the rest.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is no parquet file that can be read: {reason:.300}") from None

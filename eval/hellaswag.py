@@ -44,6 +44,7 @@ SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 FILE = Path(__file__).parents[1] / "data" / "hellaswag" / "hellaswag_val.jsonl"
 
 ENDINGS = 4
+LABELS = (*range(ENDINGS), *map(str, range(ENDINGS)))
 IGNORE = -100
 CPU_BATCH, GPU_BATCH = 4096, 32768          # tokens of a batch where none are given
 PARTS = 8           # a batch's endings run in so many parts, by length: 96 inputs an item, not 164
@@ -127,7 +128,7 @@ def _download() -> Path:
 def _parse(line: bytes, place: str) -> Item:
     try:
         record = json.loads(line)
-    except ValueError as error:                                     # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:       # not JSON, not UTF-8, nested too deep
         raise ValueError(f"{place} is no JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{place} is no JSON object")
@@ -140,13 +141,17 @@ def _parse(line: bytes, place: str) -> Item:
     if not (isinstance(endings, list) and len(endings) == ENDINGS
             and all(isinstance(ending, str) for ending in endings)):
         raise ValueError(f"{place}: endings is not a list of {ENDINGS} texts")
-    if str(label) not in map(str, range(ENDINGS)):                  # Hugging Face's copy has texts
-        raise ValueError(f"{place}: label is {label!r}, not 0 to {ENDINGS - 1}")
+    if label not in LABELS or isinstance(label, (bool, float)):     # Hugging Face's copy has texts
+        raise ValueError(f"{place}: label is {label!r:.50}, not 0 to {ENDINGS - 1}")
     context = record[names[0]]
     if not context.strip():
         raise ValueError(f"{place}: {names[0]} is empty")
     harness = context if "query" in record else (
         f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
+    try:
+        "".join((context, harness, *endings)).encode()
+    except UnicodeEncodeError:                                      # JSON can spell "\ud800"
+        raise ValueError(f"{place} has half a surrogate pair, which is no character") from None
     return Item(context, harness, tuple(endings), int(label))
 
 

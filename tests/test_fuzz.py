@@ -1,0 +1,502 @@
+"""Every reader of files, fed damaged and hostile ones: a clear error or a right answer.
+
+    python -m tests.test_fuzz [NAME ...] --inputs=10000
+
+An input is a valid set of files with one of them changed: bits, lengths, pieces moved, huge
+numbers, other JSON; or one of the hostile files below, written by hand. A clear error is a
+ValueError or FileNotFoundError of one line that names a file. A right answer is the original, or,
+where a format has no checksum, something that keeps the reader's promises (`check`). Everything
+else is a fault: another exception, more than SECONDS, or more than MEMORY beyond the start.
+"""
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+SECONDS, MEMORY = 20, 1 << 30
+TEXT = "the cat and the hat, the bat; naïve café 中文中文 🙂 1234\n" * 3
+HUGE = 10**12
+DEEP = b'{"a":' * 100_000
+TOK = {"format": "oneloop-bpe", "version": 1, "sha256": "0" * 64, "pattern": ".",
+       "special_tokens": {}, "byte_ids": list(range(256)), "first_merge": 256, "merges": []}
+
+
+def npy(header):
+    header = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + b"\x00" * 100
+
+
+# ---------------------------------------------------------------------------------- the readers
+
+class Checkpoint:
+    def write(self, folder):
+        import checkpoint
+        import torch
+        torch.manual_seed(0)
+        checkpoint.save(folder / "last.pt", {
+            "step": 3, "model": {"w": torch.randn(8, 4), "b": torch.arange(3)}, "best_loss": 1.5,
+            "config": {"model": {"n_layer": 2}, "out": "x", "names": ("a", "b"), "none": None}})
+
+    def read(self, folder):
+        import checkpoint
+        return checkpoint.load(folder / "last.pt")
+
+    def check(self, found, original):       # a zip file has checksums
+        assert found.keys() == original.keys()
+        assert all(found["model"][k].equal(v) for k, v in original["model"].items())
+        assert all(found[k] == original[k] for k in found if k != "model")
+
+    hostile = [{"last.pt": b""}, {"last.pt": b"PK\x05\x06" + b"\xff" * 18},
+               {"last.pt": b"\x80\x02" + b"\x8e" + struct.pack("<Q", HUGE)},
+               {"last.pt": b"\x80\x02" + b"(" * 100_000}]
+
+
+class Tok:
+    """Our tok.json."""
+    def write(self, folder):
+        from bpe import Tokenizer
+        Tokenizer.train([TEXT], 280).save(folder / "tok.json")
+
+    def read(self, folder):
+        from bpe import Tokenizer
+        return Tokenizer.load(folder)
+
+    def check(self, found, original):
+        assert found.hash == original.hash
+
+    hostile = [{"tok.json": json.dumps({**TOK, **change}).encode()} for change in (
+        {"first_merge": HUGE}, {"special_tokens": {"x": HUGE}}, {"special_tokens": {"x": 1e300}},
+        {"merges": [[97, 97, "aa"]] + [[i, i, "aa"] for i in range(256, 320)]},
+        {"byte_ids": [HUGE] * 256}, {"pattern": "(" * 50_000},
+        {"pattern": "((((((a{99}){99}){99}){99}){99}){99})"})] + [{"tok.json": DEEP}]
+
+
+class HuggingFace(Tok):
+    """tokenizer.json; no checksum."""
+    def write(self, folder):
+        from bpe import GPT4_PATTERN, Tokenizer
+        Tokenizer.train([TEXT], 280, GPT4_PATTERN).save_pretrained(folder)
+        (folder / "tokenizer_config.json").unlink()
+
+    def check(self, found, original):
+        ids = found.encode_slowly(TEXT)
+        assert found.decode(ids) == TEXT and max(ids) < found.vocab_size == len(found.token_bytes)
+        assert all(0 <= i < found.vocab_size for i in found.special_tokens.values())
+
+    hostile = [{"tokenizer.json": DEEP}, {"tokenizer.json": b'{"model": {"vocab": {}}}'}]
+
+
+class Gpt2Files(HuggingFace):
+    """encoder.json and vocab.bpe; no checksum."""
+    def write(self, folder):
+        HuggingFace.write(self, folder)
+        model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+        (folder / "tokenizer.json").unlink()
+        (folder / "encoder.json").write_text(json.dumps(model["vocab"]))
+        (folder / "vocab.bpe").write_text("#version: 0.2\n" + "".join(
+            f"{a} {b}\n" for a, b in model["merges"]), encoding="utf-8")
+
+    hostile = [{"encoder.json": DEEP}, {"encoder.json": b"[]"}, {"vocab.bpe": b"a" * 10**6}]
+
+
+class Shards:
+    """meta.json, .npy, the tokenizer, the stamp."""
+    def write(self, folder):
+        import numpy as np
+        from bpe import Tokenizer
+        from data import shards
+        from data.writer import ShardWriter
+        writer = ShardWriter(folder, Tokenizer([], special_tokens=()), "fuzz", shard_tokens=300)
+        for i in range(30):
+            writer.add("val" if i < 5 else "train", np.arange(40) + i)
+        writer.finish()
+        shards.verify(folder)
+
+    def read(self, folder):
+        from data import shards
+        shards.open_split(folder, "train")
+        shards.verify(folder, cached=True)
+        tokens = [shards.open_split(folder, split) for split in ("train", "val")]
+        shards.fingerprint(folder)
+        return [t.read(0, len(t)).tolist() for t in tokens], shards.read_meta(folder)
+
+    def check(self, found, original):
+        (train, val), meta = found
+        assert max(train + val) < meta["vocab_size"]
+        assert sorted(train + val) == sorted(sum(original[0], []))     # checksums fit
+
+    hostile = [{"train_0000.npy": npy(text)} for text in (
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (%d,), }" % HUGE,
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (%d,), }" % 10**18,
+        "{'descr': '|O', 'fortran_order': False, 'shape': (50,), }",
+        "{'descr': '<u2', 'fortran_order': False, 'shape': (((((50,), }")] + [
+        {"meta.json": DEEP}, {"train_0000.npy": b"\x93NUMPY\x03\x00\xff\xff\xff\xff{"}]
+
+
+class Bins(Shards):
+    """llm.c's shards; no checksum."""
+    def write(self, folder):
+        for name in ("a_train_0.bin", "a_val_0.bin"):
+            header = struct.pack("<256i", 20240520, 1, 200, *[0] * 253)
+            (folder / name).write_bytes(header + struct.pack("<200H", *range(0, 50000, 250)))
+
+    def check(self, found, original):
+        assert max(sum(found[0], [])) < 50257
+        assert [len(ids) for ids in found[0]] == [200, 200]
+
+    hostile = [{"a_train_0.bin": struct.pack("<256i", 20240520, 1, count, *[0] * 253) + b"\x00" * 8}
+               for count in (2**31 - 1, -1, 0, -508)]
+
+
+class Progress:
+    """What an interrupted preparation has noted."""
+    def write(self, folder):
+        Shards().write(folder)
+        meta = json.loads((folder / "meta.json").read_text())
+        for path in folder.iterdir():
+            path.unlink()
+        (folder / "progress.json").write_text(json.dumps({"meta": meta, "documents": 30}))
+
+    def read(self, folder):
+        from data.writer import read_progress
+        return read_progress(folder)
+
+    def check(self, found, original):
+        meta, documents = found
+        assert documents >= 0 and meta["splits"] and meta["vocab_size"] > 0
+
+    hostile = [{"progress.json": DEEP}, {"progress.json": b'{"meta": {}, "documents": 1}'}]
+
+
+class Model:
+    """A Hugging Face folder; no checksum."""
+    def write(self, folder):
+        import torch
+        from model import GPT, GPTConfig
+        torch.manual_seed(0)
+        GPT(GPTConfig(8, 16, 2, 2, 8)).save_pretrained(folder)
+
+    def read(self, folder):
+        from model import GPT
+        return GPT.from_pretrained(folder)
+
+    def check(self, found, original):
+        import torch
+        logits, _ = found(torch.tensor([[0, 1, 2]])[:, :found.config.block_size])
+        assert logits.shape[-1] == found.config.vocab_size
+        shapes = {name: tensor.shape for name, tensor in original.state_dict().items()}
+        assert shapes == {name: tensor.shape for name, tensor in found.state_dict().items()}
+
+    hostile = [{"config.json": json.dumps(dict(vocab_size=16, n_positions=8, n_embd=8, n_layer=2,
+                                               n_head=2, **{}) | change).encode()}
+               for change in ({"vocab_size": HUGE}, {"n_embd": 2 * HUGE}, {"n_layer": HUGE},
+                              {"n_layer": 10**7}, {"n_positions": HUGE}, {"n_head": 0},
+                              {"n_layer": True}, {"n_embd": 8.0})] + [
+        {"config.json": DEEP}, {"model.safetensors": b"\xff" * 8 + b"{}"},
+        {"model.safetensors": struct.pack("<Q", 10**8) + b"{}"}]
+
+
+class HellaSwag:
+    """Items, a JSON object a line; no checksum."""
+    def write(self, folder):
+        (folder / "items.jsonl").write_text("".join(json.dumps(
+            {"activity_label": "Roof", "ctx_a": f"A man {i}", "ctx_b": "he", "ctx": f"A man {i} he",
+             "endings": ["a", "b é", "c 🙂", "d"], "label": i % 4}) + "\n" for i in range(5)))
+
+    def read(self, folder):
+        from eval.hellaswag import load_items
+        return load_items(folder / "items.jsonl")
+
+    def check(self, found, original):
+        for item in found:
+            assert item.label in range(4) and len(item.endings) == 4 and item.context.strip()
+            "".join((item.context, item.harness_context, *item.endings)).encode()
+
+    hostile = [{"items.jsonl": DEEP}, {"items.jsonl": b"9" * 10**6}, {"items.jsonl": b""}]
+
+
+class Log:
+    """A run's log.jsonl; no checksum."""
+    def write(self, folder):
+        (folder / "log.jsonl").write_text("".join(json.dumps(
+            {"step": i, "loss": 4.5 / i, "lr": 1e-3}) + "\n" for i in range(1, 9)))
+
+    def read(self, folder):
+        import report
+        lines = report.read_log(folder / "log.jsonl")
+        report.repaired_log(folder / "log.jsonl", 5)
+        return lines, report.read_log(folder / "log.jsonl")
+
+    def check(self, found, original):
+        lines, repaired = found
+        assert all(isinstance(line, dict) and type(line["step"]) is int for line in lines)
+        kept = [line for line in lines if line["step"] <= 5]
+        assert json.dumps(repaired) == json.dumps(kept)             # NaN is not equal to itself
+
+    hostile = [{"log.jsonl": DEEP}, {"log.jsonl": b"[1]\n"}, {"log.jsonl": b'{"step": "a"}\n'}]
+
+
+class Jsonl:
+    """Documents; no checksum."""
+    name = "in.jsonl"
+
+    def write(self, folder):
+        (folder / self.name).write_text("".join(json.dumps({"text": f"{i} {TEXT}", "id": i}) + "\n"
+                                                for i in range(5)))
+
+    def read(self, folder):
+        from data.texts import read_documents
+        return list(read_documents([folder / self.name]))
+
+    def check(self, found, original):
+        assert all(isinstance(text, str) and text.strip() and text.encode() for text in found)
+
+    hostile = [{"in.jsonl": DEEP}, {"in.jsonl": b'{"text": "\\ud800"}'}]
+
+
+class Text(Jsonl):
+    name, hostile = "in.txt", [{"in.txt": b"\xff"}, {"in.txt": b""}]
+
+    def write(self, folder):
+        (folder / self.name).write_bytes(TEXT.encode())
+
+
+class Parquet(Jsonl):
+    name, hostile = "in.parquet", [{"in.parquet": b"PAR1" + b"\xff" * 20 + b"PAR1"}]
+
+    def write(self, folder):
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table(
+            {"text": [f"{i} {TEXT}" for i in range(20)], "id": list(range(20))}),
+            folder / self.name)
+
+
+READERS = {cls.__name__.lower(): cls for cls in (
+    Checkpoint, Tok, HuggingFace, Gpt2Files, Shards, Bins, Progress, Model, HellaSwag, Log, Jsonl,
+    Text, Parquet)}
+
+
+# -------------------------------------------------------------------------------- the mutations
+
+def flip(data, rng):
+    for _ in range(rng.choice((1, 1, 2, 8, 64))):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def truncate(data, rng):
+    del data[rng.randrange(len(data)):]
+
+
+def insert(data, rng):
+    at = rng.randrange(len(data) + 1)
+    data[at:at] = rng.randbytes(rng.choice((1, 2, 8, 100)))
+
+
+def remove(data, rng):
+    at = rng.randrange(len(data))
+    del data[at:at + rng.choice((1, 2, 8, 100))]
+
+
+def repeat(data, rng):
+    a, b = sorted(rng.choices(range(len(data) + 1), k=2))
+    data[b:b] = data[a:b] * rng.choice((1, 1, 3))
+
+
+def splice(data, rng):
+    a, b = rng.choices(range(len(data)), k=2)
+    size = rng.randrange(1, 200)
+    data[a:a + size] = data[b:b + size]
+
+
+def number(data, rng):
+    """Another number: spelled in digits, or in 1 to 8 bytes."""
+    digits = list(re.finditer(rb"\d+", bytes(data)))
+    if digits and rng.random() < 0.5:
+        found = rng.choice(digits)
+        data[found.start():found.end()] = rng.choice((
+            b"0", b"-1", b"1", b"65536", b"2147483648", str(HUGE).encode(), b"9" * 19, b"9" * 30,
+            b"1e999", b"1.5", b"9" * 5000, b"NaN", b"null", b"true"))
+    else:
+        size = min(rng.choice((1, 2, 4, 8)), len(data))
+        at = rng.randrange(len(data) - size + 1)
+        value = rng.choice((-1, 0, 2**63 - 1, HUGE, 1 << 30))
+        data[at:at + size] = struct.pack("<q", value)[:size]
+
+
+def structure(data, rng):
+    """Other JSON: of the whole file, of a line, or of a safetensors header."""
+    head, lines = b"", bytes(data).split(b"\n")
+    if data[8:9] == b"{" and data[:1] != b"{":
+        size = int.from_bytes(data[:8], "little")
+        head, body, rest = b"safetensors", bytes(data[8:8 + size]), bytes(data[8 + size:])
+    else:
+        body, rest = bytes(data), b""
+    chosen = 0
+    try:
+        tree = json.loads(body)
+    except (ValueError, RecursionError):
+        chosen, head = rng.randrange(len(lines)), b"line"
+        try:
+            tree = json.loads(lines[chosen])
+        except (ValueError, RecursionError):
+            return flip(data, rng)
+    changed = json.dumps(change_tree(tree, rng), ensure_ascii=rng.random() < 0.5)
+    changed = changed.encode("utf-8", "surrogatepass").replace(b'"DEEP"', b"[" * 5000 + b"]" * 5000)
+    if head == b"safetensors":
+        changed = struct.pack("<Q", len(changed)) + changed + rest
+    if head == b"line":
+        changed = b"\n".join(lines[:chosen] + [changed] + lines[chosen + 1:])
+    data[:] = changed
+
+
+def change_tree(tree, rng):
+    """A JSON value with one of its parts missing, doubled, exchanged or of another type."""
+    if isinstance(tree, (dict, list)) and tree and rng.random() < 0.85:
+        keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+        key, action = rng.choice(keys), rng.random()
+        if action < 0.15:
+            del tree[key]
+        elif action < 0.25:
+            tree[key], other = tree[rng.choice(keys)], tree[key]
+            tree[rng.choice(keys)] = other
+        elif action < 0.35 and isinstance(tree, dict):
+            tree[rng.choice(("", "x", "model", "../x", "\ud800"))] = tree.pop(key)
+        elif action < 0.35:
+            tree.insert(key, tree[key])
+        else:
+            tree[key] = change_tree(tree[key], rng)
+        return tree
+    return rng.choice((None, True, False, 0, -1, 1, 2, 255, HUGE, 10**25, 10**4000, 1.5, 1e300,
+                       float("nan"), float("inf"), "", "x", "\ud800", "a\nb", [], {}, [tree], [1],
+                       {"a": tree}, [[]], "DEEP", str(tree)))
+
+
+MUTATIONS = (flip, flip, truncate, insert, remove, repeat, splice, number, number, structure,
+             structure, structure)
+
+
+def mutated(files, rng):
+    """The files with one of them changed, at times twice."""
+    name = rng.choice(sorted(files))
+    data = bytearray(files[name])
+    for _ in range(rng.choice((1, 1, 1, 2))):
+        if data:
+            rng.choice(MUTATIONS)(data, rng)
+    return {**files, name: bytes(data)}
+
+
+# -------------------------------------------------------------------------------------- the run
+
+class TooLong(BaseException):
+    pass
+
+
+def too_long(*_):
+    raise TooLong
+
+
+def outcome(reader, folder, original, names):
+    """"clear errors" or "right answers"; any other exception goes on."""
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        found = reader.read(folder)
+    except (ValueError, FileNotFoundError) as error:
+        message = str(error)
+        assert len(message.splitlines()) == 1, f"not one line: {message}"
+        assert any(name in message for name in names), f"names no file: {message}"
+        assert len(message) < 1000, f"an endless line: {message[:1000]}"
+        return "clear errors"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    reader.check(found, original)
+    return "right answers"
+
+
+def fuzz(name, inputs, verbose=True):
+    """The counts of a reader; faults are shown, at most one of each kind."""
+    reader, counts, shown = READERS[name](), Counter(), set()
+    signal.signal(signal.SIGALRM, too_long)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "folder"
+        folder.mkdir()
+        reader.write(folder)
+        original = reader.read(folder)
+        reader.check(original, original)
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        limit_memory()
+        hostile = [{**files, **change} for change in reader.hostile]
+        for i in range(len(hostile) + inputs):
+            case = hostile[i] if i < len(hostile) else mutated(files, random.Random(f"{name} {i}"))
+            for path in folder.iterdir():
+                if path.name not in case or path.read_bytes() != case[path.name]:
+                    path.unlink()
+            for path, data in case.items():
+                if not (folder / path).exists():
+                    (folder / path).write_bytes(data)
+            try:
+                counts[outcome(reader, folder, original, [*files, str(folder)])] += 1
+            except (Exception, TooLong) as error:
+                counts["others"] += 1
+                kind = (type(error), [f.lineno for f in traceback.extract_tb(error.__traceback__)
+                                      if str(REPOSITORY) in f.filename][-1])
+                if verbose and str(kind) not in shown and len(shown) < 12:
+                    shown.add(str(kind))
+                    print(f"--- {name}, input {i}:", file=sys.stderr)
+                    traceback.print_exception(error, limit=-4, file=sys.stderr)
+    return counts
+
+
+def limit_memory():
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
+
+
+def main(words):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help=", ".join(READERS))
+    parser.add_argument("--inputs", type=int, default=10_000)
+    arguments = parser.parse_args(words)
+    faults = 0
+    for name in arguments.names or READERS:
+        start = time.perf_counter()
+        counts = fuzz(name, arguments.inputs)
+        print(f"{name}: {sum(counts.values()):,} inputs, {counts['clear errors']:,} clear errors, "
+              f"{counts['right answers']:,} right answers, {counts['others']:,} others, "
+              f"{time.perf_counter() - start:.1f} s", flush=True)
+        faults += counts["others"]
+    return int(faults > 0)
+
+
+# A process of its own for each, with a limit of memory, so that no crash takes the others along.
+@pytest.mark.parametrize("inputs", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_an_error_of_one_line_or_does_no_harm(name, inputs):
+    if name == "parquet":
+        pytest.importorskip("pyarrow")
+    if name == "model":
+        pytest.importorskip("safetensors")
+    run = subprocess.run([sys.executable, "-m", "tests.test_fuzz", name, f"--inputs={inputs}"],
+                         cwd=REPOSITORY, capture_output=True, text=True, timeout=1800,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    print(run.stdout)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert ", 0 others," in run.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
