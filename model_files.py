@@ -97,15 +97,15 @@ def read_config(path: Path) -> GPTConfig:
                     scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     for key, value in expected.items():
         if settings.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {settings[key]!r}; GPT-2 has {value!r}")
+            raise ValueError(f"{path}: {key} is {settings[key]!r:.80}; GPT-2 has {value!r}")
     names = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer",
                  n_head="n_head", n_embd="n_embd")
     for key in names.values():
-        if type(settings.get(key)) is not int or settings[key] < 1:
-            raise ValueError(f"{path}: {key} is {str(settings.get(key))[:40]!r}, no whole number "
-                             f"from 1 on")
+        if type(settings.get(key)) is not int or not 1 <= settings[key] < 2**31:
+            raise ValueError(f"{path}: {key} is {settings.get(key)!r:.80}, no whole number from 1 "
+                             f"to 2147483647")
     if settings.get("n_inner") not in (None, 4 * settings["n_embd"]):
-        raise ValueError(f"{path}: n_inner is {settings['n_inner']!r}; GPT-2 has 4 * n_embd")
+        raise ValueError(f"{path}: n_inner is {settings['n_inner']!r:.80}; GPT-2 has 4 * n_embd")
     return shape(path, **{ours: settings[theirs] for ours, theirs in names.items()})
 
 
@@ -126,7 +126,8 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         try:
             tensors.update(safetensors().torch.load_file(file))
         except (safetensors().SafetensorError, ValueError, KeyError) as error:
-            raise ValueError(f"{file} is truncated or no safetensors file: {error}") from None
+            reason = " ".join(str(error).split())[:200]             # it quotes what it finds
+            raise ValueError(f"{file} is truncated or no safetensors file: {reason}") from None
     return tensors
 
 
@@ -154,7 +155,7 @@ def check_tensors(tensors: dict[str, torch.Tensor], config: GPTConfig, folder: P
         check(name, tuple(tensor.shape))
     extra = sorted(tensors.keys() - wanted.keys())
     if extra:
-        raise ValueError(f"{folder} has a tensor {extra[0]!r} that GPT-2 does not"
+        raise ValueError(f"{folder} has a tensor {extra[0]!r:.80} that GPT-2 does not"
                          + (f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""))
 
 
