@@ -1,6 +1,6 @@
 """Files from the internet: fetched once, checked, gone on with where they stopped.
 
-    path = download(url, path, sha256, instead="python -m data.NAME --from=FILE")
+    path = download(url, path, digest, instead="python -m data.NAME --from=FILE")
 
 What has come stands in `path.part` until it is whole and its checksum fits; then it is renamed, so
 `path` is never half a file. A cut or silent connection is tried again, and so is the same call: it
@@ -23,23 +23,24 @@ BLOCK = 1 << 20
 BUSY = (408, 425, 429, 500, 502, 503, 504)      # answers after which to try again
 
 
-def download(url: str, path: Path, sha256: str, instead: str, timeout: float = TIMEOUT,
+def download(url: str, path: Path, digest: str, instead: str, timeout: float = TIMEOUT,
              pauses: tuple[float, ...] = PAUSES) -> Path:
     """The file at `url`, under `path`; where it is already, it is only checked.
 
+    digest: its SHA-256, or, of 40 digits, the id that git gives it (`git ls-tree HEAD FILE`).
     FileNotFoundError when it cannot be had, with the reason and `instead`: what to do where there
     is no network. ValueError when it is not what was published.
     """
     if path.exists():
-        found = checksum(path)
-        if found != sha256:
-            raise ValueError(f"{path} has SHA-256 {found}, expected {sha256}; delete it to have it "
-                             f"downloaded again")
+        found = checksum(path, digest)
+        if found != digest:
+            raise ValueError(f"{path} has the checksum {found}, expected {digest}; delete it to "
+                             f"have it downloaded again")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     failures = longest = 0
-    while not (part.exists() and checksum(part) == sha256):     # whole, but killed before its name
+    while not (part.exists() and checksum(part, digest) == digest):  # killed before its name
         try:
             _fetch(url, part, timeout)
             break
@@ -53,17 +54,19 @@ def download(url: str, path: Path, sha256: str, instead: str, timeout: float = T
                                         f"with a copy of the file: {instead}{kept}") from None
             time.sleep(pauses[failures])
             failures += 1
-    found = checksum(part)
-    if found != sha256:
+    found = checksum(part, digest)
+    if found != digest:
         part.unlink()
-        raise ValueError(f"{url} gave a file with SHA-256 {found}, expected {sha256}; it is "
+        raise ValueError(f"{url} gave a file with the checksum {found}, expected {digest}; it is "
                          f"removed; try again, or with a copy of the file: {instead}")
     os.replace(part, path)
     return path
 
 
-def checksum(path: Path) -> str:
-    digest = hashlib.sha256()
+def checksum(path: Path, like: str) -> str:
+    """SHA-256, or git's id where `like` is one: SHA-1 behind a header with the length."""
+    git = len(like) == 40
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if git else hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)

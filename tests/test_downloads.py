@@ -132,12 +132,12 @@ def test_what_a_killed_download_left_is_used(server, tmp_path, part, asked):
 
 def test_wrong_content_is_removed(server, tmp_path):
     server.content = b"<html>please log in</html>"
-    with pytest.raises(ValueError, match="SHA-256 .* removed; .* python -m data.x --from=FILE"):
+    with pytest.raises(ValueError, match="checksum .* removed; .* python -m data.x --from=FILE"):
         fetch(server, tmp_path)
     assert names(tmp_path) == []
     server.content = CONTENT
     (tmp_path / "new" / "file.bin.part").write_bytes(b"x" * 10)     # of something else
-    with pytest.raises(ValueError, match="SHA-256"):
+    with pytest.raises(ValueError, match="checksum"):
         fetch(server, tmp_path)
     assert fetch(server, tmp_path).read_bytes() == CONTENT
 
@@ -145,7 +145,7 @@ def test_wrong_content_is_removed(server, tmp_path):
 def test_a_changed_file_is_named_and_left_to_its_owner(server, tmp_path):
     path = fetch(server, tmp_path)
     path.write_bytes(b"my own")
-    with pytest.raises(ValueError, match=r"file.bin has SHA-256 .* delete it"):
+    with pytest.raises(ValueError, match=r"file.bin has the checksum .* delete it"):
         fetch(server, tmp_path)
     assert path.read_bytes() == b"my own"
 
@@ -161,3 +161,13 @@ def test_what_cannot_be_had_is_said_at_once(server, tmp_path):
             download(url, tmp_path / "x", SHA256, INSTEAD, pauses=(1000,))
     with pytest.raises(FileNotFoundError, match="cannot download"):     # refused, after 2 attempts
         download("http://127.0.0.1:9/x", tmp_path / "x", SHA256, INSTEAD, pauses=(0,))
+
+
+def test_a_file_can_be_checked_by_the_id_that_git_gives_it(tmp_path):
+    (tmp_path / "in").write_bytes(b"hello\n")
+    hello = "ce013625030ba8dba906f756967f9e9ca394464a"      # echo hello | git hash-object --stdin
+    path = download((tmp_path / "in").as_uri(), tmp_path / "out", hello, INSTEAD)
+    assert path.read_bytes() == b"hello\n"
+    with pytest.raises(ValueError, match="expected ce013625"):
+        path.write_bytes(b"hallo\n")
+        download("file:///none", path, hello, INSTEAD)
