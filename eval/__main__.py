@@ -7,7 +7,6 @@
 What has no file here is left out, and said so. Of a run the figures are also kept, in its
 eval.json. Losses of models with different tokenizers do not compare; bits per byte do.
 """
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from eval import hellaswag, imdb, lambada, loss
 @dataclass(frozen=True)
 class EvalConfig:
     data: str = option("", "of the loss, as in eval.loss; empty: what a run was trained on")
+    template: str = option("", "of chat data; empty: the one that the run was trained with")
     hellaswag: str = option("", "HellaSwag file; empty: the official one, downloaded once")
     imdb: str = option("", "JSONL of reviews {text, label}; empty: left out")
     lambada: str = option("", "JSONL of passages {text}; empty: left out")
@@ -65,12 +65,11 @@ def evaluate(name: str, model: Any, tokenizer: Any, tasks: Tasks, config: EvalCo
     dtype = pick_dtype(config.dtype, next(model.parameters()).device)
     found: dict[str, Any] = {"parameters": model.num_params(),
                              "block_size": model.config.block_size}
-    settings = own_settings(name)
-    data = config.data or settings.get("data", "")
+    data = config.data or loss.run_settings(name).get("data", "")
     if data:
-        how = loss.LossConfig(model=name, data=data, limit=0 if config.all else config.tokens,
-                              template=settings.get("template", loss.LossConfig.template),
-                              dtype=config.dtype)
+        how = loss.LossConfig(model=name, data=data, dtype=config.dtype,
+                              template=config.template,
+                              limit=0 if config.all else config.tokens)
         try:
             found["loss"] = {"data": data, **loss.measure(model, tokenizer, how)}
         except FileNotFoundError as error:
@@ -85,14 +84,6 @@ def evaluate(name: str, model: Any, tokenizer: Any, tasks: Tasks, config: EvalCo
     if tasks.imdb:
         found["imdb"] = imdb.evaluate(model, tokenizer, tasks.imdb, dtype=dtype)
     return found
-
-
-def own_settings(name: str) -> dict[str, Any]:
-    """The settings that a run was trained with; none of what is no run."""
-    file = Path(name) / "config.json"
-    if not (Path(name) / "run.json").exists() or not file.exists():
-        return {}
-    return json.loads(file.read_text())
 
 
 def rows_of(found: dict[str, Any]) -> dict[str, str]:

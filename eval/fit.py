@@ -1,6 +1,6 @@
 """Has a chat model learned its training set, and does that help with other conversations?
 
-    python -m eval.loss --model=out/chat --data=chat --template=chatml --fit
+    python -m eval.loss --model=out/chat --data=chat --fit
 
 Three figures say it: the loss on training data, the loss on validation data, and the share of
 training samples that the model answers word for word. Greedy decoding says an answer exactly when

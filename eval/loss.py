@@ -2,7 +2,7 @@
 
     python -m eval.loss --model=out/demo --data=corpus [--split=val] [--limit=TOKENS]
     python -m eval.loss --model=gpt2 --data=book.txt --stride=512
-    python -m eval.loss --model=out/chat --data=chat --template=chatml [--fit]
+    python -m eval.loss --model=out/chat --data=chat [--fit]
 
 Bits per byte = sum of token losses / (ln 2 x bytes that those tokens spell). It does not depend on
 the tokenizer, so runs with different vocabularies can be compared; special tokens spell no bytes.
@@ -17,6 +17,7 @@ them (eval/fit.py).
 
 Reference: "Perplexity of fixed-length models", Hugging Face's documentation of transformers.
 """
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class LossConfig:
     limit: int = option(0, "tokens to evaluate, spread over the split; 0 is all")
     stride: int = option(0, "tokens between windows that overlap; 0: no such figure")
     batch_size: int = option(8, "windows or conversations at a time")
-    template: str = option("chatml", "of chat data: the one that the model was trained with")
+    template: str = option("", "of chat data; empty: the one that the run was trained with")
     labels: Literal["all", "last"] = option("all", "of chat data: which answers are scored")
     fit: bool = option(False, "of chat data: has the model learned it, and does it generalise?")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -160,8 +161,23 @@ def is_chat(data: str) -> bool:
 def open_chat(config: LossConfig, split: str, tokenizer: Any, block_size: int) -> Any:
     """The samples of a split of chat data, as data.samples.Samples."""
     from data import chat
-    return chat.load_samples(shards.find(config.data), split, tokenizer, config.template,
+    template = config.template or run_settings(config.model).get("template")
+    if not template:
+        raise ValueError(f"{config.model} was not trained on conversations; say how to write them "
+                         f"with --template={', '.join(chat.TEMPLATES)}")
+    return chat.load_samples(shards.find(config.data), split, tokenizer, template,
                              block_size, config.labels)
+
+
+def run_settings(name: str) -> dict[str, Any]:
+    """The settings that a run was trained with; none of what is no run."""
+    file = Path(name) / "config.json"
+    if not (Path(name) / "run.json").exists() or not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
 
 
 def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, Any]:

@@ -183,7 +183,8 @@ def test_chat_data_is_scored_on_its_answers(conversations, chat_model):
         nats += [nat for nat, label in zip(nats_one_by_one(chat_model, torch.tensor(ids),
                                                            lambda i: 0), labels[1:]) if label >= 0]
         size += sum(len(m["content"]) for m in messages if m["role"] == "assistant")
-    found = measure(chat_model, tokenizer, LossConfig(data=str(folder), dtype="float32"))
+    found = measure(chat_model, tokenizer, LossConfig(data=str(folder), template="chatml",
+                                                         dtype="float32"))
     assert found["tokens"] == len(nats)
     assert found["loss"] == pytest.approx(np.mean(nats), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, rel=1e-4)
@@ -203,11 +204,12 @@ def test_exact_match_is_what_generation_says_word_for_word(conversations, chat_m
             said.append(tokenizer.decode(new[0, len(prompt):].tolist()))
         right += said == [messages[turn]["content"] + "<|im_end|>" for turn in (1, 3)]
     assert 0 < right < len(training)
-    settings = LossConfig(data=str(folder), fit=True, dtype="float32", batch_size=3)
+    settings = LossConfig(data=str(folder), template="chatml", fit=True, dtype="float32",
+                          batch_size=3)
     fit = measure(chat_model, tokenizer, settings)["fit"]
     assert fit["exact_match"] == right / len(training) and fit["samples"] == len(training)
     losses = [measure(chat_model, tokenizer, LossConfig(data=str(folder), split=split,
-                                                        dtype="float32"))["loss"]
+                                                        template="chatml", dtype="float32"))["loss"]
               for split in ("train", "val")]
     assert [fit["train_loss"], fit["val_loss"]] == pytest.approx(losses, rel=1e-4)
 
@@ -227,7 +229,8 @@ def test_the_command_reports_the_fit(conversations, chat_model, tmp_path, capsys
     folder, tokenizer = conversations
     chat_model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path / "tokenizer.json")
-    loss.main([f"--model={tmp_path}", f"--data={folder}", "--fit", "--device=cpu"])
+    loss.main([f"--model={tmp_path}", f"--data={folder}", "--fit", "--device=cpu",
+               "--template=chatml"])
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 3 and "/val: loss " in shown[0] and "exact_match 0." in shown[1]
     assert "word for word" in shown[2] or "does not generalise" in shown[2]
@@ -238,8 +241,19 @@ def test_settings_of_the_wrong_data_are_refused(conversations, chat_model, datas
     for settings, message in [
             (dict(data=str(folder), stride=4), "--stride is for text"),
             (dict(data=str(dataset), fit=True), "--fit is for chat data"),
+            (dict(data=str(folder)), "was not trained on conversations; say how"),
             (dict(data=str(folder), template="alpine"), "template='alpine' is unknown")]:
         with pytest.raises(ValueError, match=message):
             measure(chat_model, tokenizer, LossConfig(**settings))
     with pytest.raises(ValueError, match="has no tokenizer to read"):
         measure(chat_model, None, LossConfig(data=str(folder)))
+
+
+def test_a_run_brings_its_template(conversations, chat_model, tmp_path):
+    folder, tokenizer = conversations
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"template": "chatml"}')
+    figures = [measure(chat_model, tokenizer, LossConfig(model=model, data=str(folder),
+                                                         template=template))
+               for model, template in ((str(tmp_path), ""), ("gpt2", "chatml"))]
+    assert figures[0] == figures[1]
