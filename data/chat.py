@@ -22,7 +22,7 @@ import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Iterator, Literal
 
@@ -57,7 +57,7 @@ class Template:
     default: str = ""           # a system message where there is none
     default_input: str = ""     # the same where the first question has an input
 
-    @property
+    @cached_property
     def special_tokens(self) -> list[str]:
         text = "".join(dataclasses.astuple(self))
         return list(dict.fromkeys(SPECIAL.findall(text)))

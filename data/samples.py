@@ -51,8 +51,8 @@ class Samples:
         return len(self.offsets) - 1
 
     def read(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of a sample, (length,) int64 each."""
-        ids = self.ids[self.offsets[i]:self.offsets[i + 1]].astype(np.int64)
+        """Inputs and targets of a sample, (length,) each."""
+        ids = self.ids[self.offsets[i]:self.offsets[i + 1]]
         labelled = self.labelled[self.offsets[i] + 1:self.offsets[i + 1]]
         return ids[:-1], np.where(labelled, ids[1:], IGNORE)
 
@@ -67,12 +67,11 @@ class Samples:
     def padded(self, chosen: np.ndarray) -> Batch:
         """These samples as x, y (B, T), padded with 0 and IGNORE."""
         T = int(padded_length(self.lengths[chosen].max(), self.block_size))
-        x, y = torch.zeros(len(chosen), T, dtype=torch.long), torch.full((len(chosen), T), IGNORE)
+        x, y = np.zeros((len(chosen), T), np.int64), np.full((len(chosen), T), IGNORE, np.int64)
         for row, i in enumerate(chosen):
-            inputs, targets = self.read(i)
-            x[row, :len(inputs)] = torch.from_numpy(inputs)
-            y[row, :len(inputs)] = torch.from_numpy(targets)
-        return x, y
+            end = self.lengths[i]
+            x[row, :end], y[row, :end] = self.read(i)
+        return torch.from_numpy(x), torch.from_numpy(y)
 
     def evaluation_batches(self, batch_size: int, limit: int | None = None, rank: int = 0,
                            world: int = 1) -> Iterator[Batch]:
@@ -158,18 +157,17 @@ class SampleLoader:
 
     def _packed(self, rows: np.ndarray) -> Batch:
         shape = (len(rows), self.block_size)
-        x, y = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE)
-        positions = torch.zeros(shape, dtype=torch.long)
+        x, y = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+        positions = np.empty_like(x)
         for row, members in enumerate(rows):
             at = 0
             for i in self.rows[members]:
-                inputs, targets = self.samples.read(i)
-                end = at + len(inputs)
-                x[row, at:end], y[row, at:end] = torch.from_numpy(inputs), torch.from_numpy(targets)
-                positions[row, at:end] = torch.arange(len(inputs))
+                end = at + self.samples.lengths[i]
+                x[row, at:end], y[row, at:end] = self.samples.read(i)
+                positions[row, at:end] = np.arange(end - at)
                 at = end
-            positions[row, at:] = torch.arange(self.block_size - at)
-        return x, y, positions                                      # (B, T) each
+            positions[row, at:] = np.arange(self.block_size - at)
+        return tuple(map(torch.from_numpy, (x, y, positions)))      # (B, T) each
 
     @property
     def wasted(self) -> float:

@@ -1,0 +1,142 @@
+"""Conversations to batches: ours against transformers' chat template and collator.
+
+    python -m bench.chat [--from=FILE] [--tokenizer=gpt2] [--batch=32] [--save]
+
+Both start from the same messages and the same vocabulary, write them as ChatML, mark what the
+assistant says, and pad batches of the longest first: ours with render and Samples, theirs with
+apply_chat_template (return_assistant_tokens_mask) and DataCollatorForSeq2Seq. `rendering` is ours
+up to ids and labels, without batches. In one process, in turns; medians of the processor's time, so
+that others on the machine count less. MB are of the messages' text. Labels of both are compared.
+Needs the extra `dev` (transformers).
+"""
+import os
+import statistics
+import tempfile
+import time
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+
+from bench.machine import write_results
+from bpe import find_tokenizer
+from config import option, parse, run_command
+from data import conversations, pydocs
+from data.chat import encode, extend_tokenizer
+from data.conversations import Message
+from data.samples import IGNORE, Samples
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+          "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}"
+          "{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}")
+
+
+@dataclass(frozen=True)
+class ChatBenchConfig:
+    source: str = option("", "a file of conversations; empty: questions about Python's library",
+                         flag="from")
+    tokenizer: str = option("gpt2", "gpt2 or a tokenizer's path")
+    records: int = option(2000, "how many of them, spread over it; 0: all")
+    batch: int = option(32, "samples of a batch")
+    block_size: int = option(1024, "longer samples are left out, on both sides")
+    repeats: int = option(5, "turns of each way; the medians count")
+    save: bool = option(False, "write bench/results/chat.json")
+
+
+def ours(talks: list[list[Message]], tokenizer: Any, batch: int, block_size: int) -> list[Any]:
+    flat, marks, offsets = array("i"), bytearray(), [0]
+    for messages in talks:
+        ids, spans = encode(messages, tokenizer, "chatml")
+        flat.extend(ids)
+        mask = bytearray(len(ids))
+        for start, stop in spans:
+            mask[start:stop] = b"\1" * (stop - start)
+        marks += mask
+        offsets.append(len(flat))
+    samples = Samples(np.array(flat, np.int32), np.frombuffer(marks, np.bool_), np.array(offsets),
+                      block_size)
+    return list(samples.evaluation_batches(batch))
+
+
+def theirs(talks: list[list[Message]], tokenizer: Any, collator: Any, batch: int) -> list[Any]:
+    features = []
+    for messages in talks:
+        found = tokenizer.apply_chat_template(messages, return_dict=True,
+                                              return_assistant_tokens_mask=True)
+        ids, mask = found["input_ids"], found["assistant_masks"]
+        features.append({"input_ids": ids, "attention_mask": found["attention_mask"],
+                         "labels": [i if m else IGNORE for i, m in zip(ids, mask)]})
+    features.sort(key=lambda feature: -len(feature["input_ids"]))
+    return [collator(features[start:start + batch]) for start in range(0, len(features), batch)]
+
+
+def load_theirs(tokenizer: Any) -> tuple[Any, Any]:
+    """The same vocabulary in transformers, with its collator."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        from transformers import AutoTokenizer, DataCollatorForSeq2Seq
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('the benchmark needs the extra "dev": pip install '
+                                  '-c constraints.txt -e ".[dev]"') from None
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        other = AutoTokenizer.from_pretrained(folder)
+    other.chat_template = CHATML
+    other.pad_token = other.pad_token or "<|im_end|>"
+    return other, DataCollatorForSeq2Seq(other, pad_to_multiple_of=16)
+
+
+def labels_of(batches: list[Any]) -> tuple[int, int]:
+    """Tokens with a label, and the sum of their ids."""
+    kept = [y[y != IGNORE] for y in batches]
+    return sum(map(len, kept)), sum(int(y.sum()) for y in kept)
+
+
+def main(words: list[str]) -> None:
+    config = parse(ChatBenchConfig, words, "python -m bench.chat", about=__doc__)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    tokenizer = extend_tokenizer(find_tokenizer(config.tokenizer), "chatml")
+    other, collator = load_theirs(tokenizer)
+    talks = [talk["messages"] for talk in (
+        conversations.read(conversations.find_files([config.source]))[0] if config.source
+        else pydocs.questions())]
+    step = max(1, len(talks) // config.records) if config.records else 1
+    talks = [[{"role": m["role"], "content": m["content"]} for m in talk] for talk in talks[::step]]
+    talks = [talk for talk in talks
+             if len(encode(talk, tokenizer, "chatml")[0]) <= config.block_size]
+    size = sum(len(m["content"].encode()) for talk in talks for m in talk) / 1e6
+    ways: dict[str, Callable[[], Any]] = {
+        "rendering": lambda: [encode(talk, tokenizer, "chatml") for talk in talks],
+        "ours": lambda: ours(talks, tokenizer, config.batch, config.block_size),
+        "transformers": lambda: theirs(talks, other, collator, config.batch)}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    made: dict[str, Any] = {}
+    for _ in range(config.repeats + 1):                 # the first turn warms up
+        for name, way in ways.items():
+            start = time.process_time()
+            made[name] = way()
+            times[name].append(time.process_time() - start)
+    counted = (labels_of([y for _, y in made["ours"]]),
+               labels_of([batch["labels"] for batch in made["transformers"]]))
+    if counted[0] != counted[1]:
+        print(f"labels differ: {counted[0][0]:,} of ours, {counted[1][0]:,} of theirs")
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    rows = [{"name": name, "seconds": round(median, 4), "mb_per_s": round(size / median, 2)}
+            for name, median in medians.items()]
+    print(f"{len(talks):,} conversations, {size:.2f} MB, {counted[0][0]:,} labels")
+    for row in rows:
+        print(f"{row['name']:14}{row['seconds']:9.3f} s{row['mb_per_s']:9.2f} MB/s")
+    ratio = medians["transformers"] / medians["ours"]
+    print(f"ratio {ratio:.2f}")
+    if config.save:
+        path = write_results("chat", torch.device("cpu"), rows, ratio=round(ratio, 2),
+                             conversations=len(talks), source=Path(config.source).name or "pydocs")
+        print("written:", path.name)
+
+
+if __name__ == "__main__":
+    run_command(main)
