@@ -57,8 +57,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return {"version": FORMAT_VERSION, "source": "llm.c shards", "vocab_size": GPT2_VOCAB,
                 "tokenizer_hash": None, "splits": {}}
     meta = read_json(path)
+    if "kind" in meta:                                  # data/conversations.py has its own
+        raise ValueError(f"{folder} holds {meta['kind']!r:.20} data, not token shards")
     if meta.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{path} has version {meta.get('version')!r}, this code reads "
+        raise ValueError(f"{path} has version {meta.get('version')!r:.50}, this code reads "
                          f"{FORMAT_VERSION}; prepare the data again")
     check_meta(meta, path)
     return meta
@@ -85,14 +87,19 @@ def check_meta(meta: dict[str, Any], path: Path) -> None:
          f"unigram_entropy is {entropy!r:.50}")
     need(isinstance(meta.get("splits"), dict) and len(meta["splits"]) > 0, "it names no splits")
     for split, facts in meta["splits"].items():
+        need(split in ("train", "val"), f"{split!r:.50} is no split")
         files = facts.get("files") if isinstance(facts, dict) else None
         need(isinstance(files, dict) and len(files) > 0, f"split {split!r:.50} has no files")
-        for name, file in files.items():
-            need(re.fullmatch(r"[\w-]+\.npy", name) is not None, f"{name!r:.50} is no shard's name")
+        for i, (name, file) in enumerate(files.items()):
+            need(name == shard_name(split, i), f"shard {i} of {split!r:.50} is {name!r:.50}")
             need(isinstance(file, dict) and whole(file.get("tokens"), 1)
                  and text(file.get("sha256")), f"{name} has no tokens or no sha256")
         need(facts.get("tokens") == sum(file["tokens"] for file in files.values()),
              f"the shards of {split} have not the {facts.get('tokens')!r:.50} tokens of the split")
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}_{number:04d}.npy"
 
 
 def fingerprint(folder: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Iterable
 import numpy as np
 
 from data.shards import (AGAIN, FORMAT_VERSION, STAMP, check_meta, files_of, open_shard, read_json,
-                         write_file, write_json)
+                         shard_name, write_file, write_json)
 
 
 class ShardWriter:
@@ -90,7 +90,7 @@ class ShardWriter:
         ids = np.concatenate(self.pending.pop(split))
         self.pending_tokens[split] = 0
         facts = self.meta["splits"].setdefault(split, {"tokens": 0, "files": {}})
-        name = f"{split}_{len(facts['files']):04d}.npy"
+        name = shard_name(split, len(facts["files"]))
         write_file(self.folder / name, lambda file: np.save(file, ids))
         facts["files"][name] = {"tokens": len(ids), "sha256": _sha256(ids)}
         facts["tokens"] += len(ids)

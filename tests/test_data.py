@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bpe import Tokenizer
-from data import loader, shards
+from data import conversations, loader, shards
 from data.corpus import (CorpusConfig, documentation, docstrings, prepare, split_documents,
                          write_dataset)
 from data.shakespeare import ShakespeareConfig
@@ -173,7 +173,9 @@ def test_another_tokenizer_beside_the_shards_is_named(dataset):
     (lambda m: m.update(splits=[]), "it names no splits"),
     (lambda m: m["splits"].update(val=3), "split 'val' has no files"),
     (lambda m: m["splits"]["val"].update(tokens=1), "val have not the 1 tokens"),
-    (lambda m: m["splits"]["val"]["files"].update({"../up.npy": {}}), "'../up.npy' is no shard"),
+    (lambda m: m["splits"]["val"]["files"].update({"../up.npy": {}}), "of 'val' is '../up.npy'"),
+    (lambda m: m["splits"].update(val=m["splits"]["train"]), "shard 0 of 'val' is 'train_0000"),
+    (lambda m: m["splits"].update(other=m["splits"]["train"]), "'other' is no split"),
     (lambda m: m["splits"]["val"]["files"].update({"val_0000.npy": {"tokens": -1}}), "no tokens"),
 ])
 def test_a_meta_json_that_nothing_writes_is_named(dataset, change, message):
@@ -182,6 +184,13 @@ def test_a_meta_json_that_nothing_writes_is_named(dataset, change, message):
     (dataset / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match=f"meta.json is damaged: .*{message}"):
         shards.open_split(dataset, "train")
+
+
+def test_chat_data_are_not_taken_for_token_shards(tmp_path):
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    conversations.write_dataset(tmp_path, [talk] * 3, "test", val=[talk])
+    with pytest.raises(ValueError, match="holds 'chat' data, not token shards"):
+        shards.verify(tmp_path)
 
 
 def test_a_folder_without_its_last_file_is_not_a_data_set(dataset):
