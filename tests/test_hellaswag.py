@@ -139,6 +139,23 @@ def overfit(model, tokenizer, documents, steps=60):
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
+def test_the_harness_itself_decides_the_same(shared, tmp_path):
+    """EleutherAI's, installed and run on an exported model: acc and acc_norm item by item."""
+    pytest.importorskip("lm_eval")
+    from bench.lm_eval import LMEvalConfig, measure
+    file = shared / "hellaswag" / "val_official_1000.jsonl"
+    tokenizer = bpe.Tokenizer.train([item.context for item in load_items(file)], 1000)
+    model = small_model(tokenizer, block_size=160)
+    overfit(model, tokenizer, [item.context for item in load_items(file)], steps=100)
+    model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    row = measure(LMEvalConfig(model=str(tmp_path), file=str(file)))
+    assert row["items"] == 1000 and row["cut"] > 0
+    assert row["acc"]["items_that_differ"] == row["acc_norm"]["items_that_differ"] == 0
+    assert row["largest_difference_of_sums"] < 1e-3                     # float32
+
+
 @pytest.mark.parametrize("block_size", [64, 40, 16])
 def test_items_that_do_not_fit_lose_tokens_on_the_left(tokenizer, items, block_size):
     model = small_model(tokenizer, block_size=block_size)
@@ -150,6 +167,23 @@ def test_items_that_do_not_fit_lose_tokens_on_the_left(tokenizer, items, block_s
                    for ending in item.endings) for item in items]
     assert scores.cut.tolist() == [length > block_size + 1 for length in longest]
     assert evaluate(model, tokenizer, items)["cut"] == sum(scores.cut.tolist()) > 0
+
+
+def test_folders_written_here_and_by_transformers_give_the_same_figures(
+        tokenizer, items, file, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    model, ours, theirs = small_model(tokenizer), tmp_path / "ours", tmp_path / "theirs"
+    model.save_pretrained(ours)
+    tokenizer.save_pretrained(ours)
+    transformers.GPT2LMHeadModel.from_pretrained(ours).save_pretrained(theirs)
+    transformers.AutoTokenizer.from_pretrained(ours).save_pretrained(theirs)
+    shown = []
+    for folder in (ours, theirs):
+        hellaswag.main([f"--model={folder}", f"--file={file}", "--device=cpu", "--dtype=float32"])
+        shown.append(capsys.readouterr().out.splitlines()[1:])          # the first names the model
+    assert shown[0] == shown[1] and len(shown[0]) == 3
+    result = evaluate(model, tokenizer, items)
+    assert f"acc_norm  {result['acc_norm']:.4f}" in shown[0][1]
 
 
 def test_padded_vocabulary_never_counts(tokenizer, items):
@@ -212,15 +246,17 @@ def test_wilson_interval_by_hand():
     assert wilson_interval(0, 10)[0] == 0 and wilson_interval(10, 10)[1] == pytest.approx(1)
 
 
-def test_bf16_flips_few_decisions(shared):
-    """At most 3% of decisions, by a model with random weights, whose endings are close to equal."""
-    items = load_items(shared / "hellaswag" / "val_official_1000.jsonl")[:300]
-    tokenizer = bpe.Tokenizer.gpt2(shared / "gpt2_vocab")
+def test_bf16_flips_at_most_one_decision_in_a_hundred(shared):
+    """Of a small trained model; measured with three seeds: 3 in 1,000 at most, of each metric."""
+    items = load_items(shared / "hellaswag" / "val_official_1000.jsonl")
+    tokenizer = bpe.Tokenizer.train([item.context for item in items], 1000)
     model = small_model(tokenizer, block_size=256)
-    exact = score(model, tokenizer, items).decisions("completion")
-    rounded = score(model, tokenizer, items, dtype=torch.bfloat16).decisions("completion")
-    for name in exact:
-        assert (exact[name] != rounded[name]).float().mean() <= 0.03
+    overfit(model, tokenizer, [item.context for item in items], steps=100)
+    exact, rounded = score(model, tokenizer, items), score(model, tokenizer, items,
+                                                           dtype=torch.bfloat16)
+    assert 1e-3 < (exact.sums - rounded.sums).abs().mean() < 0.1        # it is another precision
+    for name, choice in exact.decisions("completion").items():
+        assert (rounded.decisions("completion")[name] != choice).float().mean() <= 0.01
 
 
 def test_nothing_is_compiled(tokenizer, items):
