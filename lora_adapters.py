@@ -205,3 +205,7 @@ def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> No
                              f"{tuple(ours[key].shape)} here; the run has other lora settings")
     for key, tensor in ours.items():
         tensor.copy_(state[key])
+    for layer in adapted_layers(model).values():        # its codes may have changed
+        for part in layer.modules():
+            if getattr(part, "weight_square", None) is not None:
+                part.weigh(layer.base_layer)

@@ -124,15 +124,20 @@ class LowRank(nn.Module):
         super().__init__()
         self.scale, self.dropout, self.start = scale, config.dropout, start
         self.after = base.out_features - start - len(B)     # rows of the layer below this part
+        A, B = A.contiguous(), B.contiguous()               # strides would change the rounding
         self.lora_A, self.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
         moved = config.init not in RANDOM
         self.register_buffer("initial_A", A.clone() if moved else None)
         self.register_buffer("initial_B", B.clone() if moved else None)
         self.lora_magnitude = None
+        self.register_buffer("weight_square", None, persistent=False)
         if config.use_dora:
-            square = weight_of(base)[self.rows()].square().sum(dim=1)
-            self.register_buffer("weight_square", square, persistent=False)
+            self.weigh(base)
             self.lora_magnitude = nn.Parameter(self.norm(base))
+
+    def weigh(self, base: nn.Module) -> None:
+        """Note |w|^2 of each row, which DoRA needs in every step."""
+        self.weight_square = weight_of(base)[self.rows()].square().sum(dim=1)
 
     def rows(self) -> slice:
         return slice(self.start, self.start + len(self.lora_B))

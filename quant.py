@@ -61,8 +61,10 @@ class NF4Linear(nn.Module):
         weight = linear.weight.detach().float()
         self.out_features, self.in_features = weight.shape
         self.bias, device = linear.bias, weight.device
-        self.register_buffer("low_B", low_rank[0].detach().clone() if low_rank else None)
-        self.register_buffer("low_A", low_rank[1].detach().clone() if low_rank else None)
+        for i, name in enumerate(("low_B", "low_A")):
+            factor = low_rank[i].detach().clone(memory_format=torch.contiguous_format) \
+                if low_rank else None
+            self.register_buffer(name, factor)
         if low_rank:
             weight = weight - self.low_B @ self.low_A
         levels, scale_levels = torch.tensor(LEVELS, device=device), dynamic_levels().to(device)

@@ -3,6 +3,9 @@
 Files and PEFT are in test_lora_files.py.
 """
 import copy
+import dataclasses
+import gc
+import json
 import math
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import nn
 
 import lora
+from config import build, parse
 from lora import (LoRAConfig, add_lora, describe, disable_lora, load_trainable_state, merge_lora,
                   set_adapter, trainable_state, unload_lora, unmerge_lora)
 from lora_adapters import adapted_layers, base_parameters
@@ -292,6 +296,23 @@ def test_a_checkpoint_holds_the_adapter_alone_and_rebuilds_the_model(variant):
     assert torch.equal(logits(other), logits(model))
 
 
+@pytest.mark.parametrize("variant", ["qpissa", "qpissa dora", "loftq"])
+def test_a_checkpoint_does_not_rely_on_the_same_decomposition(variant, monkeypatch):
+    """Another machine's SVD may differ, and with it the codes of what is left."""
+    config = LoRAConfig(r=4, **QUANTISED[variant])
+    model = shake(add_lora(gpt(), config))
+    state = {key: tensor.clone() for key, tensor in trainable_state(model).items()}
+
+    def other_svd(weight, r, scale, init):
+        return torch.randn(r, weight.size(1)), torch.randn(weight.size(0), r)
+
+    monkeypatch.setitem(INITS, config.init, other_svd)
+    other = add_lora(gpt(), config)
+    assert not torch.equal(logits(other), logits(model))
+    load_trainable_state(other, state)
+    assert torch.equal(logits(other), logits(model))
+
+
 def test_a_checkpoint_of_other_settings_is_refused():
     state = trainable_state(add_lora(gpt(), LoRAConfig(r=4)))
     for other, words in ((LoRAConfig(r=2), "(4, 32)"),
@@ -300,6 +321,44 @@ def test_a_checkpoint_of_other_settings_is_refused():
         with pytest.raises(ValueError, match="other lora settings") as error:
             load_trainable_state(add_lora(gpt(), other), state)
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "all", "qpissa"])
+def test_ddp_finds_every_trainable_parameter_used(variant, tmp_path):
+    """With an unused one, DDP refuses the second step."""
+    model = shake(add_lora(gpt(), LoRAConfig(r=4, **{**VARIANTS, **QUANTISED}[variant])))
+    model(ids(), ids(1))[1].backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        network = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            model.zero_grad()
+            network(ids(), ids(1))[1].backward()
+        found = [p.grad for p in model.parameters() if p.requires_grad]
+        assert all(torch.equal(a, b) for a, b in zip(expected, found))
+        del network
+    finally:
+        gc.collect()                    # DDP in a reference cycle would hold the group
+        torch.distributed.destroy_process_group()
+
+
+def test_a_copied_model_has_adapters_of_its_own():
+    model = add_lora(gpt(), LoRAConfig(r=4, bias="all"))
+    other = copy.deepcopy(model)
+    shake(other)
+    assert torch.equal(logits(model), logits(gpt()))
+    with disable_lora(other):
+        assert torch.equal(logits(other), logits(gpt()))
+
+
+def test_settings_come_back_from_json_and_from_the_command_line():
+    config = LoRAConfig(r=4, layers=(0, 1), rank_pattern={"c_fc": 2, "h.1.attn.c_attn": 3},
+                        alpha_pattern={"c_fc": 1.5}, target_modules=("c_attn", "c_fc"))
+    assert build(LoRAConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert parse(LoRAConfig, ["--r=4", "--layers=0,1", "--rank_pattern=c_fc:2,h.1.attn.c_attn:3",
+                              "--alpha_pattern=c_fc:1.5", "--target_modules=c_attn,c_fc"],
+                 "test") == config
 
 
 # ------------------------------------------------------------------------------------------------

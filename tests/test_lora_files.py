@@ -1,4 +1,5 @@
 """Adapters as files: to PEFT and back, what is in them, what is refused, the command line."""
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora import (LoRAConfig, add_lora, load_lora, merge_lora, save_lora, set_adapter,
-                  trainable_state, unload_lora)
+import checkpoint
+from lora import (LoRAConfig, add_lora, load_lora, load_run, merge_lora, save_lora,
+                  set_adapter, trainable_state, unload_lora)
 from model import GPT, GPTConfig
 
 pytest.importorskip("safetensors")
@@ -277,6 +279,19 @@ def test_merging_on_the_command_line_writes_a_model_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "base_model_name_or_path: somewhere" in done.stdout and "use_dora: True" in done.stdout
     assert "3 x transformer.h.*.attn.c_attn" in done.stdout
+
+
+def test_the_adapter_of_a_run_is_put_on_its_base(tmp_path):
+    model = shake(add_lora(gpt(), LoRAConfig(r=4, init="pissa", bias="all")))
+    checkpoint.save(tmp_path / "best.pt", {
+        "model": trainable_state(model), "config": {"lora": dataclasses.asdict(
+            LoRAConfig(r=4, init="pissa", bias="all"))}})
+    assert torch.equal(logits(load_run(gpt(), tmp_path)), logits(model))
+    checkpoint.save(tmp_path / "best.pt", {"model": gpt().state_dict(), "config": {}})
+    with pytest.raises(ValueError, match="trained no adapter"):
+        load_run(gpt(), tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+        load_run(gpt(), tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("words,message", [
