@@ -130,6 +130,14 @@ def test_a_file_is_read_again_only_when_it_has_changed(dataset, monkeypatch):
         assert read_by(cached=True) == both
 
 
+def test_a_stamp_is_for_the_vocabulary_that_was_checked(dataset):
+    shards.verify(dataset, cached=True)
+    meta = json.loads((dataset / "meta.json").read_text())
+    (dataset / "meta.json").write_text(json.dumps({**meta, "vocab_size": 60}))
+    with pytest.raises(ValueError, match="the vocabulary ends at 59"):
+        shards.verify(dataset, cached=True)
+
+
 def test_damage_that_keeps_size_is_found_although_a_stamp_is_there(dataset):
     shards.verify(dataset, cached=True)
     path = dataset / "val_0000.npy"
