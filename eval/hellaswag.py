@@ -6,7 +6,8 @@
     result = evaluate(model, tokenizer, items)     # acc, acc_norm, acc_bytes, n, 95% intervals
 
 Every ending is scored by the sum of its tokens' log-probabilities after the context. A style is a
-preparation of the text and what acc_norm divides the sum by; figures of two styles do not compare:
+preparation of the text (eval/hellaswag_items.py) and what acc_norm divides the sum by; figures of
+two styles do not compare:
 
     completion   ctx, then " " + ending, as in the file; acc_norm: per token
     harness      "activity_label: ctx_a Ctx_b" without WikiHow's [marks]; acc_norm: per character
@@ -21,12 +22,9 @@ References: Zellers et al. 2019, "HellaSwag" (1905.07830); completion as in llm.
 harness as in EleutherAI's lm-evaluation-harness (lm_eval/tasks/hellaswag), whose acc_norm divides
 by len(ending), that is characters, without the space before it.
 """
-import json
 import math
 import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Iterator, Literal, Sequence, get_args
 
 import torch
@@ -37,21 +35,13 @@ from tqdm import tqdm
 
 from config import option, parse, run_command
 from device import autocast, pick_device, pick_dtype
-from download import download
+from eval.hellaswag_items import ENDINGS, Item, Style, load_items, prepare
 
-URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-FILE = Path(__file__).parents[1] / "data" / "hellaswag" / "hellaswag_val.jsonl"
-
-ENDINGS = 4
-LABELS = (*range(ENDINGS), *map(str, range(ENDINGS)))
 IGNORE = -100
 CPU_BATCH, GPU_BATCH = 4096, 32768          # tokens of a batch where none are given
 PARTS = 8           # a batch's endings run in so many parts, by length: 96 inputs an item, not 164
 LOGIT_ROWS, SOFTMAX_ROWS = 256, 16          # at once: a large product, a softmax in the cache
 METRICS = {"acc": "correct", "acc_norm": "correct_norm", "acc_bytes": "correct_bytes"}
-
-Style = Literal["completion", "harness"]
 
 
 @dataclass(frozen=True)
@@ -71,14 +61,6 @@ class HellaSwagConfig:
 
 
 @dataclass(frozen=True)
-class Item:
-    context: str                # of the style "completion"
-    harness_context: str        # of the style "harness", still with its marks
-    endings: tuple[str, ...]
-    label: int
-
-
-@dataclass(frozen=True)
 class Scores:
     """What is known about each ending of N items; all but `cut` are (N, 4)."""
     sums: torch.Tensor          # float64, log-probability of the ending in nats
@@ -92,92 +74,6 @@ class Scores:
         length = self.tokens if style == "completion" else self.characters
         return {"acc": self.sums.argmax(1), "acc_norm": (self.sums / length).argmax(1),
                 "acc_bytes": (self.sums / self.bytes).argmax(1)}
-
-
-# ------------------------------------------------------------------------------------------------
-# Items from a file.
-
-def load_items(path: str | Path | None = None) -> list[Item]:
-    """The items of a JSONL file: official records, or {"query", "endings", "label"}.
-
-    None is the official validation file, downloaded once. In a process group all ranks must call.
-    """
-    if path is None:
-        path = _download()
-    elif not Path(path).is_file():
-        raise FileNotFoundError(f"there is no HellaSwag file {path}")
-    with open(path, "rb") as file:
-        items = [_parse(line, f"{path}, line {number}") for number, line in enumerate(file, 1)
-                 if line.strip()]
-    if not items:
-        raise ValueError(f"{path} holds no HellaSwag items")
-    return items
-
-
-def _download() -> Path:
-    instead = "python -m eval.hellaswag --file=FILE"
-    if not dist.is_initialized():
-        return download(URL, FILE, SHA256, instead)
-    first = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0     # one process a machine
-    if first:
-        download(URL, FILE, SHA256, instead)
-    dist.barrier()
-    return FILE
-
-
-def _parse(line: bytes, place: str) -> Item:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:       # not JSON, not UTF-8, nested too deep
-        raise ValueError(f"{place} is no JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{place} is no JSON object")
-    names = ("query",) if "query" in record else ("ctx", "activity_label", "ctx_a", "ctx_b")
-    for name in names:
-        if not isinstance(record.get(name), str):
-            raise ValueError(f"{place} has no text {name!r}; an item has ctx, activity_label, "
-                             f"ctx_a and ctx_b, or query")
-    endings, label = record.get("endings"), record.get("label")
-    if not (isinstance(endings, list) and len(endings) == ENDINGS
-            and all(isinstance(ending, str) for ending in endings)):
-        raise ValueError(f"{place}: endings is not a list of {ENDINGS} texts")
-    if label not in LABELS or isinstance(label, (bool, float)):     # Hugging Face's copy has texts
-        raise ValueError(f"{place}: label is {label!r:.50}, not 0 to {ENDINGS - 1}")
-    context = record[names[0]]
-    if not context.strip():
-        raise ValueError(f"{place}: {names[0]} is empty")
-    harness = context if "query" in record else (
-        f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
-    try:
-        "".join((context, harness, *endings)).encode()
-    except UnicodeEncodeError:                                      # JSON can spell "\ud800"
-        raise ValueError(f"{place} has half a surrogate pair, which is no character") from None
-    return Item(context, harness, tuple(endings), int(label))
-
-
-def without_marks(text: str) -> str:
-    """The harness's cleaning: WikiHow's " [title]" is a full stop, other [marks] are nothing."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
-
-
-def prepare(tokenizer: Any, item: Item,
-            style: Style) -> tuple[list[int], list[list[int]], tuple[str, ...]]:
-    """Token ids of the context, of each ending with its space, and the endings as texts."""
-    encode = tokenizer.encode
-    if style == "completion":
-        ids, endings = encode(item.context), item.endings
-        ending_ids = [encode(" " + ending) for ending in endings]
-    else:
-        # The harness gives spaces at the context's end to the endings, and encodes both together.
-        context = without_marks(item.harness_context)
-        endings = tuple(without_marks(ending) for ending in item.endings)
-        ids = encode(context.rstrip())
-        ending_ids = [encode(f"{context} {ending}")[len(ids):] for ending in endings]
-    if not ids or not all(ending_ids):
-        raise ValueError(f"style {style} leaves no token of the context or of an ending of "
-                         f"{item.context[:60]!r}")
-    return ids, ending_ids, endings
 
 
 # ------------------------------------------------------------------------------------------------
@@ -303,11 +199,11 @@ def score(model: nn.Module, tokenizer: Any, items: Sequence[Item], style: Style 
     was_training = model.training
     model.eval()
     try:
-        with autocast(device, dtype), tqdm(total=len(items), unit="item",
+        with autocast(device, dtype), tqdm(total=len(sums), unit="ending",
                                            disable=not progress) as bar:
             for batch in batches_of(questions, batch_tokens):
                 score_batch(model, batch, sums)
-                bar.update(len({slot // ENDINGS for question in batch for slot in question.slots}))
+                bar.update(sum(len(question.slots) for question in batch))
     finally:
         model.train(was_training)
     tokens = torch.zeros(len(sums), dtype=torch.long)

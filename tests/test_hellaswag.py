@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import bpe
-from eval import hellaswag
+from eval import hellaswag, hellaswag_items
 from eval.hellaswag import evaluate, load_items, score, wilson_interval
+from eval.hellaswag_items import without_marks
 from model import GPT, GPTConfig
 
 REPOSITORY = Path(__file__).parent.parent
@@ -222,9 +223,9 @@ def test_acc_norm_is_per_token_or_per_character_and_acc_bytes_per_byte(tokenizer
 
 def test_harness_style_prepares_text_as_the_harness(items):
     assert items[0].harness_context == "Roof shingle removal: A man is sitting on a roof. He"
-    assert hellaswag.without_marks(items[1].harness_context + "x") == (
+    assert without_marks(items[1].harness_context + "x") == (
         "Food: How to peel a café's eggs. Boil.  Wait x")      # 3 spaces become 2
-    assert hellaswag.without_marks("[title] Do it [a] now ") == " Do it now"    # as it does
+    assert without_marks("[title] Do it [a] now ") == " Do it now"    # as it does
 
 
 def test_counts_and_intervals_of_a_result(tokenizer, items):
@@ -335,11 +336,11 @@ def test_wrong_arguments_are_one_line(tokenizer, items, tmp_path):
 
 
 def test_the_download_is_made_once_and_checked(monkeypatch, tmp_path, file):
-    monkeypatch.setattr(hellaswag, "URL", file.as_uri())
-    monkeypatch.setattr(hellaswag, "FILE", tmp_path / "data" / "val.jsonl")
+    monkeypatch.setattr(hellaswag_items, "URL", file.as_uri())
+    monkeypatch.setattr(hellaswag_items, "FILE", tmp_path / "data" / "val.jsonl")
     with pytest.raises(ValueError, match="checksum"):
         load_items()
-    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
+    monkeypatch.setattr(hellaswag_items, "SHA256", hashlib.sha256(file.read_bytes()).hexdigest())
     assert load_items() == load_items(file)
     file.unlink()
     assert len(load_items()) == 4
