@@ -165,6 +165,16 @@ def test_a_model_can_be_saved_over_the_folder_that_it_came_from(tmp_path):
         assert torch.equal(tensor, before[name]), name
 
 
+def test_a_model_does_not_change_with_the_file_that_it_was_read_from(tmp_path):
+    pytest.importorskip("safetensors")
+    randomised(tiny()).save_pretrained(tmp_path)
+    model, file = GPT.from_pretrained(tmp_path), tmp_path / "model.safetensors"
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with open(file, "r+b") as open_file:                # in place, as rsync --inplace writes
+        open_file.write(b"\1" * file.stat().st_size)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 # ---- export
 
 DOCUMENTS = [f"document {i} of many, {'odd' if i % 2 else 'even'}." for i in range(60)]
