@@ -77,11 +77,12 @@ def read_folder(folder: Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
     if "transformer.wte.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["transformer.wte.weight"])
     check_tensors(tensors, config, folder)
-    if not torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"]):
+    if not torch.equal(tensors.pop("lm_head.weight"), tensors["transformer.wte.weight"]):
         raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; GPT-2 ties them")
     # Copies: what is read above is a view of the file, which may be replaced while we use it.
-    return config, {name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-                    for name, tensor in tensors.items()}
+    found = {name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+             for name, tensor in tensors.items()}
+    return config, {**found, "lm_head.weight": found["transformer.wte.weight"]}
 
 
 def read_config(path: Path) -> GPTConfig:
