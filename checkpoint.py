@@ -1,29 +1,41 @@
-"""Checkpoints that are whole or absent.
+"""Checkpoints that are whole or absent, written while training goes on.
 
 `save` writes a temporary file in the same folder, flushes it to the disk (fsync), renames it and
 flushes the folder: a crash at any moment leaves the old file or the new one, never half of either.
 `save_last` keeps the ones before it too (last.pt, last.1.pt, ...); `load_last` takes the newest
 that can be read. Files are read with weights_only=True, so a stranger's cannot run code.
+
+    saver = Saver(out, keep=2)
+    saver.save(state)           # returns as soon as the state is copied to host memory
+    saver.close()               # waits for the file, raises if the last one could not be written
 """
 import os
 import sys
+import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 FORMAT_VERSION = 1
+BEST = ("step", "model", "config", "best_loss")     # what best.pt holds of a whole state
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values atomically. OSError when the disk refuses."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format_version": FORMAT_VERSION, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format_version": FORMAT_VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:    # PyTorch's writer hides the disk's error in its own
+        temporary.unlink(missing_ok=True)       # half a file is of no use, and the disk may be full
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path} could not be written: {reason}") from error
     _sync_folder(path.parent)
 
 
@@ -33,6 +45,7 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
+        _check_parts(path)
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:      # whatever a damaged file makes the reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -42,11 +55,38 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     return state
 
 
-def save_last(folder: str | Path, state: dict[str, Any], keep: int = 2) -> Path:
-    """Save as last.pt; what was last.pt becomes last.1.pt, and so on for `keep` files in all."""
+def _check_parts(path: Path) -> None:
+    """torch.save writes a zip file with a checksum of each part; torch.load does not compare them,
+    so a flipped bit would become another weight. Reads the file once, at some 2 GB/s."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or \
+                sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("its parts are larger than the file")
+        if damaged := archive.testzip():
+            raise ValueError(f"its part {damaged!r:.80} differs from its checksum")
+
+
+def save_last(folder: str | Path, state: dict[str, Any], keep: int = 2,
+              milestone: bool = False) -> Path:
+    """Save as last.pt; what was last.pt becomes last.1.pt, and so on for `keep` files in all.
+
+    A milestone is a second name of the same file, step_0001000.pt, that stays: it costs no time,
+    and space only when last.pt has moved on. It comes first: a run that is killed between the two
+    goes on from before, and makes it again.
+    """
     folder = Path(folder)
     new = folder / "last.new.pt"
-    save(new, state)                # before anything is renamed: a full disk costs nothing
+    if milestone:
+        name = folder / f"step_{state['step']:07d}.pt"
+        save(name, state)
+        new.unlink(missing_ok=True)
+        try:
+            os.link(name, new)
+        except OSError:             # a file system without second names
+            save(new, state)
+    else:
+        save(new, state)            # before anything is renamed: a full disk costs nothing
     names = _last_files(folder, keep)
     for older, newer in zip(names[:0:-1], names[-2::-1]):
         if newer.exists():
@@ -69,6 +109,97 @@ def load_last(folder: str | Path, map_location: Any = "cpu") -> dict[str, Any] |
     if found:
         raise ValueError(f"no checkpoint in {folder} can be read; move it away to start anew")
     return None
+
+
+def milestones(folder: str | Path) -> list[Path]:
+    """The checkpoints that were kept for good, oldest first: step_0001000.pt, ..."""
+    return sorted(Path(folder).glob("step_*.pt"))
+
+
+class Saver:
+    """Writes a run's checkpoints in a thread. Training waits for the copy to host memory only, and
+    for the file before it where that is not finished yet: there is memory for one copy.
+
+    keep: how many last*.pt. limit: how many milestones, 0 for all. max_failed: so many files in a
+    row may fail, each with a warning; the next failure is an OSError.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, limit: int = 0, max_failed: int = 3):
+        self.folder, self.keep, self.limit, self.max_failed = folder, keep, limit, max_failed
+        self.copies: dict[tuple, torch.Tensor] = {}     # host memory, used again at each save
+        self.thread: threading.Thread | None = None
+        self.error: OSError | None = None
+        self.failed = 0                                 # files in a row
+
+    def save(self, state: dict[str, Any], last: bool = True, best: bool = False,
+             milestone: bool = False) -> None:
+        """Copy the state, then write it as last.pt (a milestone too) or best.pt or both."""
+        self.wait()
+        if not last:
+            state = {key: state[key] for key in BEST}
+        old, self.copies = self.copies, {}
+        state = self._copied(state, old)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()                    # the copies to pinned memory
+        self.thread = threading.Thread(target=self._write, args=(state, last, best, milestone),
+                                       daemon=True)     # an interrupted program need not wait
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the file being written is there; count and report it if it failed."""
+        if self.thread is None:
+            return
+        self.thread.join()
+        self.thread, error, self.error = None, self.error, None
+        if error is None:
+            self.failed = 0
+            return
+        self.failed += 1
+        print(f"WARNING: NO CHECKPOINT WAS SAVED ({self.failed} in a row): {error}; the one before "
+              f"it is intact; make room", file=sys.stderr, flush=True)
+        if self.failed > self.max_failed:
+            raise OSError(f"{self.failed} checkpoints in a row could not be written, "
+                          f"max_failed_saves={self.max_failed}: {error}")
+
+    def check(self) -> None:
+        """Report a failed file as soon as it is known, without waiting for one."""
+        if self.thread and not self.thread.is_alive():
+            self.wait()
+
+    def close(self) -> None:
+        """Wait for the last file; OSError if it is not there."""
+        self.wait()
+        if self.failed:
+            raise OSError(f"the last checkpoint in {self.folder} could not be written; make room "
+                          f"and run the same command again")
+
+    def _write(self, state: dict[str, Any], last: bool, best: bool, milestone: bool) -> None:
+        try:
+            if best:                # before last.pt, after which nobody would make it again
+                save(self.folder / "best.pt", {key: state[key] for key in BEST})
+            if last:
+                save_last(self.folder, state, self.keep, milestone)
+            if milestone and self.limit:
+                for old in milestones(self.folder)[:-self.limit]:
+                    old.unlink()
+        except OSError as error:
+            self.error = error
+
+    def _copied(self, value: Any, old: dict[tuple, torch.Tensor]) -> Any:
+        """Tensors copied to the host; two names of one tensor stay two names of one copy."""
+        if isinstance(value, dict):
+            return {key: self._copied(item, old) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copied(item, old) for item in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        if key not in self.copies or value.numel() == 0:
+            copy = old.get(key)
+            if copy is None:                            # pinned: the GPU writes there at full speed
+                copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self.copies[key] = copy.copy_(value.detach(), non_blocking=True)
+        return self.copies[key]
 
 
 def _last_files(folder: Path, count: int) -> list[Path]:

@@ -103,7 +103,11 @@ def run_command(main: Callable[[list[str]], Any]) -> None:
         main(sys.argv[1:])
     except BrokenPipeError:                                         # `... --help | head`
         raise SystemExit(0) from None
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)                   # at once: a file that is being written need not be waited for
+    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
         if os.environ.get("ONELOOP_TRACEBACK"):
             raise
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""

@@ -1,27 +1,23 @@
-"""What stands between a command and the loop: processes, stop signals, the compiler.
+"""What stands between a command and the loop: processes, stop signals, repeatable arithmetic.
 
-    with processes("auto") as world, stop_signals() as stop: ...
-    network = compiled(model, "auto", batch, flops, world, dtype)
+    with processes("auto", minutes=30) as world, stop_signals() as stop, repeatable(True): ...
 """
 import gc
 import os
 import signal
 import sys
 import threading
+import time
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from device import autocast, has_compiler, pick_device
-
-# Floating-point operations of a run on one device that make up for the minute of torch.compile.
-COMPILE_PAYS = {"cuda": 1e17, "cpu": 1e13}
+from device import pick_device
 
 
 @dataclass(frozen=True)
@@ -30,30 +26,82 @@ class Processes:
     rank: int
     size: int
     device: torch.device
+    store: Callable[[], dist.Store] | None = None       # a new connection to what all can read
 
     def wait(self) -> None:
         if self.size > 1:
             dist.barrier()
 
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor added up over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
 
 @contextmanager
-def processes(device_name: str) -> Iterator[Processes]:
-    """Join the group that torchrun started; without torchrun, stand alone."""
+def processes(device_name: str, minutes: float = 30) -> Iterator[Processes]:
+    """Join the group that torchrun started; without torchrun, stand alone.
+
+    minutes: how long a rank waits for the others in a reduction before it gives up.
+    """
     device = pick_device(device_name)
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if size == 1:
         yield Processes(0, 1, device)
         return
     on_gpu = device.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30),
+    store = _meet(rank, size, timedelta(minutes=minutes))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=minutes),
+                            store=store(), rank=rank, world_size=size,
                             device_id=device if on_gpu else None)
     try:
-        yield Processes(dist.get_rank(), size, device)
+        yield Processes(rank, size, device, store)
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise ConnectionError(f"another rank is gone, its own message says why; torchrun "
+                              f"--max-restarts=N would start all again, from the last checkpoint "
+                              f"({str(error).splitlines()[0][:200]})") from error
     finally:
         # DistributedDataParallel sits in reference cycles. While one holds the group, gloo's
         # threads outlive the interpreter and abort it: every second run of 4 short ranks.
         gc.collect()
         dist.destroy_process_group()
+
+
+def _meet(rank: int, size: int, patience: timedelta) -> Callable[[], dist.Store]:
+    """How to connect to a store that only the ranks of this start write to.
+
+    torchrun keeps one store over all its restarts, in which restarted ranks would find the
+    addresses of the dead (pytorch issue 135712). So each rank leaves a new name there, and rank 0
+    answers every name that it finds with its own, until all of this start have answered back.
+    """
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"       # by torchrun itself
+
+    def connect(host: bool = False) -> dist.TCPStore:
+        return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                             is_master=host, timeout=patience, wait_for_workers=False,
+                             multi_tenant=True)
+    store, me = connect(host=rank == 0 and not hosted), uuid.uuid4().hex
+    if rank:
+        store.set(f"name/{rank}", me)
+        start = store.get(f"answer/{me}").decode()                  # waits for rank 0
+        store.set(f"here/{start}/{rank}", "")
+    else:
+        start, missing, began = me, set(range(1, size)), time.monotonic()
+        while missing:
+            for other in sorted(missing):
+                if store.check([f"name/{other}"]):
+                    store.set(f"answer/{store.get(f'name/{other}').decode()}", start)
+                if store.check([f"here/{start}/{other}"]):
+                    missing.discard(other)
+            if time.monotonic() - began > patience.total_seconds():
+                raise ValueError(f"of {size} ranks these did not start within {patience}: "
+                                 f"{sorted(missing)}; see what they printed")
+            time.sleep(0.02)
+    # The first connection is kept: in rank 0 it may be the store itself.
+    return lambda first=store: dist.PrefixStore(start, connect())
 
 
 @contextmanager
@@ -78,30 +126,21 @@ def stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def compiled(network: nn.Module, mode: str, batch: tuple[torch.Tensor, torch.Tensor], flops: float,
-             world: Processes, dtype: torch.dtype) -> nn.Module:
-    """The network under torch.compile where that pays; as it is, with a warning, where it fails.
+@contextmanager
+def repeatable(on: bool) -> Iterator[None]:
+    """Arithmetic that gives the same bits each time, where PyTorch knows a way.
 
-    mode: on, off, or auto, which weighs `flops`, the work of the run on this device. The compiler
-    runs on a batch (x, y) whose gradients are thrown away, so that a failure costs no training.
+    Without it torch.compile adds up the embedding's gradient in the order in which threads come to
+    it, and so does attention's backward pass on a GPU.
     """
-    device = world.device
-    pays = has_compiler(device) and flops > COMPILE_PAYS.get(device.type, float("inf"))
-    if mode == "off" or (mode == "auto" and not pays):
-        return network
-    faster, worked = torch.compile(network, dynamic=False), torch.ones((), device=device)
-    x, y = batch
-    if isinstance(network, DistributedDataParallel):
-        network.require_backward_grad_sync = False      # a rank that fails must not leave others
+    before = (torch.are_deterministic_algorithms_enabled(),
+              torch.is_deterministic_algorithms_warn_only_enabled(),
+              torch.utils.deterministic.fill_uninitialized_memory)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS asks for it
+    torch.use_deterministic_algorithms(on or before[0], warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False     # we read none
     try:
-        with autocast(device, dtype):
-            _, nats = faster(x.to(device), y.to(device), reduction="sum")
-        nats.backward()
-    except Exception as error:                          # whatever the compiler's many parts raise
-        print(f"warning: torch.compile failed, going on without it: {type(error).__name__}: "
-              f"{str(error)[:200]!r}", file=sys.stderr)
-        worked.zero_()
-    network.zero_grad(set_to_none=True)
-    if world.size > 1:                                  # all ranks do the same
-        dist.all_reduce(worked, dist.ReduceOp.MIN)
-    return faster if worked else network
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]

@@ -5,6 +5,7 @@ object a line: every step has step, loss, lr, grad_norm, tokens, tokens_per_s; a
 step and what was measured), tokenizer.json, last.pt, best.pt. Only rank 0 writes.
 """
 import json
+import math
 import os
 import platform
 import shlex
@@ -19,10 +20,13 @@ import torch
 from tqdm import tqdm
 
 from device import device_name, peak_flops, peak_memory, synchronize
+from faults import Spikes
+from launch import Processes
 from optim import learning_rate
 
 REPOSITORY = Path(__file__).parent
 NAMES = {"loss": "validation loss", "bits_per_byte": "bits per byte"}
+SPIKE = 6.0                     # standard deviations above the last 100 losses: marked in the log
 
 
 class RunLog:
@@ -33,13 +37,15 @@ class RunLog:
     """
 
     def __init__(self, out: Path, config: Any, start: int, flops_per_token: float,
-                 device: torch.device, rank: int, world: int):
-        self.active, self.world, self.device = rank == 0, world, device
+                 device: torch.device, world: Processes, recent: list[float]):
+        self.active, self.world, self.device = world.rank == 0, world, device
         self.tokens_per_step, self.max_steps = config.batch_tokens, config.max_steps
         peak = peak_flops(device)
-        self.mfu_per_token = flops_per_token / (peak * world) if peak else None
-        self.pending: list[tuple[int, float, torch.Tensor, torch.Tensor]] = []
+        self.mfu_per_token = flops_per_token / (peak * world.size) if peak else None
+        self.pending: list[tuple[int, float, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.last_loss = float("nan")
+        self.spikes = Spikes(recent)
+        self.bad_steps = 0                          # in a row that were not finite
         self.busy, self.trained_tokens = 0.0, 0     # seconds without evaluations and saves
         self.clock = time.perf_counter()
         self.terminal = sys.stderr.isatty()
@@ -50,9 +56,10 @@ class RunLog:
         self.bar = tqdm(total=self.max_steps, initial=start, unit="step", dynamic_ncols=True,
                         disable=not self.terminal)
 
-    def step(self, step: int, lr: float, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+    def step(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor,
+             skipped: torch.Tensor) -> None:
         """Note a finished step. loss: this rank's share of the step's mean loss."""
-        self.pending.append((step, lr, loss, grad_norm))
+        self.pending.append((step, lr, loss, norm, skipped))
 
     def flush(self, stop: bool = False) -> bool:
         """Fetch the noted figures from the device, reduce them over ranks, log and show them.
@@ -60,21 +67,33 @@ class RunLog:
         All ranks call it at the same steps. `stop` is agreed on by the way: returns whether any
         rank asked for it.
         """
-        figures = torch.stack([loss for _, _, loss, _ in self.pending]
-                              + [torch.tensor(float(stop), device=self.device)])
-        if self.world > 1:
-            torch.distributed.all_reduce(figures)
-        *losses, stop_votes = figures.tolist()                      # waits for the device
-        norms = torch.stack([norm for *_, norm in self.pending]).tolist()
+        losses = self.world.sum(torch.stack([loss for _, _, loss, _, _ in self.pending]
+                                            + [torch.tensor(float(stop), device=self.device)]))
+        norms, skips = (torch.stack(column).tolist() for column in list(zip(*self.pending))[3:])
+        *losses, stop_votes = losses.tolist()                       # waits for the device
         seconds, tokens = self.lap(), len(self.pending) * self.tokens_per_step
         self.trained_tokens += tokens
         speed = tokens / seconds
-        for (step, lr, _, _), loss, norm in zip(self.pending, losses, norms):
-            self.write({"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
-                        "tokens": step * self.tokens_per_step, "tokens_per_s": round(speed, 1)})
+        for (step, lr, *_), loss, norm, skipped in zip(self.pending, losses, norms, skips):
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            line = {"step": step, "loss": loss if math.isfinite(loss) else None, "lr": lr,
+                    "grad_norm": norm if math.isfinite(norm) else None,
+                    "tokens": step * self.tokens_per_step, "tokens_per_s": round(speed, 1)}
+            if skipped:
+                line["skipped"] = "spike" if finite else "not finite"
+            spike = self.spikes.score(loss) if finite else 0.0
+            if spike > SPIKE or skipped:
+                line["spike"] = round(spike, 2)
+                self.say(f"step {step}: loss {loss:.4f}, gradient norm {norm:.4f}"
+                         + (f", {spike:.1f} standard deviations above the last {Spikes.WINDOW}"
+                            if spike > 0 else "") + (", not applied" if skipped else ""))
+            self.bad_steps = 0 if finite else self.bad_steps + 1
+            if finite:
+                self.last_loss = loss
+                self.spikes.add(loss)
+            self.write(line)
         if self.active:
             self._show(self.pending[-1][0], losses[-1], self.pending[-1][1], norms[-1], speed)
-        self.last_loss = losses[-1]
         self.pending.clear()
         return stop_votes > 0
 
@@ -144,13 +163,22 @@ def repaired_log(path: Path, start: int) -> Path:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a torn last line is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    """The lines of a log.jsonl. A last one that is not finished is left out, a damaged one too,
+    with a warning."""
+    lines, damaged = [], []
+    *texts, _ = path.read_bytes().split(b"\n")                      # what follows the last \n
+    for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+        except (ValueError, RecursionError):                        # nested too deep is not ours
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            lines.append(line)
+        else:
+            damaged.append(number)
+    if damaged:
+        print(f"warning: {path}: line {damaged[0]} is damaged and left out"
+              + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""), file=sys.stderr)
     return lines
 
 
@@ -174,9 +202,34 @@ def finish(out: Path, log: RunLog, figures: dict[str, Any], best_loss: float, st
     return {"out": str(out), **run}
 
 
+def bad_steps(out: Path, count: int, step: int, batches: Any) -> str:
+    """What to say when a run stops over losses that are not finite."""
+    saved = [path.name for path in sorted(out.glob("last*.pt"))]
+    return (f"loss or gradient was not finite in the {count} steps up to {step}; none was applied, "
+            f"{', '.join(saved) or 'nothing'} in {out} is of before; step {step} read "
+            f"{batches.where(step - 1)}; try a lower learning_rate, dtype=float32, or look at that "
+            f"text")
+
+
+def changes(there: dict[str, Any], here: dict[str, Any], rank: int) -> None:
+    """Say which settings a resumed run has other than it was started with."""
+    found = [f"{name} {there.get(name)} -> {here[name]}" for name in here
+             if there.get(name) != here[name] and name != "out"]
+    if found and rank == 0:
+        print(f"settings changed since the checkpoint: {', '.join(found)}")
+
+
 def finished(out: Path, rank: int) -> dict[str, Any]:
     """The summary of a run that has nothing left to do."""
     run = json.loads((out / "run.json").read_text())
+    if "final" not in run:              # killed between its last checkpoint and its last word
+        lines = read_log(out / "log.jsonl")
+        run["final"] = {"step": lines[-1]["step"], **{
+            name: next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
+            for name, key in (("tokens", "tokens"), ("train_loss", "loss"),
+                              ("val_loss", "val_loss"), ("val_bits_per_byte", "bits_per_byte"))}}
+        if rank == 0:
+            write_json(out / "run.json", run)
     if rank == 0:
         print(f"{out} is finished: " + ", ".join(f"{key} {value}" for key, value
                                                  in run.get("final", {}).items()))
@@ -201,7 +254,10 @@ def provenance(device: torch.device, world: int, fingerprint: str) -> dict[str, 
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    """Whole or not at all: a run that is killed here still has the file before."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def this_command() -> str:

@@ -12,6 +12,7 @@ batches in data/loader.py, the network in model.py. Two things are exact here th
 approximate: the batch of step s depends on (data, seed, s) only, and a step's loss is the sum of
 its token losses over its number of labelled tokens, over all micro-batches and ranks.
 """
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -24,10 +25,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-
+import faults
 import report
 import sample
 from bpe import Tokenizer
@@ -36,9 +36,10 @@ from data import loader, shards
 from device import autocast, pick_dtype
 from eval import hellaswag
 from eval.loss import evaluate_loss, token_lengths
-from launch import Processes, compiled, processes, stop_signals
+from launch import Processes, processes, repeatable, stop_signals
 from model import GPT, GPTConfig
 from optim import OptimConfig, learning_rate, make_optimizer
+from parallel import Parallel, compiled, full
 from presets import DEFAULT_PRESET, PRESETS
 
 SMALL_DATA = ("corpus", "shakespeare")      # made within a minute when a run asks for them
@@ -57,6 +58,10 @@ class TrainConfig:
         "auto", "of matrix products; auto is bfloat16 where the hardware has it, else float32")
     compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile; auto: where there is a compiler and the run is long enough to pay")
+    deterministic: bool = option(True, "the same bits each time, where PyTorch knows a way")
+    shard: Literal["none", "fsdp", "zero2"] = option(
+        "none", "split over the ranks: nothing; weights, gradients and optimizer state; the last "
+                "two")
     max_steps: int = option(0, "optimizer steps")
     epochs: float = option(0.0, "passes over the training data; where given, instead of max_steps")
     batch_tokens: int = option(524288, "tokens of a step, over all ranks and micro-batches")
@@ -79,6 +84,15 @@ class TrainConfig:
     sample_prompt: str = option("", "what a sample continues; empty: the start of a document")
     save_every: int = option(500, "steps between checkpoints; 0: only at the end")
     keep_last: int = option(2, "checkpoints kept: last.pt, last.1.pt, ...")
+    milestone_every: int = option(0, "steps between checkpoints that stay: step_0001000.pt, ...; a "
+                                     "multiple of save_every; 0: none")
+    save_total_limit: int = option(0, "milestones that stay, the newest; 0: all")
+    max_failed_saves: int = option(3, "checkpoints in a row that may fail before the run stops")
+    max_bad_steps: int = option(10, "steps in a row with a loss or gradient that is not finite "
+                                    "before the run stops; none of them is applied")
+    skip_spikes: float = option(0.0, "skip a step whose loss is so many standard deviations above "
+                                     "the last 100; 0: never")
+    timeout_minutes: float = option(30.0, "how long ranks wait for one that hangs")
     log_every: int = option(10, "steps between looks at the device; each step is logged")
     max_minutes: float = option(0.0, "save and stop after this time; 0: no limit")
     report_to: Literal["none", "tensorboard"] = option("none", "besides log.jsonl and the screen")
@@ -87,12 +101,13 @@ class TrainConfig:
     optim: OptimConfig = option(OptimConfig(), "the optimizer")
 
     def __post_init__(self):
-        for name in ("batch_tokens", "micro_batch", "log_every", "keep_last"):
+        for name in ("batch_tokens", "micro_batch", "log_every", "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("max_steps", "epochs", "warmup_steps", "grad_clip", "eval_every", "save_every",
                      "weight_decay", "learning_rate", "min_learning_rate", "sample_tokens",
-                     "max_minutes", "eval_tokens", "hellaswag_every", "sample_every"):
+                     "max_minutes", "eval_tokens", "hellaswag_every", "sample_every",
+                     "milestone_every", "save_total_limit", "max_failed_saves", "skip_spikes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not self.max_steps and not self.epochs:
@@ -104,6 +119,12 @@ class TrainConfig:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above "
                              f"learning_rate={self.learning_rate}; lower it, or raise the peak")
+        if self.timeout_minutes <= 0:
+            raise ValueError(f"timeout_minutes={self.timeout_minutes} must be above 0")
+        if self.milestone_every and (not self.save_every or self.milestone_every % self.save_every):
+            raise ValueError(f"milestone_every={self.milestone_every} is no multiple of "
+                             f"save_every={self.save_every}; a milestone is a checkpoint that "
+                             f"stays")
 
 
 @dataclass(frozen=True)
@@ -138,6 +159,9 @@ def open_data(name: str, world: Processes) -> Data:
             importlib.import_module(f"data.{name}").prepare()
     world.wait()
     folder = shards.find(name)
+    if world.rank == 0:
+        shards.verify(folder, cached=True)
+    world.wait()
     meta, file = shards.read_meta(folder), folder / "tokenizer.json"
     tokenizer = Tokenizer.load(file) if file.exists() else None
     if tokenizer and meta["tokenizer_hash"] not in (None, tokenizer.hash):
@@ -188,27 +212,34 @@ def counted(config: TrainConfig, batches: loader.WindowLoader) -> TrainConfig:
                                warmup_ratio=0.0)
 
 
-def open_run(out: Path, config: TrainConfig, data: Data, world: Processes) -> dict[str, Any] | None:
-    """Make the run's folder, or return the checkpoint of the same run that is there."""
+def claim(out: Path, world: Processes, held: contextlib.ExitStack) -> None:
+    """Make the run's folder, and hold it against other runs for as long as this one lasts."""
     if world.rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
             (out / "log.jsonl").open("a").close()
+            held.enter_context(faults.locked(out))
         except OSError as error:
             raise PermissionError(f"out={out} cannot be written: {error.strerror}; choose another "
                                   f"--out") from None
     world.wait()
+
+
+def open_run(out: Path, config: TrainConfig, data: Data, world: Processes) -> dict[str, Any] | None:
+    """The checkpoint of the same run, if there is one in the folder; else the start of a new."""
     state = checkpoint.load_last(out)
     if state:
         there, here = flatten(state["config"]), flatten(dataclasses.asdict(config))
         there["data"], here["data"] = state["data"], data.fingerprint
         for name in here:
-            if there.get(name) != here[name] and (name in ("data", "seed", "batch_tokens")
+            if there.get(name) != here[name] and (name in ("data", "seed", "batch_tokens",
+                                                           "init_from")
                                                   or name.startswith("model.")):
                 raise ValueError(f"{out} holds a run with {name}={there.get(name)}, this one has "
                                  f"{name}={here[name]}; choose another --out, or delete {out}")
         if state["step"] >= config.max_steps:
             return state                                            # finished, to be left alone
+        report.changes(there, here, world.rank)
     if world.rank == 0:
         report.write_json(out / "config.json", dataclasses.asdict(config))
         report.write_json(out / "run.json", report.provenance(world.device, world.size,
@@ -220,51 +251,57 @@ def open_run(out: Path, config: TrainConfig, data: Data, world: Processes) -> di
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train, or go on with the run in config.out. Returns the run's summary, as in run.json."""
-    with processes(config.device) as world, stop_signals() as stop:
-        return _train(config, world, stop)
+    with (processes(config.device, 1.2 * config.timeout_minutes) as world, stop_signals() as stop,
+          repeatable(config.deterministic), contextlib.ExitStack() as held):
+        return _train(config, world, stop, held)
 
 
-def _train(config: TrainConfig, world: Processes, stop: threading.Event) -> dict[str, Any]:
+def _train(config: TrainConfig, world: Processes, stop: threading.Event,
+           held: contextlib.ExitStack) -> dict[str, Any]:
     device, dtype, out = world.device, pick_dtype(config.dtype, world.device), Path(config.out)
     torch.manual_seed(config.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32 for what autocast leaves in float32
 
-    # Data, then base weights -> optimizer -> resume -> DDP -> compile.
+    # Data, then base weights -> DDP or FSDP -> optimizer -> resume -> compile.
     data = open_data(config.data, world)
     model, config = base_model(config, data)
     batches = loader.WindowLoader(data.train, config.model.block_size, config.batch_tokens,
                                   config.micro_batch, config.seed, world.rank, world.size,
                                   pin=device.type == "cuda")
     config = counted(config, batches)
+    faults.agree(world, {**flatten(dataclasses.asdict(config)), "data": data.fingerprint,
+                         "code": faults.code_hash(report.REPOSITORY), "torch": torch.__version__})
     if config.dry_run:
         return report.dry_run(config, model, batches, data.tokenizer, world.rank, world.size, dtype)
     items = hellaswag_items(config, data)               # now, so that it cannot fail days later
+    claim(out, world, held)
     state = open_run(out, config, data, world)
     if state and state["step"] >= config.max_steps:
         return report.finished(out, world.rank)
     model.to(device)
     model.recompute_activations = config.recompute_activations
+    parallel = Parallel(model, world, config.shard, dtype)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best_loss = 0, float("inf")
+    step, best_loss, recent = 0, float("inf"), []
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        parallel.load(optimizer, state)
         scaler.load_state_dict(state["scaler"])
-        step, best_loss = state["step"], state["best_loss"]
+        step, best_loss, recent = state["step"], state["best_loss"], state["recent"]
         state = None                                    # as large as all the above
-    # `model` stays the plain module: it is evaluated, sampled and saved. `network` is trained.
-    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else None
     work = (config.max_steps - step) * config.batch_tokens / world.size * model.flops_per_token()
-    network = compiled(ddp or model, config.compile, next(batches.batches(0)), work, world, dtype)
+    network = compiled(parallel, config.compile, next(batches.batches(0)), work, world, dtype)
 
-    log = report.RunLog(out, config, step, model.flops_per_token(), device, world.rank, world.size)
+    saver = checkpoint.Saver(out, config.keep_last, config.save_total_limit,
+                             config.max_failed_saves)
+    watch = held.enter_context(faults.Watch(world, config.timeout_minutes))
+    log = report.RunLog(out, config, step, model.flops_per_token(), device, world, recent)
     log.say(f"{out}: {'from' if step == 0 else 'going on at'} step {step} of {config.max_steps}, "
             f"{model.num_params():,} parameters, {config.batch_tokens:,} tokens a step, "
             f"{world.size} x {report.device_name(device)}, {str(dtype).removeprefix('torch.')}"
-            + (", compiled" if network is not (ddp or model) else ""))
+            + (", compiled" if network is not parallel.network else ""))
     began, stopping, figures = time.monotonic(), False, {}
     while step < config.max_steps and not stopping:
         lr = learning_rate(step, config.schedule, config.max_steps, config.warmup_steps,
@@ -274,56 +311,71 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event) -> dict
         # Dropout of a step depends on (seed, step, rank) only, as its batch does: nothing random
         # has to be saved to resume exactly.
         torch.manual_seed((config.seed * 1_000_003 + step) * world.size + world.rank)
-        labels = batches.labels(step)
+        watch.at(step, "computing")
+        labels = max(1, batches.labels(step))
         loss = torch.zeros((), device=device)
-        for i, (x, y) in enumerate(batches.batches(step)):
-            if ddp:         # all-reduce with the last micro-batch only; to be set before forward
-                ddp.require_backward_grad_sync = i == batches.accumulation - 1
+        for i, batch in enumerate(batches.batches(step)):
+            last = i == batches.accumulation - 1
+            parallel.sync(last)
             with autocast(device, dtype):
-                _, nats = network(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
+                _, nats = network(*(part.to(device, non_blocking=True) for part in batch),
                                   reduction="sum")
-            # DDP averages over ranks; with this factor the average is sum / labels.
-            scaler.scale(nats * (world.size / labels)).backward()
+            # Ranks are averaged; with this factor the average is sum / labels. A loss that is not
+            # finite makes every gradient NaN, so that all ranks come to know of it.
+            weight = torch.where(nats.isfinite(), world.size / labels, math.nan)
+            if last:
+                watch.at(step, "reducing")
+            nats.backward(scaler.scale(weight))
             loss += nats.detach() / labels
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip or float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
+        norm = full(torch.nn.utils.clip_grad_norm_(trainable, config.grad_clip or math.inf))
+        skip = ~norm.isfinite()
+        if config.skip_spikes:                          # all ranks must decide alike
+            skip |= log.spikes.score(world.sum(loss.clone()).item()) > config.skip_spikes
+        update(optimizer, scaler, skip)
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        log.step(step, lr, loss, norm)
+        log.step(step, lr, loss, norm, skip)
 
         def due(every: int) -> bool:
             return step == config.max_steps or (every > 0 and step % every == 0)
 
-        evaluate, save = due(config.eval_every), due(config.save_every)
+        evaluate, save, best = due(config.eval_every), due(config.save_every), False
         if due(config.log_every) or evaluate or save:
             late = config.max_minutes and time.monotonic() - began > 60 * config.max_minutes
             stopping = log.flush(stop=stop.is_set() or bool(late)) and step < config.max_steps
+            saver.check()
+            if log.bad_steps >= config.max_bad_steps:
+                saver.wait()
+                raise FloatingPointError(report.bad_steps(out, log.bad_steps, step, batches))
+        watch.at(step, "evaluating")
+        sampling = config.sample_tokens and due(config.sample_every) and data.tokenizer
+        scoring = config.hellaswag_every and due(config.hellaswag_every)
+        plain = parallel.whole() if evaluate or scoring or sampling else model
         if evaluate:
-            figures = evaluate_loss(model, data.validation(config, world), device, data.lengths,
+            figures = evaluate_loss(plain, data.validation(config, world), device, data.lengths,
                                     dtype)
             log.evaluation(step, figures)
-            if figures["loss"] < best_loss:
-                best_loss = figures["loss"]
-                if world.rank == 0:
-                    checkpoint.save(out / "best.pt", {"step": step, "model": model.state_dict(),
-                                                      "config": dataclasses.asdict(config),
-                                                      "val_loss": best_loss})
-        if config.hellaswag_every and due(config.hellaswag_every):
-            log.evaluation(step, hellaswag.evaluate(model, data.tokenizer, items, dtype=dtype))
-        if config.sample_tokens and due(config.sample_every) and data.tokenizer and world.rank == 0:
+            best, best_loss = figures["loss"] < best_loss, min(figures["loss"], best_loss)
+        if scoring:
+            log.evaluation(step, hellaswag.evaluate(plain, data.tokenizer, items, dtype=dtype))
+        if sampling and world.rank == 0:
             with autocast(device, dtype):
-                log.sample(step, sample.continue_text(model, data.tokenizer, config.sample_prompt,
+                log.sample(step, sample.continue_text(plain, data.tokenizer, config.sample_prompt,
                                                       config.sample_tokens, seed=config.seed))
-        if (save or stopping) and world.rank == 0:
-            checkpoint.save_last(out, {
-                "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), "best_loss": best_loss,
-                "config": dataclasses.asdict(config), "data": data.fingerprint,
-            }, keep=config.keep_last)
+        save |= stopping
+        if save or best:
+            watch.at(step, "saving")
+            state = {"step": step, **parallel.state(optimizer), "scaler": scaler.state_dict(),
+                     "best_loss": best_loss, "recent": log.spikes.recent,
+                     "config": dataclasses.asdict(config), "data": data.fingerprint}
+            if world.rank == 0:
+                saver.save(state, last=save, best=best, milestone=config.milestone_every > 0
+                           and step % config.milestone_every == 0)
+            state = None
         if evaluate or save:
             log.lap(training=False)
+    saver.close()
     log.close()
     summary = report.finish(out, log, figures, best_loss, step, data.meta)
     if stopping:
@@ -332,6 +384,17 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event) -> dict
         log.say(f"draw its curve: {report.this_python()} -m experiments.plots {out} "
                 f"--out={out}/curve.png")
     return summary
+
+
+def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+           skip: torch.Tensor) -> None:
+    """Take the optimizer's step, except where `skip` (a bool on the device) says not to."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled():
+        optimizer.found_inf = skip.float()              # read by the fused kernel: no wait for it
+        optimizer.step()
+    elif not skip:
+        scaler.step(optimizer)
+    scaler.update()                                     # float16: it learns from overflows
 
 
 def main(words: list[str]) -> None:

@@ -53,6 +53,16 @@ class WindowLoader:
         last = np.count_nonzero(self.order(step) == self.windows - 1)
         return self.per_step * self.block_size - short * int(last)
 
+    def where(self, step: int) -> str:
+        """The places in the shards that a step reads, for a person to look at."""
+        places = []
+        for start in self.order(step) * self.block_size:
+            i = int(np.searchsorted(self.tokens.starts, start, side="right")) - 1
+            name = getattr(self.tokens.shards[i], "filename", f"shard {i}")
+            places.append(f"{name} at token {start - self.tokens.starts[i]:,}")
+        more = f" and {len(places) - 4} more" if len(places) > 4 else ""
+        return f"{self.block_size} tokens each from {', '.join(places[:4])}{more}"
+
     def batches(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's micro-batches of a step: inputs and targets, (B, T) int64 each."""
         mine = self.order(step).reshape(self.accumulation, self.world, self.micro_batch)

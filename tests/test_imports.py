@@ -5,15 +5,22 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent
 ALLOWED = {         # module or folder -> what of ours it may import when it is loaded
     "config": set(), "device": set(), "checkpoint": set(), "presets": set(),
-    "bpe": {"bpe_train", "bpe_files"}, "bpe_train": set(), "bpe_files": set(),
+    "bpe": {"bpe_train", "bpe_files"}, "bpe_train": set(),
+    "download": set(), "bpe_files": {"download"},
     "model": {"config"}, "optim": {"config"}, "launch": {"device"},
-    "report": {"device", "optim"},
-    "sample": {"model", "bpe", "checkpoint", "config", "device"},
+    "model_files": {"config", "model"}, "faults": {"launch"}, "parallel": {"device", "launch"},
+    "report": {"device", "faults", "launch", "optim"},
+    "sample": {"model", "bpe", "checkpoint", "config", "data", "device", "lora"},
+    "quant": set(), "lora": {"config", "lora_adapters", "lora_files", "lora_layer", "lora_targets"},
+    "lora_adapters": {"config", "lora_layer", "lora_targets", "quant"},
+    "lora_files": {"config", "lora_adapters", "lora_layer", "lora_targets"},
+    "lora_layer": {"config", "quant"}, "lora_targets": {"config", "lora_layer", "quant"},
+    "classifier": {"config", "model"},
     "data/shards": set(), "data/texts": set(), "data/loader": {"data"},
-    "data": {"bpe", "config", "data"},
-    "eval": {"data", "config", "device"},
-    "train": {"bpe", "checkpoint", "config", "data", "device", "eval", "launch", "model", "optim",
-              "presets", "report", "sample"},
+    "data": {"bpe", "config", "data", "download"},
+    "eval": {"data", "config", "device", "download", "eval"},
+    "train": {"bpe", "checkpoint", "config", "data", "device", "eval", "faults", "launch", "model",
+              "optim", "parallel", "presets", "report", "sample"},
 }
 OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {"data", "eval", "experiments", "bench"}
 

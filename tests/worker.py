@@ -13,6 +13,7 @@ import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import config
+import parallel
 import train
 
 torch.set_num_threads(1)
@@ -30,7 +31,7 @@ def counting(group, bucket):
     return allreduce_hook(group, bucket)
 
 
-class CountingDDP(train.DistributedDataParallel):
+class CountingDDP(parallel.DistributedDataParallel):
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
         self.register_comm_hook(None, counting)
@@ -38,7 +39,7 @@ class CountingDDP(train.DistributedDataParallel):
 
 if __name__ == "__main__":
     torch.nn.utils.clip_grad_norm_ = recording
-    train.DistributedDataParallel = CountingDDP
+    parallel.DistributedDataParallel = CountingDDP
     train.train(config.parse(train.TrainConfig, sys.argv[2:], "worker.py"))
     if os.environ.get("RANK", "0") == "0":
         torch.save({"gradients": gradients, "reductions": len(reductions)}, sys.argv[1])

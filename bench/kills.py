@@ -1,0 +1,200 @@
+"""Kill a run with SIGKILL at random moments, start it again, and compare with one left in peace.
+
+    python -m bench.kills [--kills=100] [--ranks=1] [--kind=pretraining] [--save]
+
+A run is killed, all its ranks at once, after a random share of the time that the undisturbed run
+takes, again and again until it comes to its end. Then its last.pt and best.pt (parameters and
+optimizer state) and its log must equal the undisturbed run's, bit for bit and line for line. After
+each kill the newest checkpoint must be readable, and no older than the newest one before. Dropout
+is on; the disk is made slow, so that many kills fall into a save.
+"""
+import multiprocessing
+import os
+import random
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Literal
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import train
+from bench.machine import write_results
+from config import build, option, parse, run_command
+from faults import PHASES, Watch
+from report import read_log
+
+SLOW_DISK = 0.02            # seconds that each flush to the disk takes longer
+MODEL = dict(block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+SETTINGS = dict(device="cpu", dtype="float32", compile="off", batch_tokens=512, micro_batch=4,
+                max_steps=40, eval_every=8, save_every=3, milestone_every=12, log_every=2,
+                learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2, sample_every=20,
+                sample_tokens=8, timeout_minutes=1.0)
+
+
+@dataclass(frozen=True)
+class KillsConfig:
+    kills: int = option(100, "how often to kill, at least")
+    ranks: int = option(1, "processes of the run")
+    kind: Literal["pretraining"] = option("pretraining", "what is trained")
+    seed: int = option(0, "of the moments; 0: the clock")
+    save: bool = option(False, "add to bench/results/kills.json")
+
+
+def start(function: Callable, ranks: int, *arguments: Any) -> list[Any]:
+    """Run function(*arguments) as so many ranks, each in a process of its own that has PyTorch
+    loaded already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = [context.Process(target=_as_rank, args=(function, rank, ranks, port, arguments))
+             for rank in range(ranks)]
+    for process in found:
+        process.start()
+    return found
+
+
+def _as_rank(function: Callable, rank: int, ranks: int, port: int, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())                    # its own would outlive a killed process
+    if ranks > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    function(*arguments)
+
+
+def run(settings: dict[str, Any], phase: Any = None) -> None:
+    """A rank of the run, with a slow disk; `phase` tells the killer where it is."""
+    sys.stdout = sys.stderr = open(Path(settings["out"]).with_suffix(".txt"), "a")
+    fsync, at = os.fsync, Watch.at
+
+    def slow(handle):
+        time.sleep(SLOW_DISK)
+        fsync(handle)
+
+    def noted(self, step, name):
+        phase.value = PHASES.index(name)
+        at(self, step, name)
+    checkpoint.os.fsync, Watch.at = slow, noted
+    train.train(build(train.TrainConfig, settings))
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """What two finished runs do not have in common: files, tensors, log lines."""
+    found = []
+    for name in ("last.pt", "best.pt"):
+        a, b = (dict(_flat(checkpoint.load(folder / name))) for folder in (one, two))
+        found += [f"{name}: {key}" for key in {**a, **b} if not key.endswith("config.out")
+                  and not _equal(a.get(key), b.get(key))]
+    logs = [[{key: value for key, value in line.items() if key != "tokens_per_s"}
+             for line in read_log(folder / "log.jsonl")] for folder in (one, two)]
+    found += ["log.jsonl"] if logs[0] != logs[1] else []
+    names = [{path.name for path in checkpoint.milestones(folder)} for folder in (one, two)]
+    return found + (["milestones"] if names[0] != names[1] else [])
+
+
+def campaign(folder: Path, settings: dict[str, Any], ranks: int, kills: int,
+             rng: random.Random) -> dict[str, Any]:
+    """Run in peace once, then kill so often: how many kills, how many runs of them exact."""
+    phase = multiprocessing.get_context("forkserver").RawValue("i", 0)
+    counts = {"kills": 0, "exact": 0, "lost": 0, "runs": 0, "in a save": 0,
+              **{name: 0 for name in PHASES}}
+    reference = folder / "peace"
+    began = time.monotonic()
+    for process in start(run, ranks, {**settings, "out": str(reference)}, phase):
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"the undisturbed run failed:\n"
+                               f"{reference.with_suffix('.txt').read_text()[-2000:]}")
+    span = time.monotonic() - began
+    while counts["kills"] < kills:
+        out = folder / f"run{counts['runs']}"
+        in_run = newest = 0
+        while True:
+            phase.value = 0
+            processes = start(run, ranks, {**settings, "out": str(out)}, phase)
+            enough = counts["kills"] + in_run >= kills
+            processes[0].join(None if enough else rng.uniform(0, span))
+            if not processes[0].is_alive():
+                break
+            for process in rng.sample(processes, ranks):
+                process.kill()
+            counts[PHASES[phase.value]] += 1
+            for process in processes:
+                process.join()
+            in_run += 1
+            counts["in a save"] += any(out.glob("*.tmp"))
+            saved = (checkpoint.load_last(out) or {"step": 0})["step"] if out.exists() else 0
+            counts["lost"] += saved < newest
+            newest = max(newest, saved)
+        for process in processes:
+            process.join()
+        wrong = differences(reference, out) if not any(p.exitcode for p in processes) else [
+            out.with_suffix(".txt").read_text()[-1000:]]
+        if wrong:
+            print(f"{out.name}, killed {in_run} times, differs: {wrong[:5]}", file=sys.stderr)
+        counts["runs"] += 1
+        counts["kills"] += in_run
+        counts["exact"] += 0 if wrong else in_run
+        shutil.rmtree(out)
+    return counts
+
+
+def prepare(folder: Path) -> str:
+    """A small byte-level data set."""
+    from data.corpus import CorpusConfig, prepare as prepare_corpus
+    (folder / "text.txt").write_text("".join(
+        f"line {i * i % 97} of the text, {'odd' if i % 2 else 'even'}\n" for i in range(240)))
+    return str(prepare_corpus(CorpusConfig(source=str(folder / "text.txt"), tokenizer="bytes",
+                                           validation=1 / 6, out=str(folder / "data"))))
+
+
+def settings_of(kind: str, folder: Path) -> dict[str, Any]:
+    return {**SETTINGS, "data": prepare(folder), "model": MODEL}
+
+
+def line(counts: dict[str, Any]) -> str:
+    return (f"{counts['kills']} kills, {counts['exact']} exact, {counts['lost']} lost "
+            f"({counts['runs']} runs; " + ", ".join(f"{counts[name]} {name}" for name in
+                                                    (*PHASES, "in a save")) + ")")
+
+
+def main(words: list[str]) -> None:
+    config = parse(KillsConfig, words, "python -m bench.kills", about=__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        counts = campaign(Path(folder), settings_of(config.kind, Path(folder)), config.ranks,
+                          config.kills, random.Random(config.seed or time.time_ns()))
+    print(f"{config.kind}, {config.ranks} rank(s): {line(counts)}")
+    if config.save:
+        write_results(f"kills-{config.kind}-{config.ranks}", torch.device("cpu"),
+                      [{"kind": config.kind, "ranks": config.ranks, **counts}])
+    if counts["exact"] != counts["kills"] or counts["lost"]:
+        raise ValueError("not every kill was survived; see above")
+
+
+def _flat(value: Any, name: str = ""):
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _flat(item, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+if __name__ == "__main__":
+    run_command(main)

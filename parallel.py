@@ -1,0 +1,154 @@
+"""One network on several ranks: a copy on each (DDP), or a part on each (FSDP2).
+
+    parallel = Parallel(model, world, shard="none", dtype=torch.bfloat16)
+    optimizer = make_optimizer(model, ...)          # after it: FSDP has replaced the parameters
+    parallel.load(optimizer, state)                 # of a checkpoint, whichever way wrote it
+    parallel.sync(last_micro_batch)                 # before each forward pass
+    parallel.network(x, y, reduction="sum")
+    whole = parallel.whole()                        # the plain module, to evaluate and sample
+    state = parallel.state(optimizer)               # all ranks call it; the same format for both
+
+References: Li et al. 2020 (2006.15704) for DDP, Zhao et al. 2023 (2304.11277) for FSDP; both are
+PyTorch's own.
+"""
+import copy
+import sys
+from typing import Any, Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from device import autocast, has_compiler
+from launch import Processes
+
+# Floating-point operations of a run on one device that make up for the minute of torch.compile.
+COMPILE_PAYS = {"cuda": 1e17, "cpu": 1e13}
+
+
+class Parallel:
+    """Holds the module as it is trained (`network`) and gives it back whole.
+
+    shard: "none" copies weights, gradients and optimizer state to every rank (DDP). "fsdp" splits
+    all three, and gathers a block's weights when it computes. "zero2" splits gradients and
+    optimizer state only: weights stay gathered from a step's forward pass to its end.
+    """
+
+    def __init__(self, model: nn.Module, world: Processes, shard: str, dtype: torch.dtype):
+        if shard != "none" and world.size == 1:
+            raise ValueError(f"shard={shard} needs several ranks; start them with torchrun, or "
+                             f"leave it out")
+        self.model, self.shard, self.plain = model, shard, model
+        self.network = model
+        if shard != "none":
+            self.plain = _hollow(copy.deepcopy(model))                  # filled by whole()
+            mesh = init_device_mesh(world.device.type, (world.size,))
+            # Gathered in the dtype of the products, reduced in float32. Inputs keep their own:
+            # the residual stream stays in float32, as under autocast.
+            options = dict(mesh=mesh, reshard_after_forward=shard == "fsdp",
+                           mp_policy=MixedPrecisionPolicy(
+                               param_dtype=None if dtype == torch.float32 else dtype,
+                               reduce_dtype=torch.float32, cast_forward_inputs=False))
+            for block in model.transformer.h:
+                fully_shard(block, **options)
+            fully_shard(model, **options)
+        elif world.size > 1:
+            self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def sync(self, last: bool) -> None:
+        """Gradients are reduced over the ranks with the last micro-batch only."""
+        if self.shard != "none":
+            self.model.set_requires_gradient_sync(last)
+        elif self.network is not self.model:
+            self.network.require_backward_grad_sync = last
+
+    def whole(self) -> nn.Module:
+        """The module with all its weights, outside DDP, FSDP and compiler. All ranks call it."""
+        if self.shard != "none":
+            gathered: dict[int, torch.Tensor] = {}      # a tied tensor is gathered once
+            for name, p in self.model.named_parameters(remove_duplicate=False):
+                if id(p) not in gathered:
+                    gathered[id(p)] = nn.Parameter(full(p.detach()), p.requires_grad)
+                module, _, key = name.rpartition(".")
+                setattr(self.plain.get_submodule(module), key, gathered[id(p)])
+        return self.plain
+
+    def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Weights and optimizer state, whole, in the format of one rank. All ranks call it."""
+        return {"model": _mapped(self.model.state_dict(), full),
+                "optimizer": _mapped(optimizer.state_dict(), full)}
+
+    def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """The inverse of `state`; each rank keeps its part."""
+        weights, moments = state["model"], state["optimizer"]
+        if self.shard != "none":
+            ours = self.model.state_dict()
+            weights = {name: _split(tensor, ours[name]) for name, tensor in weights.items()}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            moments = {**moments, "state": {
+                i: {key: _split(value, parameters[i]) for key, value in entry.items()}
+                for i, entry in moments["state"].items()}}
+        self.model.load_state_dict(weights)
+        optimizer.load_state_dict(moments)
+
+
+def compiled(parallel: Parallel, mode: str, batch: tuple[torch.Tensor, ...], flops: float,
+             world: Processes, dtype: torch.dtype) -> nn.Module:
+    """The network under torch.compile where that pays; as it is, with a warning, where it fails.
+
+    mode: on, off, or auto, which weighs `flops`, the work of the run on this device. The compiler
+    runs on a batch whose gradients are thrown away, so that a failure costs no training.
+    """
+    device, network = world.device, parallel.network
+    pays = has_compiler(device) and flops > COMPILE_PAYS.get(device.type, float("inf"))
+    if mode == "off" or (mode == "auto" and not pays):
+        return network
+    faster, worked = torch.compile(network, dynamic=False), torch.ones((), device=device)
+    # DDP: not reduced, a rank that fails must not leave others waiting. FSDP would keep what it
+    # does not reduce.
+    parallel.sync(parallel.shard != "none")
+    try:
+        with autocast(device, dtype):
+            _, nats = faster(*(part.to(device) for part in batch), reduction="sum")
+        nats.backward()
+    except Exception as error:                          # whatever the compiler's many parts raise
+        print(f"warning: torch.compile failed, going on without it: {type(error).__name__}: "
+              f"{str(error)[:200]!r}", file=sys.stderr)
+        worked.zero_()
+    network.zero_grad(set_to_none=True)
+    if world.size > 1:                                  # all ranks do the same
+        dist.all_reduce(worked, dist.ReduceOp.MIN)
+    return faster if worked else network
+
+
+def _hollow(model: nn.Module) -> nn.Module:
+    """The module with its parameters on the meta device, which holds no numbers."""
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None:
+                module._parameters[key] = nn.Parameter(p.to("meta"), p.requires_grad)
+    return model
+
+
+def full(tensor: Any) -> Any:
+    """A tensor that is split over the ranks, put together; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _split(tensor: Any, like: torch.Tensor) -> Any:
+    """A whole tensor, split over the ranks as `like` is; counters stay as they are."""
+    if not isinstance(like, DTensor) or not isinstance(tensor, torch.Tensor) or not tensor.dim():
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def _mapped(value: Any, function: Callable) -> Any:
+    if isinstance(value, dict):
+        return {key: _mapped(item, function) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mapped(item, function) for item in value]
+    return function(value)

@@ -1,0 +1,94 @@
+"""What the ranks of a test do, each in a process of its own (bench.kills.start runs them)."""
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import checkpoint
+import faults
+from config import build
+from model import GPT
+from train import TrainConfig, train
+
+
+def quiet(out):
+    """Both streams to a file beside the run, as one text."""
+    sys.stdout = sys.stderr = open(Path(out).with_suffix(".txt"), "a")
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def plain(settings):
+    quiet(settings["out"])
+    train(build(TrainConfig, settings))
+
+
+def commanded(settings):
+    """As on a command line: errors become one line and an exit code."""
+    from config import run_command
+    quiet(settings["out"])
+    run_command(lambda words: train(build(TrainConfig, settings)))
+
+
+def dying_at(settings, name, count):
+    """Dies by SIGKILL in front of the count-th call of os.`name`, or at a phase of step `count`."""
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if name in faults.PHASES:
+        at = faults.Watch.at
+        faults.Watch.at = lambda self, step, phase: (
+            kill() if (step, phase) == (count, name) else at(self, step, phase))
+    else:
+        function, calls = getattr(os, name), []
+
+        def counting(*arguments):
+            calls.append(arguments)
+            return kill() if len(calls) == count else function(*arguments)
+        setattr(checkpoint.os, name, counting)
+    plain(settings)
+
+
+def with_a_bad_loss(settings, steps, bad_rank):
+    """On one rank, the loss of the given steps is not a number."""
+    forward, at, here = GPT.forward, faults.Watch.at, []
+
+    def noted(self, step, phase):
+        here[:] = [step]
+        at(self, step, phase)
+
+    def broken(self, *arguments, **named):
+        logits, loss = forward(self, *arguments, **named)
+        return logits, loss * float("nan") if rank() == bad_rank and self.training and \
+            here[0] in steps else loss
+    GPT.forward, faults.Watch.at = broken, noted
+    commanded(settings)
+
+
+def hanging(settings, stopped):
+    """Rank 1 stands still in step 3: the whole process (as on a dead machine), or its loop."""
+    at = faults.Watch.at
+
+    def hang(self, step, phase):
+        at(self, step, phase)
+        if rank() == 1 and step == 3:
+            os.kill(os.getpid(), signal.SIGSTOP) if stopped else threading.Event().wait()
+    faults.Watch.at = hang
+    commanded(settings)
+
+
+def dying_rank(settings):
+    """Rank 1 dies in step 3."""
+    at = faults.Watch.at
+    faults.Watch.at = lambda self, step, phase: (
+        os.kill(os.getpid(), signal.SIGKILL) if rank() == 1 and step == 3 else
+        at(self, step, phase))
+    commanded(settings)
+
+
+def different(settings):
+    """Rank 1 was started with another learning rate."""
+    commanded({**settings, "learning_rate": 0.005 * (2 - rank())})

@@ -1,0 +1,350 @@
+"""Runs that survive: whatever is killed, full, locked, hanging or not a number."""
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import faults
+import ranks
+import report
+from bench.kills import campaign, differences, line, settings_of, start
+from config import build
+from train import TrainConfig, train
+
+REPOSITORY = Path(__file__).parent.parent
+MODEL = dict(block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+
+
+@pytest.fixture
+def settings(dataset, tmp_path):
+    """Of a short run with everything in it: evaluations, samples, checkpoints, milestones."""
+    return dict(data=str(dataset), out=str(tmp_path / "run"), max_steps=12, batch_tokens=16 * 32,
+                micro_batch=4, learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2,
+                eval_every=4, save_every=2, milestone_every=4, log_every=2, dtype="float32",
+                device="cpu", compile="off", sample_tokens=4, model=MODEL, timeout_minutes=1.0)
+
+
+def finish(processes):
+    """Wait for the ranks; their exit codes."""
+    for process in processes:
+        process.join(timeout=120)
+    return [process.exitcode for process in processes]
+
+
+def printed(settings):
+    return Path(settings["out"]).with_suffix(".txt").read_text()
+
+
+def lines(out):
+    return report.read_log(Path(out) / "log.jsonl")
+
+
+# ---- killed
+
+CALLS = [*(("fsync", n) for n in range(1, 5)), *(("replace", n) for n in range(1, 13)), ("link", 1),
+         ("computing", 7), ("evaluating", 8), ("saving", 4), ("saving", 12)]
+
+
+@pytest.fixture(scope="module")
+def peace(tmp_path_factory):
+    """An undisturbed run, and its settings."""
+    folder = tmp_path_factory.mktemp("peace")
+    found = {**settings_of("pretraining", folder), "max_steps": 12, "eval_every": 4,
+             "save_every": 2, "milestone_every": 4, "out": str(folder / "run")}
+    assert finish(start(ranks.plain, 1, found)) == [0], printed(found)
+    return found
+
+
+@pytest.mark.parametrize("name,count", CALLS)
+def test_a_run_killed_at_any_call_goes_on_as_if_nothing_had_been(peace, tmp_path, name, count):
+    cut = {**peace, "out": str(tmp_path / "run")}
+    assert finish(start(ranks.dying_at, 1, cut, name, count)) == [-signal.SIGKILL]
+    assert finish(start(ranks.plain, 1, cut)) == [0], printed(cut)
+    assert differences(Path(peace["out"]), Path(cut["out"])) == []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_runs_killed_at_random_moments_equal_one_that_was_not(tmp_path, number):
+    counts = campaign(tmp_path, settings_of("pretraining", tmp_path), number, 3, random.Random())
+    assert counts["exact"] == counts["kills"] >= 3 and counts["lost"] == 0, line(counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 2])
+def test_fifty_kills_at_random_moments_lose_nothing(tmp_path, number):
+    counts = campaign(tmp_path, settings_of("pretraining", tmp_path), number, 50, random.Random())
+    assert counts["exact"] == counts["kills"] >= 50 and counts["lost"] == 0, line(counts)
+
+
+def test_torchrun_restarts_a_run_whose_rank_died_and_it_goes_on(settings, tmp_path):
+    whole = {**settings, "out": str(tmp_path / "whole")}
+    assert finish(start(ranks.plain, 2, whole)) == [0, 0], printed(whole)
+    (tmp_path / "once.py").write_text(
+        f"import json, os, sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
+        f"import torch, ranks\ntorch.set_num_threads(1)\n"
+        f"settings = json.loads({json.dumps(json.dumps(settings))})\n"
+        "dies = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1'\n"
+        "ranks.dying_at(settings, 'computing', 7) if dies else ranks.plain(settings)\n")
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc_per_node=2", "--max-restarts=1", str(tmp_path / "once.py")],
+                         capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "going on at step" in printed(settings)
+    assert differences(Path(whole["out"]), Path(settings["out"])) == []
+
+
+def test_a_run_continues_with_another_number_of_ranks_and_another_micro_batch(settings, tmp_path):
+    settings.update(schedule="constant", model={**MODEL, "dropout": 0.0})   # dropout is a rank's
+    whole = {**settings, "out": str(tmp_path / "whole")}
+    train(build(TrainConfig, whole))
+    assert finish(start(ranks.plain, 2, {**settings, "max_steps": 6})) == [0, 0], printed(settings)
+    train(build(TrainConfig, {**settings, "micro_batch": 2}))
+    expected, found = ([line["loss"] for line in lines(out) if "lr" in line]
+                       for out in (whole["out"], settings["out"]))
+    assert found == pytest.approx(expected, rel=1e-5)   # float32 sums in another order
+
+
+def test_a_second_interrupt_ends_a_run_at_once(settings, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", f"--data={settings['data']}", f"--out={settings['out']}",
+         "--max_steps=1000000", "--log_every=1000000", "--batch_tokens=512", "--micro_batch=4",
+         "--compile=off", "--device=cpu", "--dtype=float32", "--eval_every=0", "--save_every=0",
+         *(f"--model.{key}={value}" for key, value in MODEL.items())],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "from step 0" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    while "once more to stop at once" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert "Traceback" not in process.stderr.read()
+
+
+# ---- the disk
+
+def test_a_full_disk_costs_warnings_and_leaves_the_checkpoint_before(settings, tmp_path):
+    first = {**settings, "max_steps": 4, "schedule": "constant", "milestone_every": 0,
+             "sample_tokens": 0}                        # a run that stops at 4 samples there
+    train(build(TrainConfig, first))
+    command = [sys.executable, "-c",
+               f"import sys; sys.path[:0] = [{str(REPOSITORY / 'tests')!r}]; import json, ranks\n"
+               f"ranks.commanded(json.loads(sys.argv[1]))"]
+    full = {**first, "max_steps": 10, "max_failed_saves": 2}
+    run = subprocess.run(       # files of more than 100 kB cannot be written: the log can
+        [*command, json.dumps(full)], cwd=REPOSITORY, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert run.returncode == 2
+    text = printed(settings)
+    for number in (1, 2, 3):
+        assert f"WARNING: NO CHECKPOINT WAS SAVED ({number} in a row)" in text
+    assert "File too large" in text and "max_failed_saves=2" in text.splitlines()[-1]
+    assert checkpoint.load_last(settings["out"])["step"] == 4
+    assert not list(Path(settings["out"]).glob("*.tmp"))
+    train(build(TrainConfig, {**full, "out": str(tmp_path / "whole")}))
+    train(build(TrainConfig, full))                     # there is room again
+    assert differences(Path(settings["out"]), tmp_path / "whole") == []
+
+
+def test_a_disk_that_is_full_for_a_while_is_survived(settings, tmp_path, monkeypatch, capsys):
+    whole = {**settings, "out": str(tmp_path / "whole")}
+    train(build(TrainConfig, whole))
+    fsync, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if 3 < len(calls) < 6:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    train(build(TrainConfig, settings))
+    assert "No space left on device" in capsys.readouterr().err
+    one, two = (checkpoint.load(Path(s["out"]) / "last.pt") for s in (whole, settings))
+    assert one["step"] == two["step"]
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, two["model"][name])
+
+
+def test_a_run_on_a_small_file_system_says_that_it_is_full(settings, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    small = {**settings, "out": str(disk / "run"), "max_failed_saves": 0}
+    command = (f"mount -t tmpfs -o size=300k tmpfs {disk} && {sys.executable} -c \"import sys, json; "
+               f"sys.path[:0] = ['{REPOSITORY}', '{REPOSITORY}/tests']; import ranks; "
+               f"from config import run_command, build; from train import train, TrainConfig; "
+               f"run_command(lambda words: train(build(TrainConfig, json.loads(words[0]))))\" "
+               f"'{json.dumps(small)}'")
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(disk)],
+                      capture_output=True).returncode:
+        pytest.skip("this machine does not let a test mount a file system")
+    run = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True,
+                         timeout=120)
+    assert run.returncode == 2 and "No space left on device" in run.stderr, run.stderr[-2000:]
+    assert "Traceback" not in run.stderr
+
+
+# ---- numbers
+
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks_and_counted(settings):
+    settings.update(save_every=1, milestone_every=1, eval_every=0)
+    assert finish(start(ranks.with_a_bad_loss, 2, settings, [4], 1)) == [0, 0], printed(settings)
+    before, after, later = (checkpoint.load(Path(settings["out"]) / f"step_{n:07d}.pt")["model"]
+                            for n in (4, 5, 6))         # step 4, counted from 0, makes state 5
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(after["lm_head.weight"], later["lm_head.weight"])
+    found = {line["step"]: line for line in lines(settings["out"]) if "lr" in line}
+    assert found[5]["loss"] is None and found[5]["skipped"] == "not finite"
+    assert [step for step, line in found.items() if "skipped" in line] == [5]
+    json.loads((Path(settings["out"]) / "log.jsonl").read_text().splitlines()[4],
+               parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_steps_that_stay_bad_stop_the_run_and_name_what_they_read(settings):
+    settings.update(max_bad_steps=3, eval_every=0)
+    assert finish(start(ranks.with_a_bad_loss, 1, settings, range(5, 99), 0)) == [2]
+    last = printed(settings).splitlines()[-1]
+    assert last.startswith("error: loss or gradient was not finite in the 3 steps up to 8;")
+    assert "train_0000.npy at token" in last and "last.pt" in last
+    state = checkpoint.load_last(settings["out"])
+    assert state["step"] == 6 and all(t.isfinite().all() for t in state["model"].values())
+
+
+def test_a_spike_is_marked_and_with_skip_spikes_not_applied(settings, monkeypatch, capsys):
+    from model import GPT
+    forward, calls = GPT.forward, []
+
+    def spiking(self, *arguments, **named):
+        logits, loss = forward(self, *arguments, **named)
+        calls.append(self.training)
+        # the 4 micro-batches of step 111
+        return logits, loss * 40 if self.training and 440 < sum(calls) <= 444 else loss
+    monkeypatch.setattr(GPT, "forward", spiking)
+    settings.update(max_steps=112, save_every=1, milestone_every=1, save_total_limit=4,
+                    eval_every=0, eval_tokens=32, sample_tokens=0)
+    for skip in (0.0, 8.0):
+        out = f"{settings['out']}{skip}"
+        calls.clear()
+        train(build(TrainConfig, {**settings, "skip_spikes": skip, "out": out}))
+        marked = [line for line in lines(out) if "spike" in line]
+        assert [line["step"] for line in marked] == [111] and marked[0]["spike"] > 8
+        assert marked[0].get("skipped") == ("spike" if skip else None)
+        before, after = (checkpoint.load(Path(out) / f"step_{n:07d}.pt")["model"]["lm_head.weight"]
+                         for n in (110, 111))
+        assert torch.equal(before, after) == bool(skip)
+    assert "standard deviations above the last 100, not applied" in capsys.readouterr().out
+
+
+def test_a_spike_is_measured_in_standard_deviations_of_a_full_window():
+    spikes = faults.Spikes([])
+    for value in [1.0, 3.0] * 49 + [1.0]:
+        spikes.add(value)
+    assert spikes.score(1e9) == 0.0                     # 99 losses are no window
+    spikes.add(3.0)
+    assert spikes.score(7.0) == pytest.approx(5.0)      # mean 2, standard deviation 1
+    spikes.add(5.0)
+    assert len(spikes.recent) == 100 and spikes.recent[-1] == 5.0
+
+
+# ---- other processes
+
+def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(settings, tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\nimport faults, pathlib\n"
+        f"with faults.locked(pathlib.Path({str(tmp_path)!r})):\n print('held', flush=True)\n"
+        f" sys.stdin.read()")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on .*; wait for"):
+        with faults.locked(tmp_path):
+            pass
+    with pytest.raises(ValueError, match="is in use by"):
+        train(build(TrainConfig, {**settings, "out": str(tmp_path)}))
+    holder.kill()
+    holder.wait()
+    with faults.locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_rank_that_hangs_is_named_and_ends_the_others(settings, stopped):
+    settings["timeout_minutes"] = 0.03
+    processes = start(ranks.hanging, 2, settings, stopped)
+    processes[0].join(timeout=60)
+    if not stopped:                     # it may find out about itself first
+        processes[1].join(timeout=60)
+    assert faults.EXIT_HANGS in [process.exitcode for process in processes], printed(settings)
+    last = [text for text in printed(settings).splitlines() if "hangs" in text][-1]
+    assert f"error: rank 1 (process {processes[1].pid} on" in last and "at step 3" in last
+    assert ("shows no sign of life" in last) == stopped
+    processes[1].kill()
+    processes[1].join()
+
+
+def test_a_rank_that_dies_is_one_line_from_the_others(settings):
+    processes = start(ranks.dying_rank, 2, settings)
+    assert finish(processes) == [2, -signal.SIGKILL], printed(settings)
+    assert "error: another rank is gone" in printed(settings).splitlines()[-1]
+
+
+def test_ranks_that_were_started_differently_are_refused(settings):
+    assert finish(start(ranks.different, 2, settings)) == [2, 2]
+    assert "has learning_rate=0.005, rank 0 has learning_rate=0.01" in printed(settings)
+    assert not Path(settings["out"]).exists()
+
+
+def test_another_start_is_refused_where_a_run_is(settings, tmp_path):
+    train(build(TrainConfig, {**settings, "max_steps": 2, "out": str(tmp_path / "base")}))
+    train(build(TrainConfig, {**settings, "max_steps": 2}))
+    with pytest.raises(ValueError, match="holds a run with init_from=scratch, this one has "
+                                         f"init_from={tmp_path / 'base'}; choose another --out"):
+        train(build(TrainConfig, {**settings, "init_from": str(tmp_path / "base"), "model": {}}))
+
+
+# ---- parts instead of copies
+
+@pytest.mark.parametrize("shard", ["fsdp", "zero2"])
+def test_a_sharded_run_equals_one_with_copies_and_either_continues_the_other(settings, tmp_path,
+                                                                             shard):
+    settings.update(schedule="constant", model={**MODEL, "dropout": 0.0})
+    copies, parts, mixed = ({**settings, "out": str(tmp_path / name)}
+                            for name in ("copies", "parts", "mixed"))
+    assert finish(start(ranks.plain, 2, copies)) == [0, 0], printed(copies)
+    assert finish(start(ranks.plain, 2, {**parts, "shard": shard})) == [0, 0], printed(parts)
+    for steps, way in ((4, "none"), (8, shard), (12, "none")):
+        part = {**mixed, "shard": way, "max_steps": steps}
+        assert finish(start(ranks.plain, 2, part)) == [0, 0], printed(mixed)
+    assert "going on at step 8 of 12" in printed(mixed)
+    for other in (parts, mixed):
+        one, two = (checkpoint.load(Path(s["out"]) / "last.pt") for s in (copies, other))
+        assert list(one["model"]) == list(two["model"])
+        for key in ("loss", "val_loss"):                # float32 sums in another order
+            expected, found = ([line[key] for line in lines(s["out"]) if key in line]
+                               for s in (copies, other))
+            assert found == pytest.approx(expected, rel=1e-5)
+        a, b = (torch.cat([tensor.flatten() for tensor in state["model"].values()])
+                for state in (one, two))
+        assert (a - b).norm() <= 1e-3 * a.norm()        # Adam turns rounding into small steps
+
+
+def test_sharding_one_rank_is_refused(settings):
+    with pytest.raises(ValueError, match="shard=fsdp needs several ranks"):
+        train(build(TrainConfig, {**settings, "shard": "fsdp"}))
+
+
+# ---- the same bits under torch.compile
+
+@pytest.mark.slow
+def test_compiled_runs_are_equal_bit_for_bit(settings, tmp_path):
+    from device import has_compiler
+    if not has_compiler(torch.device("cpu")):
+        pytest.skip("no C++ compiler here")
+    torch.set_num_threads(2)            # the order of additions is the threads' without `repeatable`
+    for name in "ab":
+        train(build(TrainConfig, {**settings, "compile": "on", "out": str(tmp_path / name)}))
+    assert differences(tmp_path / "a", tmp_path / "b") == []
