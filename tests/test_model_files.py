@@ -268,7 +268,8 @@ def test_a_checkpoint_of_llmc_is_read(tmp_path, version, tolerance):
 @pytest.mark.parametrize("position,value,message", [
     (0, 20240520, "has magic 20240520"), (1, 4, "and version 4"), (4, 2**31 - 1, "its header says"),
     (4, 2, "its header says"), (4, -1, "impossible sizes"), (7, 60, "impossible sizes"),
-    (5, 5, "is not divisible by"), (6, 64, "its header says"), (None, 1, "its header says"), (None, 32_000, "is shorter than"),
+    (5, 5, "is not divisible by"), (6, 64, "its header says"), (None, 1, "its header says"),
+    (None, 32_000, "is shorter than"),
 ])
 def test_a_damaged_checkpoint_of_llmc_is_named(tmp_path, position, value, message):
     path = llmc(tiny(), tmp_path / "gpt2.bin")
