@@ -1,5 +1,6 @@
 """Conversations: from files of any format to ids and labels, exactly and reversibly."""
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -361,6 +362,8 @@ def test_python_answers_for_itself_without_repeating_a_pair():
     assert {len(c["messages"]) for c in found} == {2, 4}
     for c in found:
         conversations.check_messages(c["messages"])
+    summaries = Counter(c["messages"][1]["content"] for c in found)
+    assert max(summaries.values()) <= pydocs.REPEATED
     answers = {c["messages"][1]["content"] for c in found
                if "json.dumps(" in c["messages"][0]["content"]}
     assert answers == {"Serialize ``obj`` to a JSON formatted ``str``."}

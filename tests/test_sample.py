@@ -183,6 +183,18 @@ def test_sampling_in_a_chat_is_that_of_generate(talker):
     assert prompt + new == whole
 
 
+def test_the_same_prompt_again_gives_the_same_and_a_full_context_ends_it(talker):
+    run, template = talker
+    model, tokenizer = load_model(run)
+    prompt = render_prompt([{"role": "user", "content": "Hello!"}], tokenizer, template)
+    chat = Chat(model, tokenizer, template, temperature=0)
+    first, second = list(chat.new_tokens(prompt)), list(chat.new_tokens(prompt))
+    assert first == second and len(prompt) + len(first) == model.config.block_size + 1
+    # the last token comes from a context that is full, and is read by nobody
+    whole = model.generate(torch.tensor([prompt]), len(first), temperature=0)
+    assert whole[0].tolist() == prompt + first
+
+
 def test_pieces_are_whole_characters(talker):
     model, tokenizer = load_model(talker[0])
     pieces = list(Chat(model, tokenizer, talker[1], temperature=0).answer("Hello!"))

@@ -75,10 +75,30 @@ def test_another_seed_is_another_order_and_the_order_needs_no_history():
     assert [a.order(step).tolist() for step in reversed(range(20))] == steps[::-1]
 
 
+def test_a_step_has_rows_of_similar_length_and_the_steps_are_shuffled_in_every_epoch():
+    samples = some_samples(403)
+    loader = SampleLoader(samples, BLOCK, 8 * BLOCK, 8)
+    for epoch in range(3):
+        own = range(-(-epoch * 403 // 8), (epoch + 1) * 403 // 8)       # not shared with another
+        lengths = samples.lengths[np.stack([loader.order(step) for step in own])]
+        assert np.mean(lengths.max(1) - lengths.min(1)) < samples.lengths.max() / 8
+        middles = np.median(lengths, axis=1)[:16]       # of the first group of steps
+        assert middles.tolist() != sorted(middles)
+
+
+def test_a_label_on_a_first_token_counts_nowhere_as_nothing_predicts_it():
+    samples = some_samples(8)
+    samples = Samples(samples.ids, np.ones_like(samples.labelled), samples.offsets, BLOCK)
+    for packing in (False, True):
+        loader = SampleLoader(samples, BLOCK, 4 * BLOCK, 4, packing=packing)
+        for step in range(3):
+            assert loader.labels(step) == pairs_of(loader.batches(step)).total()
+
+
 def test_padding_reaches_to_the_longest_of_a_micro_batch_and_has_no_label():
-    samples = some_samples(64)
+    samples = some_samples(50)
     loader = SampleLoader(samples, BLOCK, 16 * BLOCK, 4)
-    for step in range(4):
+    for step in range(12):                              # epochs end within some of them
         longest = [max(samples.lengths[i] for i in x[:, 0].numpy() // 100)
                    for x, _ in loader.batches(step)]
         assert longest == sorted(longest)
