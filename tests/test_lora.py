@@ -225,6 +225,21 @@ def test_loftq_and_qpissa_lose_less_than_plain_quantisation():
     assert errors["loftq"] < errors["pissa"] < plain
 
 
+def test_with_nf4_what_the_adapter_starts_with_is_not_quantised():
+    """PiSSA on one large direction and small noise: NF4 has only the noise to lose. LoftQ on
+    columns of growing size."""
+    large = 1 + 0.05 * torch.randn(64, 64)
+    growing = torch.randn(64, 64) * torch.linspace(0, 2, 64)
+    for init, W, share in (("pissa", large, 0.5), ("loftq", growing, 0.9)):
+        errors = {}
+        for name in ("kaiming", init):
+            model = nn.Sequential(nn.Linear(64, 64))
+            model[0].weight.data.copy_(W)
+            add_lora(model, LoRAConfig(r=8, target_modules=("0",), init=name, quantize="nf4"))
+            errors[name] = ((model[0].base_layer.dequantize() - W).norm() / W.norm()).item()
+        assert errors[init] < share * errors["kaiming"], errors
+
+
 # ------------------------------------------------------------------------------------------------
 # Training
 
@@ -482,11 +497,22 @@ def test_a_mixture_is_linear_in_weights_and_biases():
         torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_another_shape_of_model_llama_like():
+def llama():
     transformers = pytest.importorskip("transformers")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32))
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+        tie_word_embeddings=False))
+
+
+def test_all_linear_and_nf4_leave_out_a_head_that_is_not_tied():
+    model = add_lora(llama(), LoRAConfig(target_modules="all-linear", quantize="nf4"))
+    assert len(adapted_layers(model)) == 14 and type(model.lm_head) is nn.Linear
+    assert names(add_lora(llama(), LoRAConfig(target_modules=("lm_head",)))) == ["lm_head"]
+
+
+def test_another_shape_of_model_llama_like():
+    model = llama()
     before = model(ids()).logits
     add_lora(model, LoRAConfig(r=4, target_modules=(
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")))

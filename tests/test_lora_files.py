@@ -169,8 +169,10 @@ def test_an_inactive_adapter_is_saved_with_its_own_biases(tmp_path):
 
 
 def test_a_merged_model_saves_the_same_adapter(tmp_path):
+    """Also another one than is merged, which reads the lengths of the base's rows."""
     model = shake(add_lora(gpt(), LoRAConfig(r=4, target_modules=("c_attn.q",), use_dora=True)))
     save_lora(model, tmp_path / "a")
+    shake(add_lora(model, LoRAConfig(r=4), "other"))
     merge_lora(model)
     save_lora(model, tmp_path / "b")
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]
