@@ -12,6 +12,7 @@ import os
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from config import option, parse, run_command
 from data import conversations
@@ -26,7 +27,9 @@ RECORDS = 52_002
 @dataclass(frozen=True)
 class AlpacaConfig:
     source: str = option("", "a local file; empty: download it once", flag="from")
-    on_error: str = option("skip", "what to do with a broken record: skip or refuse")
+    on_error: Literal["skip", "refuse"] = option("skip", "what to do with a broken record")
+    tokenizer: str = option("", "gpt2 or a tokenizer's path, to count tokens with; the data know "
+                                "none, so this is optional")
     validation: float = option(0.05, "share of the records that validates")
     out: str = option("", "folder of the data set; empty: data/alpaca")
 
@@ -38,8 +41,10 @@ def prepare(config: AlpacaConfig = AlpacaConfig()) -> Path:
     found, dropped = conversations.read(files, "alpaca", config.on_error)
     records = len(found) + sum(dropped.values())
     if records != RECORDS:
-        print(f"{config.source} has {records:,} records, not the {RECORDS:,} of Stanford Alpaca")
+        print(f"{files[0]} has {records:,} records, not the {RECORDS:,} of Stanford Alpaca")
     conversations.write_dataset(folder, found, config.source or URL, config.validation, dropped)
+    if config.tokenizer:
+        conversations.count_tokens(folder, config.tokenizer)
     return folder
 
 

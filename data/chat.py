@@ -306,6 +306,8 @@ class ChatConfig:
     format: Literal["auto", "messages", "alpaca", "conversation", "sharegpt"] = option(
         "auto", "of the records; auto: told by their keys")
     on_error: Literal["skip", "refuse"] = option("skip", "what to do with a broken record")
+    tokenizer: str = option("", "gpt2 or a tokenizer's path, to count tokens with; the data know "
+                                "none, so this is optional")
     validation: float = option(0.05, "share of the conversations that validates")
 
 
@@ -321,6 +323,8 @@ def prepare(config: ChatConfig) -> Path:
         raise ValueError(f"{config.source} holds no conversation that can be used; nothing was "
                          f"written")
     conversations.write_dataset(folder, found, config.source, config.validation, dropped)
+    if config.tokenizer:
+        conversations.count_tokens(folder, config.tokenizer)
     return folder
 
 

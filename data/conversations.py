@@ -23,6 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
+from bpe import find_tokenizer
 from data.shards import write_file, write_json
 
 Message = dict[str, str]
@@ -280,6 +281,18 @@ def write_dataset(folder: str | Path, conversations: list[dict[str, Any]], sourc
     print(f"{folder}: {len(train):,} conversations to train on, {len(val):,} to validate"
           + "".join(f"; dropped {n:,}: {reason}" for reason, n in sorted(dropped.items())))
     return meta
+
+
+def count_tokens(folder: Path, name: str) -> None:
+    """Print how long a data set's text is in tokens of "gpt2" or of a tokenizer's path."""
+    tokenizer = find_tokenizer(name)
+    for split in ("train", "val"):
+        talks = (json.loads(line)["messages"] for line in read_split(folder, split))
+        counts = Counter()
+        for message in (message for talk in talks for message in talk):
+            counts[message["role"]] += len(tokenizer.encode(message["content"]))
+        print(f"{split}: {counts.total():,} tokens of {name} without a template, "
+              f"{counts['assistant']:,} of them in answers")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

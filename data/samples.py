@@ -108,8 +108,9 @@ class SampleLoader:
         self.rows = pack(samples.lengths, block_size) if packing else \
             [[i] for i in range(len(samples))]          # the samples of each row
         self.windows = len(self.rows)
-        self.row_lengths = np.array([samples.lengths[row].sum() for row in self.rows])
-        self.row_labels = np.array([samples.label_counts[row].sum() for row in self.rows])
+        self.row_lengths, self.row_labels = (
+            np.array([counts[row].sum() for row in self.rows]) if packing else counts
+            for counts in (samples.lengths, samples.label_counts))
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))     # the one at hand, in order
 
     def order(self, step: int) -> np.ndarray:

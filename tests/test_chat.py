@@ -1,5 +1,6 @@
 """Conversations: from files of any format to ids and labels, exactly and reversibly."""
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -424,8 +425,15 @@ def test_the_commands_prepare_and_inspect(tmp_path, capsys):
                             [*pairs(30), {"messages": TALK}, {"instruction": "a", "output": ""}]))
     chat.main([str(file), f"--out={tmp_path / 'out'}"])
     chat.main([f"--from={file}", f"--out={tmp_path / 'same'}"])
-    chat.main(["prepare", str(file), f"--out={tmp_path / 'third'}", "--validation=0.5"])
-    assert "dropped 1: empty answer" in capsys.readouterr().out
+    TOKENIZER.save(tmp_path / "tok.json")
+    chat.main(["prepare", str(file), f"--out={tmp_path / 'third'}", "--validation=0.5",
+               f"--tokenizer={tmp_path / 'tok.json'}"])
+    out = capsys.readouterr().out
+    assert "dropped 1: empty answer" in out
+    answers = [len(TOKENIZER.encode(m["content"])) for c in [*pairs(30), {"messages": TALK}]
+               for m in c["messages"] if m["role"] == "assistant"]
+    counted = re.findall(r"([\d,]+) of them in answers", out)
+    assert sum(int(n.replace(",", "")) for n in counted) == sum(answers)
     assert fingerprint(tmp_path / "out", TOKENIZER, "plain") == fingerprint(
         tmp_path / "same", TOKENIZER, "plain") != fingerprint(tmp_path / "third", TOKENIZER,
                                                               "plain")
