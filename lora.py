@@ -13,7 +13,10 @@
 A layer W (out, in) becomes h = W x + s (B A - B0 A0) dropout(x) with A (R, in) and B (out, R),
 rank R and scale s = alpha / R. B starts at zero and there is no B0 A0, except where an init starts
 from the weight's own directions: then B0 A0 is where B A started. So the model always starts as the
-base and the base's weights are never edited.
+base (as NF4 holds it, where that is asked for), and the base's weights are never edited.
+
+The layer and its variants are in lora_layer.py, the choice of layers in lora_targets.py, switching
+and checkpoints in lora_adapters.py, PEFT's format in lora_files.py, NF4 in quant.py.
 
 Four choices: scale (use_rslora), init, forward (use_dora), weights of the base (quantize).
 Hu et al. 2022, "LoRA"; Kalajdzievski 2023, "rsLoRA"; Liu et al. 2024, "DoRA"; Meng et al. 2024,
