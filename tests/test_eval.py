@@ -132,6 +132,8 @@ def test_answers_are_compared_after_the_prompt_as_one_at_a_time(tokenizer, revie
     for item in items:
         text = tokenizer.encode(" " + item.text)
         cut += len(text) > room
+        assert imdb.prompt(item, tokenizer, block_size + 1 - max(map(len, answers))) == (
+            before + text[-room:] + after, len(text) > room)
         sums = [sum(logp for logp, _ in log_probs(model.eval(), before + text[-room:] + after
                                                   + answer, len(answer))) for answer in answers]
         confusion[item.label][sums[1] > sums[0]] += 1
