@@ -1,7 +1,8 @@
 """Dataclasses to command line: one mechanism for every setting of the project.
 
 A setting is a field of a frozen dataclass, made by `option(default, help)`; its type, default and
-help text are the `--help`. A field that is itself a dataclass becomes dotted flags:
+help text are the `--help`. A field that is itself a dataclass becomes dotted flags; one that is a
+dataclass or None is there when a flag of it is:
 
     @dataclass(frozen=True)
     class TrainConfig:
@@ -40,8 +41,8 @@ def settings_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, dataclasses
     found = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[field.name]):
-            found.update(settings_of(hints[field.name], f"{prefix}{field.name}."))
+        if group := _group(hints[field.name]):
+            found.update(settings_of(group, f"{prefix}{field.name}."))
         else:
             found[prefix + field.name] = (hints[field.name], field)
     return found
@@ -54,8 +55,10 @@ def build(cls: type[Config], values: dict[str, Any]) -> Config:
     """
     known = settings_of(cls)
     values = flatten(values)
-    for name in values:
-        if name not in known:
+    for name in list(values):
+        if values[name] is None and any(key.startswith(name + ".") for key in known):
+            del values[name]                                        # a group that is not there
+        elif name not in known:
             raise ValueError(_unknown(name, known))
     return _assemble(cls, values)
 
@@ -134,12 +137,20 @@ def _assemble(cls: type[Config], values: dict[str, Any], prefix: str = "") -> Co
     arguments = {}
     for field in dataclasses.fields(cls):
         name, kind = prefix + field.name, hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            arguments[field.name] = _assemble(kind, values, name + ".")
+        if group := _group(kind):
+            given = any(key.startswith(name + ".") for key in values)
+            if given or group is kind:                              # X | None needs a setting of X
+                arguments[field.name] = _assemble(group, values, name + ".")
         elif name in values:
             value = values[name]
             arguments[field.name] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
+
+
+def _group(kind: Any) -> type | None:
+    """The dataclass of a field that is one, or one or None."""
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -48,10 +48,12 @@ __all__ = ["LoRAConfig", "add_lora", "merge_lora", "unmerge_lora", "unload_lora"
            "load_trainable_state"]
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> nn.Module:
+def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
+             quiet: bool = False) -> nn.Module:
     """Give the model an adapter, in place: it computes and trains, everything else is frozen."""
     _attach(model, config, name)
-    say(describe(model))
+    if not quiet:
+        say(describe(model))
     return model
 
 

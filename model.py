@@ -13,7 +13,7 @@ References: Radford et al. 2019, "Language Models are Unsupervised Multitask Lea
 code for it (github.com/openai/gpt-2); tensors are named as there and in Hugging Face's GPT2LMHead.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Iterable
 
@@ -264,6 +264,16 @@ class GPT(nn.Module):
                     break
         self.train(was_training)
         return out
+
+    def crop_context(self, block_size: int) -> None:
+        """Shorten the context, in place: the last positions are left out."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"block_size={block_size} is not in 1 to {self.config.block_size}, "
+                             f"the context of the model")
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
+        wpe.num_embeddings = block_size
+        self.config = replace(self.config, block_size=block_size)
 
     def num_params(self) -> int:
         """Parameters, tied ones counted once, padded rows of the vocabulary not at all."""

@@ -45,16 +45,12 @@ def load(name: str | Path, dropout: float = 0.0, block_size: int | None = None) 
     else:
         folder = Path(name) if Path(name).is_dir() else download(str(name))
         config, tensors = read_folder(folder)
-    block_size = config.block_size if block_size is None else block_size
-    if not 1 <= block_size <= config.block_size:
-        raise ValueError(f"block_size={block_size} is not in 1 to {config.block_size}, the context "
-                         f"of {name}, which has learned no more positions")
-    positions = tensors["transformer.wpe.weight"]
-    tensors["transformer.wpe.weight"] = positions[:block_size].clone()
     with torch.device("meta"):                                      # no init to be overwritten
-        model = GPT(dataclasses.replace(config, dropout=dropout, block_size=block_size))
+        model = GPT(dataclasses.replace(config, dropout=dropout))
     model.load_state_dict(tensors, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
+    if block_size is not None:
+        model.crop_context(block_size)
     return model
 
 

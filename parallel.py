@@ -36,13 +36,17 @@ class Parallel:
     shard: "none" copies weights, gradients and optimizer state to every rank (DDP). "fsdp" splits
     all three, and gathers a block's weights when it computes. "zero2" splits gradients and
     optimizer state only: weights stay gathered from a step's forward pass to its end.
+    weights, load_weights: which tensors a checkpoint holds, where not all of them.
     """
 
-    def __init__(self, model: nn.Module, world: Processes, shard: str, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, world: Processes, shard: str, dtype: torch.dtype,
+                 weights: Callable = nn.Module.state_dict,
+                 load_weights: Callable = nn.Module.load_state_dict):
         if shard != "none" and world.size == 1:
             raise ValueError(f"shard={shard} needs several ranks; start them with torchrun, or "
                              f"leave it out")
         self.model, self.shard, self.plain = model, shard, model
+        self.weights, self.load_weights = weights, load_weights
         self.network = model
         if shard != "none":
             self.plain = _hollow(copy.deepcopy(model))                  # filled by whole()
@@ -79,7 +83,7 @@ class Parallel:
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Weights and optimizer state, whole, in the format of one rank. All ranks call it."""
-        return {"model": _mapped(self.model.state_dict(), full),
+        return {"model": _mapped(self.weights(self.model), full),
                 "optimizer": _mapped(optimizer.state_dict(), full)}
 
     def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -92,7 +96,7 @@ class Parallel:
             moments = {**moments, "state": {
                 i: {key: _split(value, parameters[i]) for key, value in entry.items()}
                 for i, entry in moments["state"].items()}}
-        self.model.load_state_dict(weights)
+        self.load_weights(self.model, weights)
         optimizer.load_state_dict(moments)
 
 

@@ -42,6 +42,16 @@ SHAKESPEARE_CPU = dict(
     eval_every=500, save_every=1000, log_every=50, sample_tokens=400,
     optim=dict(beta2=0.99), model=dict(block_size=64, n_layer=4, n_head=4, n_embd=128, bias=False))
 
+SFT_DEMO = dict(
+    init_from="out/demo", data="pydocs", template="plain", epochs=2, batch_tokens=16 * 128,
+    micro_batch=16, learning_rate=2e-3, min_learning_rate=2e-4, warmup_ratio=0.05, eval_every=200,
+    save_every=200, log_every=20, sample_tokens=40)
+GPT2_CHAT = dict(
+    init_from="gpt2", template="alpaca", epochs=3, batch_tokens=32 * 512, micro_batch=8,
+    learning_rate=2e-5, min_learning_rate=2e-6, warmup_ratio=0.03, weight_decay=0.0,
+    eval_every=200, save_every=200, sample_tokens=100, patience=3, model=dict(block_size=512))
+LORA = dict(learning_rate=1e-3, min_learning_rate=1e-4, weight_decay=0.0)
+
 PRESETS = {
     "demo": Preset(
         "a small GPT on the documentation that Python carries; offline, for a first look",
@@ -73,4 +83,23 @@ PRESETS = {
         "GPT-2 large, 774M, likewise", "not measured", _pretraining(36, 20, 1280, 2.5e-4, 8)),
     "gpt2-1558m": Preset(
         "GPT-2 XL, 1558M, likewise", "not measured", _pretraining(48, 25, 1600, 2e-4, 4)),
+    "sft-demo": Preset(
+        "the demo run learns to answer questions on Python's documentation; offline, after demo",
+        "not measured", SFT_DEMO),
+    "lora-demo": Preset(
+        "the same with an adapter of rank 8 on all linear layers; offline, after demo",
+        "not measured", dict(SFT_DEMO, **LORA, lora=dict(r=8, target_modules=("all-linear",)))),
+    "gpt2-alpaca": Preset(
+        "GPT-2 124M on Stanford Alpaca, all weights", "not measured",
+        dict(GPT2_CHAT, data="alpaca")),
+    "gpt2-alpaca-lora": Preset(
+        "GPT-2 124M on Stanford Alpaca, an adapter of rank 8", "not measured",
+        dict(GPT2_CHAT, **LORA, data="alpaca", lora=dict(r=8, alpha=16.0, dropout=0.05))),
+    "gpt2-imdb-lora": Preset(
+        "GPT-2 124M on IMDB reviews as texts, an adapter of rank 4 as in a published study",
+        "not measured",
+        dict(LORA, init_from="gpt2", data="imdb", epochs=1, batch_tokens=16 * 512, micro_batch=8,
+             warmup_ratio=0.03, eval_every=200, eval_tokens=200_000, save_every=200,
+             model=dict(block_size=512),
+             lora=dict(r=4, alpha=16.0, dropout=0.05, bias="lora_only"))),
 }

@@ -183,7 +183,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def finish(out: Path, log: RunLog, figures: dict[str, Any], best_loss: float, step: int,
-           meta: dict[str, Any]) -> dict[str, Any]:
+           entropy: float | None) -> dict[str, Any]:
     """Write the final figures into run.json and say them; return the whole summary."""
     run = json.loads((out / "run.json").read_text()) if log.active else {}
     run["final"] = {"step": step, "tokens": step * log.tokens_per_step, "train_loss": log.last_loss,
@@ -194,7 +194,6 @@ def finish(out: Path, log: RunLog, figures: dict[str, Any], best_loss: float, st
     if log.active:
         write_json(out / "run.json", run)
     if figures:
-        entropy = meta.get("unigram_entropy")
         log.say(f"validation loss {figures['loss']:.4f} nats a token"
                 + (f" (unigram entropy of the corpus: {entropy:.4f})" if entropy else "")
                 + (f", {figures['bits_per_byte']:.4f} bits per byte"
@@ -313,11 +312,11 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, tokenizer: Any, r
     rates = [learning_rate(round(i * (config.max_steps - 1) / 59), config.schedule,
                            config.max_steps, config.warmup_steps, config.learning_rate,
                            config.min_learning_rate, config.optim) for i in range(60)]
-    x, y = next(batches.batches(0))
+    x, y = next(batches.batches(0))[:2]
     lines = [
         f"{config.max_steps} steps of {config.batch_tokens:,} tokens = {world} rank(s) x "
         f"{batches.accumulation} micro-batch(es) x {batches.micro_batch} sequences x "
-        f"{c.block_size} tokens; {passes:.2f} passes over {len(batches.tokens):,} tokens",
+        f"{c.block_size} tokens; {passes:.2f} passes over {batches.windows:,} rows of the data",
         f"parameters {n:,}, trained {trained:,}; "
         f"{model.flops_per_token() / 1e9:.3g} GFLOP a token, "
         f"{model.flops_per_token() * config.max_steps * config.batch_tokens:.3g} FLOP in all",

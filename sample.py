@@ -25,10 +25,11 @@ from typing import Iterator, Literal
 import torch
 
 import checkpoint
+import lora
 from bpe import Tokenizer
 from config import build, option, parse, run_command
 from data import conversations
-from data.chat import extend_tokenizer, find_template, render_prompt
+from data.chat import extend_tokenizer, find_template, grow_embedding, render_prompt
 from data.conversations import Message
 from device import autocast, pick_device, pick_dtype
 from model import GPT, GPTConfig, sample_token
@@ -72,11 +73,33 @@ def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: fl
              else checkpoint.load_last(folder))
     if state is None:
         raise FileNotFoundError(f"the run {folder} has no checkpoint yet")
-    shape = build(GPTConfig, {**state["config"]["model"], "dropout": dropout})
-    model = GPT(shape)
-    model.load_state_dict(state["model"])
-    file = folder / "tokenizer.json"
-    return model.to(device).eval(), Tokenizer.load(file) if file.exists() else None
+    settings, file = state["config"], folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(file) if file.exists() else None
+    shape = build(GPTConfig, {**settings["model"], "dropout": dropout})
+    if not settings.get("lora"):
+        model = GPT(shape)
+        model.load_state_dict(state["model"])
+        return model.to(device).eval(), tokenizer
+    model, _ = load_base(settings["init_from"], dropout, shape.block_size)      # it has the rest
+    grow_embedding(model, shape.vocab_size)
+    lora.add_lora(model, build(lora.LoRAConfig, settings["lora"]), quiet=True)
+    if model.lora.base_hash != state["base"]:
+        raise ValueError(f"{folder} trained an adapter of {settings['init_from']}, which has "
+                         f"changed since; put the old one back")
+    lora.load_trainable_state(model, state["model"])
+    return model.to(device).eval(), tokenizer
+
+
+def load_base(name: str | Path, dropout: float = 0.0, block_size: int | None = None
+              ) -> tuple[GPT, Tokenizer | None]:
+    """A model to train on, and its tokenizer; an adapter is merged, a longer context cropped."""
+    model, tokenizer = load_model(name, dropout=dropout)
+    if hasattr(model, "lora"):
+        lora.merge_lora(model)
+        lora.unload_lora(model)
+    if block_size and block_size < model.config.block_size:
+        model.crop_context(block_size)
+    return model.requires_grad_(True).train(), tokenizer
 
 
 def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 200,

@@ -20,36 +20,40 @@ import math
 import threading
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn as nn
 
 import checkpoint
 import faults
+import lora
 import report
 import sample
-from bpe import Tokenizer
 from config import flatten, option, parse, run_command
-from data import loader, shards
+from data import chat, sets, shards
 from device import autocast, pick_dtype
 from eval import hellaswag
+from eval.fit import fit_report
 from eval.loss import evaluate_loss, token_lengths
 from launch import Processes, processes, repeatable, stop_signals
+from lora import LoRAConfig
 from model import GPT, GPTConfig
 from optim import OptimConfig, learning_rate, make_optimizer
 from parallel import Parallel, compiled, full
 from presets import DEFAULT_PRESET, PRESETS
 
-SMALL_DATA = ("corpus", "shakespeare")      # made within a minute when a run asks for them
-EVALUATION_TOKENS = 4096                    # at once, at least: small micro-batches would be slow
+SMALL_DATA = ("corpus", "shakespeare", "pydocs")    # made within a minute when a run asks for them
+FIT_TOKENS = 20_000         # of each split that the fit report reads
+SAME = ("data", "seed", "batch_tokens", "init_from", "base", "packing", "model.", "lora.")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     out: str = option("out/run", "folder of the run; a run that is there goes on")
-    data: str = option("corpus", "data set: a name under data/ or a folder of token shards")
+    data: str = option("corpus", "data set: a name under data/ or a folder, of token shards or of "
+                                 "conversations")
     init_from: str = option("scratch", "scratch, gpt2, gpt2-medium, ..., a Hugging Face folder or "
                                        "a run: where the weights of a new run come from")
     seed: int = option(0, "of weights, batch order and dropout")
@@ -75,8 +79,13 @@ class TrainConfig:
     weight_decay: float = option(0.1, "of matrices and embeddings; gains and biases have none")
     grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
     recompute_activations: bool = option(False, "activation checkpointing: less memory, more time")
+    template: str = option("plain", "how conversations are written: alpaca, plain, chatml, llama3 "
+                                    "or none")
+    labels: Literal["all", "last"] = option("all", "which answers of a conversation are learned")
+    packing: bool = option(False, "several conversations in a row, instead of padding")
     eval_every: int = option(250, "steps between evaluations; 0: only at the end")
     eval_tokens: int = option(0, "tokens of an evaluation, spread over the split; 0: all")
+    patience: int = option(0, "evaluations without a lower loss before the run ends; 0: no end")
     hellaswag_every: int = option(0, "steps between HellaSwag evaluations; 0: never")
     hellaswag_file: str = option("", "local HellaSwag file; empty: downloaded once")
     sample_every: int = option(0, "steps between samples; 0: only at the end")
@@ -98,6 +107,7 @@ class TrainConfig:
     report_to: Literal["none", "tensorboard"] = option("none", "besides log.jsonl and the screen")
     dry_run: bool = option(False, "say what would happen, in seconds, and train nothing")
     model: GPTConfig = option(GPTConfig(), "the network")
+    lora: LoRAConfig | None = option(None, "train an adapter instead of all weights")
     optim: OptimConfig = option(OptimConfig(), "the optimizer")
 
     def __post_init__(self):
@@ -107,7 +117,7 @@ class TrainConfig:
         for name in ("max_steps", "epochs", "warmup_steps", "grad_clip", "eval_every", "save_every",
                      "weight_decay", "learning_rate", "min_learning_rate", "sample_tokens",
                      "max_minutes", "eval_tokens", "hellaswag_every", "sample_every",
-                     "milestone_every", "save_total_limit", "max_failed_saves", "skip_spikes"):
+                     "patience", "milestone_every", "save_total_limit", "max_failed_saves", "skip_spikes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not self.max_steps and not self.epochs:
@@ -119,6 +129,9 @@ class TrainConfig:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above "
                              f"learning_rate={self.learning_rate}; lower it, or raise the peak")
+        if self.lora and self.init_from == "scratch":
+            raise ValueError("lora on init_from=scratch would adapt random weights; name a model, "
+                             "--init_from=RUN or gpt2, or leave lora out")
         if self.timeout_minutes <= 0:
             raise ValueError(f"timeout_minutes={self.timeout_minutes} must be above 0")
         if self.milestone_every and (not self.save_every or self.milestone_every % self.save_every):
@@ -127,29 +140,8 @@ class TrainConfig:
                              f"stays")
 
 
-@dataclass(frozen=True)
-class Data:
-    """A prepared data set, and the tokenizer that made it where that is known."""
-    meta: dict[str, Any]
-    fingerprint: str
-    tokenizer: Tokenizer | None
-    train: shards.Tokens
-    val: shards.Tokens
-
-    @cached_property
-    def lengths(self) -> torch.Tensor | None:
-        return token_lengths(self.tokenizer) if self.tokenizer else None
-
-    def validation(self, config: TrainConfig, world: Processes):
-        """This rank's share of the validation split, as batches."""
-        block_size = config.model.block_size
-        return loader.evaluation_batches(
-            self.val, block_size, max(config.micro_batch, EVALUATION_TOKENS // block_size),
-            config.eval_tokens, world.rank, world.size)
-
-
-def open_data(name: str, world: Processes) -> Data:
-    """Open a data set; the two small ones are made on the spot if they are not there yet."""
+def prepared(name: str, world: Processes) -> Path:
+    """The folder of a data set, its files verified; a small one is made if it is not there yet."""
     try:
         folder = shards.find(name)
     except FileNotFoundError:
@@ -159,42 +151,55 @@ def open_data(name: str, world: Processes) -> Data:
             importlib.import_module(f"data.{name}").prepare()
     world.wait()
     folder = shards.find(name)
-    if world.rank == 0:
+    if world.rank == 0 and not sets.is_chat(folder):
         shards.verify(folder, cached=True)
     world.wait()
-    meta, file = shards.read_meta(folder), folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(file) if file.exists() else None
-    if tokenizer and meta["tokenizer_hash"] not in (None, tokenizer.hash):
-        raise ValueError(f"{file} is not the tokenizer that made the shards beside it; "
-                         f"prepare the data again")
-    return Data(meta, shards.fingerprint(folder), tokenizer, shards.open_split(folder, "train"),
-                shards.open_split(folder, "val"))
+    return folder
 
 
-def base_model(config: TrainConfig, data: Data) -> tuple[GPT, TrainConfig]:
-    """The network before training, and the config with the shape that it really has."""
-    vocab_size, asked = data.meta["vocab_size"], config.model
+def base_and_data(config: TrainConfig, world: Processes):
+    """The network before training, the data, and the config with the shape that it really has."""
+    folder, asked = prepared(config.data, world), config.model
     if config.init_from == "scratch":
-        if asked.vocab_size not in (vocab_size, GPTConfig.vocab_size):
+        if sets.is_chat(folder):
+            raise ValueError(f"data={config.data} holds conversations, and init_from=scratch has "
+                             f"no words yet; name a model that writes, --init_from=RUN or gpt2")
+        data = sets.TokenSet(folder)
+        if asked.vocab_size not in (data.vocab_size, GPTConfig.vocab_size):
             raise ValueError(f"model.vocab_size={asked.vocab_size}, but the tokenizer of "
-                             f"{config.data} has {vocab_size}; leave it out, training takes that")
-        shape = dataclasses.replace(asked, vocab_size=vocab_size)
+                             f"{config.data} has {data.vocab_size}; leave it out, training takes "
+                             f"that")
+        shape = dataclasses.replace(asked, vocab_size=data.vocab_size)
         with torch.device("meta" if config.dry_run else "cpu"):
-            return GPT(shape), dataclasses.replace(config, model=shape)
-    model, tokenizer = sample.load_model(config.init_from, dropout=asked.dropout)
+            model = GPT(shape)
+        return model, data, dataclasses.replace(config, model=shape, template="")
+
+    crop = asked.block_size if asked.block_size != GPTConfig.block_size else None
+    model, tokenizer = sample.load_base(config.init_from, asked.dropout, crop)
     for field in dataclasses.fields(GPTConfig):
         value, has = getattr(asked, field.name), getattr(model.config, field.name)
         if value not in (field.default, has):
             raise ValueError(f"model.{field.name}={value}, but {config.init_from} has {has}; "
                              f"leave it out, init_from brings the shape")
-    other = tokenizer and data.tokenizer and tokenizer.hash != data.tokenizer.hash
-    if other or model.config.vocab_size != vocab_size:
-        raise ValueError(f"{config.data} was made with another tokenizer than "
-                         f"{config.init_from}'s; prepare it with --tokenizer={config.init_from}")
-    return model, dataclasses.replace(config, model=model.config)
+    if sets.is_chat(folder):
+        if tokenizer is None:
+            raise ValueError(f"{config.init_from} has no tokenizer to read conversations with; put "
+                             f"its tokenizer.json there")
+        tokenizer = chat.extend_tokenizer(tokenizer, config.template)
+        chat.grow_embedding(model, tokenizer.vocab_size)
+        data = sets.ChatSet(folder, tokenizer, config.template, model.config.block_size,
+                            config.labels)
+    else:
+        data = sets.TokenSet(folder)
+        other = tokenizer and data.tokenizer and tokenizer.hash != data.tokenizer.hash
+        if other or model.config.vocab_size != data.vocab_size:
+            raise ValueError(f"{config.data} was made with another tokenizer than "
+                             f"{config.init_from}'s; prepare it with --tokenizer="
+                             f"{config.init_from}")
+    return model, data, dataclasses.replace(config, model=model.config, template=data.template)
 
 
-def hellaswag_items(config: TrainConfig, data: Data) -> list[hellaswag.Item]:
+def hellaswag_items(config: TrainConfig, data: Any) -> list[hellaswag.Item]:
     """What the loop evaluates on; nothing where it does not."""
     if not config.hellaswag_every:
         return []
@@ -204,7 +209,7 @@ def hellaswag_items(config: TrainConfig, data: Data) -> list[hellaswag.Item]:
     return hellaswag.load_items(config.hellaswag_file or None)
 
 
-def counted(config: TrainConfig, batches: loader.WindowLoader) -> TrainConfig:
+def counted(config: TrainConfig, batches: Any) -> TrainConfig:
     """The config with epochs and warmup_ratio turned into steps."""
     steps = math.ceil(config.epochs * batches.windows / batches.per_step) or config.max_steps
     warmup = config.warmup_steps or round(config.warmup_ratio * steps)
@@ -225,20 +230,21 @@ def claim(out: Path, world: Processes, held: contextlib.ExitStack) -> None:
     world.wait()
 
 
-def open_run(out: Path, config: TrainConfig, data: Data, world: Processes) -> dict[str, Any] | None:
+def open_run(out: Path, config: TrainConfig, data: Any, base: str, world: Processes
+             ) -> dict[str, Any] | None:
     """The checkpoint of the same run, if there is one in the folder; else the start of a new."""
     state = checkpoint.load_last(out)
     if state:
         there, here = flatten(state["config"]), flatten(dataclasses.asdict(config))
-        there["data"], here["data"] = state["data"], data.fingerprint
-        for name in here:
-            if there.get(name) != here[name] and (name in ("data", "seed", "batch_tokens",
-                                                           "init_from")
-                                                  or name.startswith("model.")):
+        there.update(data=state["data"], base=state["base"])
+        here.update(data=data.fingerprint, base=base)
+        for name in {**there, **here}:
+            if there.get(name) != here.get(name) and (
+                    name in SAME or name.startswith(tuple(part for part in SAME if "." in part))):
                 raise ValueError(f"{out} holds a run with {name}={there.get(name)}, this one has "
-                                 f"{name}={here[name]}; choose another --out, or delete {out}")
-        if state["step"] >= config.max_steps:
-            return state                                            # finished, to be left alone
+                                 f"{name}={here.get(name)}; choose another --out, or delete {out}")
+        if finished(state, config):
+            return state                                            # to be left alone
         report.changes(there, here, world.rank)
     if world.rank == 0:
         report.write_json(out / "config.json", dataclasses.asdict(config))
@@ -247,6 +253,10 @@ def open_run(out: Path, config: TrainConfig, data: Data, world: Processes) -> di
         if data.tokenizer:
             data.tokenizer.save(out / "tokenizer.json")
     return state
+
+
+def finished(state: dict[str, Any], config: TrainConfig) -> bool:
+    return state["step"] >= config.max_steps or 0 < config.patience <= state["stale"]
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -263,33 +273,38 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # TF32 for what autocast leaves in float32
 
-    # Data, then base weights -> DDP or FSDP -> optimizer -> resume -> compile.
-    data = open_data(config.data, world)
-    model, config = base_model(config, data)
-    batches = loader.WindowLoader(data.train, config.model.block_size, config.batch_tokens,
-                                  config.micro_batch, config.seed, world.rank, world.size,
-                                  pin=device.type == "cuda")
+    # Data and base weights -> LoRA, quantised -> DDP or FSDP -> optimizer -> resume -> compile.
+    model, data, config = base_and_data(config, world)
+    batches = data.loader(config, world, pin=device.type == "cuda")
     config = counted(config, batches)
     faults.agree(world, {**flatten(dataclasses.asdict(config)), "data": data.fingerprint,
                          "code": faults.code_hash(report.REPOSITORY), "torch": torch.__version__})
+    weights = nn.Module.state_dict, nn.Module.load_state_dict       # what a checkpoint holds
+    base = ""
+    if config.lora:
+        weights = lora.trainable_state, lora.load_trainable_state
+        lora.add_lora(model, config.lora)
+        base = model.lora.base_hash
     if config.dry_run:
         return report.dry_run(config, model, batches, data.tokenizer, world.rank, world.size, dtype)
     items = hellaswag_items(config, data)               # now, so that it cannot fail days later
     claim(out, world, held)
-    state = open_run(out, config, data, world)
-    if state and state["step"] >= config.max_steps:
+    state = open_run(out, config, data, base, world)
+    if state and finished(state, config):
         return report.finished(out, world.rank)
     model.to(device)
     model.recompute_activations = config.recompute_activations
-    parallel = Parallel(model, world, config.shard, dtype)
+    parallel = Parallel(model, world, config.shard, dtype, *weights)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    lengths = token_lengths(data.tokenizer) if data.tokenizer else None
     optimizer = make_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best_loss, recent = 0, float("inf"), []
+    step, best_loss, stale, recent = 0, math.inf, 0, []
     if state:
         parallel.load(optimizer, state)
         scaler.load_state_dict(state["scaler"])
-        step, best_loss, recent = state["step"], state["best_loss"], state["recent"]
+        step, best_loss = state["step"], state["best_loss"]
+        stale, recent = state["stale"], state["recent"]
         state = None                                    # as large as all the above
     work = (config.max_steps - step) * config.batch_tokens / world.size * model.flops_per_token()
     network = compiled(parallel, config.compile, next(batches.batches(0)), work, world, dtype)
@@ -302,12 +317,12 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
             f"{model.num_params():,} parameters, {config.batch_tokens:,} tokens a step, "
             f"{world.size} x {report.device_name(device)}, {str(dtype).removeprefix('torch.')}"
             + (", compiled" if network is not parallel.network else ""))
-    began, stopping, figures = time.monotonic(), False, {}
-    while step < config.max_steps and not stopping:
+    began, stopping, early, figures = time.monotonic(), False, False, {}
+    while step < config.max_steps and not stopping and not early:
         lr = learning_rate(step, config.schedule, config.max_steps, config.warmup_steps,
                            config.learning_rate, config.min_learning_rate, config.optim)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         # Dropout of a step depends on (seed, step, rank) only, as its batch does: nothing random
         # has to be saved to resume exactly.
         torch.manual_seed((config.seed * 1_000_003 + step) * world.size + world.rank)
@@ -349,26 +364,27 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
                 saver.wait()
                 raise FloatingPointError(report.bad_steps(out, log.bad_steps, step, batches))
         watch.at(step, "evaluating")
-        sampling = config.sample_tokens and due(config.sample_every) and data.tokenizer
+        sampling = config.sample_tokens and data.tokenizer and (
+            due(config.sample_every) or bool(data.prompts) and evaluate)
         scoring = config.hellaswag_every and due(config.hellaswag_every)
         plain = parallel.whole() if evaluate or scoring or sampling else model
         if evaluate:
-            figures = evaluate_loss(plain, data.validation(config, world), device, data.lengths,
-                                    dtype)
+            figures = evaluate_loss(plain, data.validation(config, world), device, lengths, dtype)
             log.evaluation(step, figures)
             best, best_loss = figures["loss"] < best_loss, min(figures["loss"], best_loss)
+            stale = 0 if best else stale + 1
+            early = 0 < config.patience <= stale
         if scoring:
             log.evaluation(step, hellaswag.evaluate(plain, data.tokenizer, items, dtype=dtype))
         if sampling and world.rank == 0:
             with autocast(device, dtype):
-                log.sample(step, sample.continue_text(plain, data.tokenizer, config.sample_prompt,
-                                                      config.sample_tokens, seed=config.seed))
-        save |= stopping
+                log.sample(step, written(plain, data, config))
+        save |= stopping or early
         if save or best:
             watch.at(step, "saving")
             state = {"step": step, **parallel.state(optimizer), "scaler": scaler.state_dict(),
-                     "best_loss": best_loss, "recent": log.spikes.recent,
-                     "config": dataclasses.asdict(config), "data": data.fingerprint}
+                     "best_loss": best_loss, "stale": stale, "recent": log.spikes.recent,
+                     "config": dataclasses.asdict(config), "data": data.fingerprint, "base": base}
             if world.rank == 0:
                 saver.save(state, last=save, best=best, milestone=config.milestone_every > 0
                            and step % config.milestone_every == 0)
@@ -376,14 +392,33 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
         if evaluate or save:
             log.lap(training=False)
     saver.close()
+    if data.prompts and not stopping and world.rank == 0:
+        fit = fit_report(plain, data.train, data.val, limit=FIT_TOKENS, dtype=dtype)
+        log.say(f"the model {fit['verdict']}")
+        figures.update(fit_train_loss=fit["train_loss"], exact_match=fit["exact_match"],
+                       verdict=fit["verdict"])
     log.close()
-    summary = report.finish(out, log, figures, best_loss, step, data.meta)
+    summary = report.finish(out, log, figures, best_loss, step, data.unigram_entropy)
+    if early:
+        log.say(f"ended at step {step}: {stale} evaluations without a lower loss; best.pt has "
+                f"validation loss {best_loss:.4f}")
     if stopping:
         log.say(f"stopped and saved at step {step}; to go on: {report.this_command()}")
     else:
         log.say(f"draw its curve: {report.this_python()} -m experiments.plots {out} "
                 f"--out={out}/curve.png")
     return summary
+
+
+def written(model: GPT, data: Any, config: TrainConfig) -> str:
+    """What the model writes: answers to the data's prompts, or a text."""
+    if not data.prompts:
+        return sample.continue_text(model, data.tokenizer, config.sample_prompt,
+                                    config.sample_tokens, seed=config.seed)
+    return "\n".join(
+        f"> {prompt[-1]['content']}\n" + sample.chat_reply(
+            model, data.tokenizer, prompt, data.template, config.sample_tokens, temperature=0)
+        for prompt in data.prompts)
 
 
 def update(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,

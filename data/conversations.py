@@ -325,3 +325,10 @@ def read_split(folder: Path, split: str) -> list[str]:
         raise ValueError(f"{path} differs from its checksum in meta.json; after a change, prepare "
                          f"it again: python -m data.chat prepare {path} --out=FOLDER")
     return data.decode().split("\n")[:-1]
+
+
+def first_question(line: str) -> list[Message]:
+    """The messages of a prepared line up to the first one that is to be answered."""
+    messages = json.loads(line)["messages"]
+    end = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    return messages[:end]

@@ -11,16 +11,16 @@ ALLOWED = {         # module or folder -> what of ours it may import when it is 
     "model_files": {"config", "model"}, "faults": {"launch"}, "parallel": {"device", "launch"},
     "report": {"device", "faults", "launch", "optim"},
     "sample": {"model", "bpe", "checkpoint", "config", "data", "device", "lora"},
-    "quant": set(), "lora": {"config", "lora_adapters", "lora_files", "lora_layer", "lora_targets"},
-    "lora_adapters": {"config", "lora_layer", "lora_targets", "quant"},
-    "lora_files": {"config", "lora_adapters", "lora_layer", "lora_targets"},
-    "lora_layer": {"config", "quant"}, "lora_targets": {"config", "lora_layer", "quant"},
+    "quant": set(), "lora_targets": {"quant"}, "lora_layer": {"config", "lora_targets", "quant"},
+    "lora_adapters": {"lora_layer", "lora_targets", "quant"},
+    "lora_files": {"lora_adapters", "lora_layer", "lora_targets"},
+    "lora": {"config", "lora_adapters", "lora_files", "lora_layer", "lora_targets", "quant"},
     "classifier": {"config", "model"},
     "data/shards": set(), "data/texts": set(), "data/loader": {"data"},
     "data": {"bpe", "config", "data", "download"},
     "eval": {"data", "config", "device", "download", "eval"},
     "train": {"bpe", "checkpoint", "config", "data", "device", "eval", "faults", "launch", "model",
-              "optim", "parallel", "presets", "report", "sample"},
+              "lora", "optim", "parallel", "presets", "report", "sample"},
 }
 OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {"data", "eval", "experiments", "bench"}
 

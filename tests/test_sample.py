@@ -71,7 +71,7 @@ def test_the_commands_print_text_and_the_loss_that_training_saw(run, capsys):
     assert capsys.readouterr().out.count("document") >= 2
     loss.main([f"--model={run}", f"--data={run.parent / 'data'}", "--dtype=float32"])
     shown = re.search(r"loss ([\d.]+).*bits_per_byte ([\d.]+)", capsys.readouterr().out)
-    assert float(shown[1]) == pytest.approx(checkpoint.load(run / "best.pt")["val_loss"], abs=1e-4)
+    assert float(shown[1]) == pytest.approx(checkpoint.load(run / "best.pt")["best_loss"], abs=1e-4)
     assert 0 < float(shown[2]) < 8
 
 

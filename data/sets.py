@@ -1,0 +1,82 @@
+"""A data set, opened: whatever it holds, batches to train on and batches to validate on.
+
+    data = TokenSet(folder)                                         token shards
+    data = ChatSet(folder, tokenizer, template, block_size)         conversations
+    batches = data.loader(config, world, pin=False)                 config: TrainConfig's settings
+    for batch in batches.batches(step): model(*batch, reduction="sum")
+    for batch in data.validation(config, world): ...
+
+Both have: tokenizer (or None), vocab_size, fingerprint, template ("" of texts), unigram_entropy
+(nats, or None), and prompts, which is what to ask a model that learns from it.
+"""
+from pathlib import Path
+from typing import Any, Iterator
+
+from bpe import Tokenizer
+from data import chat, conversations, loader, samples, shards
+
+EVALUATION_TOKENS = 4096        # at once, at least: small micro-batches would be slow
+PROMPTS = 3                     # of the validation split
+
+
+class TokenSet:
+    """Token shards, and the tokenizer that made them where that is known."""
+    template, prompts = "", ()
+
+    def __init__(self, folder: Path):
+        self.meta, file = shards.read_meta(folder), folder / "tokenizer.json"
+        self.tokenizer = Tokenizer.load(file) if file.exists() else None
+        if self.tokenizer and self.meta["tokenizer_hash"] not in (None, self.tokenizer.hash):
+            raise ValueError(f"{file} is not the tokenizer that made the shards beside it; "
+                             f"prepare the data again")
+        self.vocab_size = self.meta["vocab_size"]
+        if self.tokenizer and self.tokenizer.vocab_size != self.vocab_size:
+            raise ValueError(f"{folder}/meta.json says vocab_size={self.vocab_size}, its tokenizer "
+                             f"has {self.tokenizer.vocab_size}; prepare the data again")
+        self.unigram_entropy = self.meta.get("unigram_entropy")
+        self.fingerprint = shards.fingerprint(folder)
+        self.train = shards.open_split(folder, "train")
+        self.val = shards.open_split(folder, "val")
+
+    def loader(self, config: Any, world: Any, pin: bool = False) -> loader.WindowLoader:
+        return loader.WindowLoader(self.train, config.model.block_size, config.batch_tokens,
+                                   config.micro_batch, config.seed, world.rank, world.size, pin)
+
+    def validation(self, config: Any, world: Any) -> Iterator[tuple]:
+        """This rank's share of the validation split."""
+        return loader.evaluation_batches(self.val, config.model.block_size, _at_once(config),
+                                         config.eval_tokens, world.rank, world.size)
+
+
+class ChatSet:
+    """Conversations, rendered for a model of block_size positions with its tokenizer."""
+    unigram_entropy = None
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, template: str, block_size: int,
+                 labels: str = "all"):
+        self.tokenizer, self.template = tokenizer, template
+        self.vocab_size = tokenizer.vocab_size
+        self.fingerprint = chat.fingerprint(folder, tokenizer, template, labels)
+        self.train, self.val = (chat.load_samples(folder, split, tokenizer, template, block_size,
+                                                  labels) for split in ("train", "val"))
+        found = (conversations.first_question(line)
+                 for line in conversations.read_split(folder, "val")[:PROMPTS])
+        self.prompts = tuple(found)
+
+    def loader(self, config: Any, world: Any, pin: bool = False) -> samples.SampleLoader:
+        return samples.SampleLoader(self.train, config.model.block_size, config.batch_tokens,
+                                    config.micro_batch, config.seed, world.rank, world.size, pin,
+                                    config.packing)
+
+    def validation(self, config: Any, world: Any) -> Iterator[tuple]:
+        return self.val.evaluation_batches(_at_once(config), config.eval_tokens, world.rank,
+                                           world.size)
+
+
+def is_chat(folder: Path) -> bool:
+    meta = folder / "meta.json"
+    return meta.exists() and shards.read_json(meta).get("kind") == "chat"
+
+
+def _at_once(config: Any) -> int:
+    return max(config.micro_batch, EVALUATION_TOKENS // config.model.block_size)
