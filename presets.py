@@ -45,7 +45,7 @@ SHAKESPEARE_CPU = dict(
 SFT_DEMO = dict(
     init_from="out/demo", data="pydocs", template="plain", epochs=2, batch_tokens=16 * 128,
     micro_batch=16, learning_rate=2e-3, min_learning_rate=2e-4, warmup_ratio=0.05, eval_every=200,
-    save_every=200, log_every=20, sample_tokens=40)
+    save_every=200, log_every=20, sample_tokens=40, model=dict(block_size=128))
 GPT2_CHAT = dict(
     init_from="gpt2", template="alpaca", epochs=3, batch_tokens=32 * 512, micro_batch=8,
     learning_rate=2e-5, min_learning_rate=2e-6, warmup_ratio=0.03, weight_decay=0.0,
