@@ -1,0 +1,227 @@
+"""The pages of docs/ keep their word: tables, names, commands, the formulas behind the tables."""
+import ast
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from bench import scaling
+from bench.kills import start
+from bench.scaling import ScalingConfig, shape_of
+from config import parse, settings_of
+from device import autocast
+from launch import processes
+from model import GPT, GPTConfig
+from parallel import Parallel
+from presets import PRESETS
+
+REPOSITORY = Path(__file__).parent.parent
+PAGES = {name: (REPOSITORY / "docs" / name).read_text() for name in ("scaling.md", "steps.md")}
+STEPS = [[cell.strip() for cell in line.strip("| ").split(" | ")]
+         for line in PAGES["steps.md"].splitlines() if line.startswith("| ")][1:]
+CODE = "".join(re.findall(r"```\n(.*?)```", PAGES["scaling.md"], flags=re.S)).replace("\\\n", "")
+LAUNCHES = [line for line in CODE.splitlines() if re.match("(srun |torchrun |python )", line)]
+TINY = dict(block_size=16, vocab_size=128, n_layer=3, n_head=2, n_embd=32)
+
+
+# ---- names and commands
+
+def defined(path, name):
+    """Whether a file defines a dotted name: a class, function, method or constant."""
+    body = ast.parse(path.read_text()).body
+    for part in name.split("."):
+        found = [node for node in body if getattr(node, "name", None) == part
+                 or isinstance(node, ast.Assign) and part in map(ast.unparse, node.targets)]
+        if not found:
+            return False
+        body = getattr(found[0], "body", [])
+    return True
+
+
+def check_command(command):
+    """What is wrong in a command line raises; nothing is run."""
+    words = shlex.split(command, comments=True)
+    words = words[words[:1] == ["srun"]:]
+    if words[0] == "torchrun":
+        words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")):]]
+    if words[0] == "tail":
+        return
+    assert words[0] == "python", command
+    if words[1] == "-c":
+        code = ast.parse(words[2])
+        for node in ast.walk(code):
+            if isinstance(node, ast.ImportFrom):
+                assert (REPOSITORY / f"{node.module.replace('.', '/')}.py").exists(), command
+    elif words[1] == "train.py":
+        preset = words[2]
+        parse(train.TrainConfig, words[3:], "train.py", PRESETS[preset].settings)
+    elif words[2] == "timeit":
+        for part in words[words.index("-s") + 1:]:
+            ast.parse(part)
+    elif words[2] == "pytest":
+        for test in (word for word in words[3:] if not word.startswith("-")):
+            path, _, name = test.partition("::")
+            assert defined(REPOSITORY / path, name), test
+    else:
+        module = importlib.import_module(words[2])
+        configs = [value for value in vars(module).values() if dataclasses.is_dataclass(value)
+                   and value.__module__ == module.__name__ and value.__name__.endswith("Config")]
+        assert len(configs) == 1 and module.main, words[2]
+        parse(configs[0], words[3:], words[2])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_functions_and_settings_exist(page):
+    spans = re.findall(r"`([^`\n]+)`", PAGES[page])
+    places = [span.split(":") for span in spans if re.fullmatch(r"[\w/]+\.py:[\w.]+", span)]
+    assert places
+    for file, name in places:
+        assert defined(REPOSITORY / file, name), f"{file}:{name}"
+    for file in (span for span in spans if re.fullmatch(r"[\w/]+\.py|\w+/[\w/.-]+", span)):
+        assert (REPOSITORY / file).exists(), file
+    settings = {**settings_of(train.TrainConfig), **settings_of(ScalingConfig)}
+    for flag in (span for span in spans if re.match(r"--\w+(=|$)", span)):
+        assert flag[2:].partition("=")[0] in settings, flag
+
+
+@pytest.mark.parametrize("command", [step[3].strip("`") for step in STEPS] + LAUNCHES)
+def test_commands_can_be_parsed(command):
+    check_command(command)
+
+
+@pytest.mark.parametrize("command", [
+    "python train.py gpt2-125m", "python train.py demo --max_step=3",
+    "python -m data.corpus --form=x", "python -m pytest -q tests/test_model.py::test_nothing",
+    "python -c 'from nowhere import *'", "python -c 'print('"])
+def test_the_check_of_commands_finds_what_is_wrong(command):
+    with pytest.raises((AssertionError, KeyError, ValueError, SyntaxError)):
+        check_command(command)
+
+
+def test_every_step_has_a_place_a_command_and_a_marked_effect():
+    assert len(STEPS) >= 24
+    for step in STEPS:
+        assert len(step) == 5, step
+        assert step[3].startswith("`") and step[3].endswith("`")
+        assert re.match("(measured|published): ", step[4]), step
+
+
+# ---- the tables, and the formulas behind them
+
+def test_the_tables_are_what_the_script_prints():
+    page = PAGES["scaling.md"]
+    assert scaling.filled(page, ScalingConfig()) == page, "python -m bench.scaling --write"
+
+
+def test_the_script_prints_every_table_and_writes_only_the_pages_own(capsys):
+    scaling.main(["--price=3"])
+    printed = capsys.readouterr().out
+    assert scaling.memory_table(ScalingConfig()) in printed
+    assert scaling.speed_table(ScalingConfig(price=3.0)) in printed
+    with pytest.raises(ValueError, match="give it alone"):
+        scaling.main(["--price=3", "--write"])
+
+
+def test_hand_worked_figures_of_124m():
+    shape = shape_of("gpt2-124m", PRESETS["gpt2-124m"].settings)
+    N = 124_439_808 + 47 * 768                          # padded to 50,304 rows
+    assert shape.parameters == N and shape.block == 7_087_872
+    assert scaling.state_bytes(shape, "none", 8, True) == 18 * N
+    assert scaling.sent_bytes(shape, "none", 8, 2) == 7 * N             # 2 x 7/8 x 4
+    assert scaling.sent_bytes(shape, "fsdp", 2, 3) == 8 * N             # 1/2 x (3 x 2 x 2 + 4)
+    assert scaling.sent_bytes(shape, "zero2", 2, 3) == 5 * N            # 1/2 x (3 x 2 + 4)
+    # 12 layers x 768 channels x 36 and two last inputs, 50,304 logits x 12
+    assert scaling.activation_bytes(shape, 1) == 36 * 12 * 768 + 6 * 768 + 12 * 50304
+    assert scaling.activation_bytes(shape, 1, recompute=True) == (4 * 12 + 42) * 768 + 12 * 50304
+    config = ScalingConfig(mfu=0.5, peak=1e15)
+    flops = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert scaling.seconds_of_step(shape, 8, config) == pytest.approx(flops * 2**19 / 4e15)
+    assert [scaling.bandwidth(n, config) for n in (8, 16)] == [450e9, 400e9]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_keeps_the_activations_that_are_counted(dtype, recompute):
+    """The difference of two depths, so that only blocks are counted."""
+    B, T, C = 2, 128, 128
+
+    def kept(layers):
+        model = GPT(GPTConfig(block_size=T, vocab_size=64, n_layer=layers, n_head=2, n_embd=C))
+        model.recompute_activations = recompute
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        found = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            # Copies of weights are counted with the weights; rows of B x T tokens are activations.
+            if storage.data_ptr() not in own and tensor.numel() % (B * T) == 0 and tensor.dim() > 1:
+                if tensor.size(0) in (B, B * T):
+                    found[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+        idx = torch.zeros(B, T, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+                autocast(torch.device("cpu"), getattr(torch, dtype)):
+            model(idx, idx)
+        return sum(size for size, _ in found.values())
+    a_block = (kept(4) - kept(2)) / 2 / (B * T * C)
+    counted = scaling.KEPT_OF_A_BLOCK if recompute else scaling.KEPT[dtype]
+    # Above it: means and deviations of two LayerNorms, and attention's 2 sums; 24 / 128 bytes.
+    assert counted <= a_block <= counted + 0.2
+
+
+def exchange(out):
+    """Bytes of the tensors that 2 ranks exchange in a step, and of what each gathers to save."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if (name := str(function)).startswith("c10d.") and "barrier" not in name:
+                flat = torch.utils._pytree.tree_leaves((arguments, keywords))
+                sizes.append((name, max(t.nbytes for t in flat if isinstance(t, torch.Tensor))))
+            return function(*arguments, **(keywords or {}))
+
+    found = []
+    with processes("cpu") as world:
+        for shard in ("none", "zero2", "fsdp"):
+            for accumulation in (1, 3):
+                torch.manual_seed(0)
+                model = GPT(GPTConfig(**TINY))
+                parallel = Parallel(model, world, shard, torch.bfloat16)
+                optimizer = torch.optim.AdamW(model.parameters())
+                idx = torch.zeros(2, 16, dtype=torch.long)
+                sizes.clear()
+                with Sizes():
+                    for i in range(accumulation):
+                        parallel.sync(i == accumulation - 1)
+                        with autocast(world.device, torch.bfloat16):
+                            _, loss = parallel.network(idx, idx)
+                        loss.backward()
+                sent = sum(size * (1 if "allreduce" in name else 0.5) for name, size in sizes)
+                optimizer.step()
+                leaves = torch.utils._pytree.tree_leaves(parallel.state(optimizer))
+                whole = {t.data_ptr(): t.nbytes for t in leaves if isinstance(t, torch.Tensor)
+                         and t.dim()}
+                found.append((shard, accumulation, sent, sum(whole.values())))
+        Path(out, f"{world.rank}.json").write_text(json.dumps(found))
+
+
+def test_two_ranks_exchange_and_gather_what_is_counted(tmp_path):
+    ranks = start(exchange, 2, str(tmp_path))
+    for process in ranks:
+        process.join(timeout=120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    shape = shape_of("tiny", dict(model=TINY, batch_tokens=0, micro_batch=0))
+    for rank in range(2):
+        for shard, accumulation, sent, whole in json.loads((tmp_path / f"{rank}.json").read_text()):
+            expected = scaling.sent_bytes(shape, shard, 2, accumulation)
+            assert sent == expected, (shard, accumulation)
+            counted = (scaling.WEIGHTS + scaling.MOMENTS) * shape.parameters
+            tied = 4 * shape.config.vocab_size * shape.config.n_embd
+            assert counted <= whole <= counted + tied, shard    # which may be gathered twice
