@@ -33,7 +33,7 @@ EXIT_HANGS = 3
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process. The kernel drops the lock when the process dies, however it
     dies, so a lock is never stale."""
-    with open(folder / "lock", "a+") as file:
+    with open(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -100,24 +100,27 @@ class Parallel:
         optimizer.load_state_dict(moments)
 
 
-def compiled(parallel: Parallel, mode: str, batch: tuple[torch.Tensor, ...], flops: float,
-             world: Processes, dtype: torch.dtype) -> nn.Module:
+def compiled(parallel: Parallel, mode: str, batches: Any, flops: float, world: Processes,
+             dtype: torch.dtype) -> nn.Module:
     """The network under torch.compile where that pays; as it is, with a warning, where it fails.
 
     mode: on, off, or auto, which weighs `flops`, the work of the run on this device. The compiler
-    runs on a batch whose gradients are thrown away, so that a failure costs no training.
+    runs on the first of `batches`, a loader; its gradients are thrown away, so that a failure costs
+    no training.
     """
     device, network = world.device, parallel.network
     pays = has_compiler(device) and flops > COMPILE_PAYS.get(device.type, float("inf"))
     if mode == "off" or (mode == "auto" and not pays):
         return network
-    faster, worked = torch.compile(network, dynamic=False), torch.ones((), device=device)
+    faster = torch.compile(network, dynamic=not batches.one_shape)
+    worked = torch.ones((), device=device)
     # DDP: not reduced, a rank that fails must not leave others waiting. FSDP would keep what it
     # does not reduce.
     parallel.sync(parallel.shard != "none")
     try:
         with autocast(device, dtype):
-            _, nats = faster(*(part.to(device) for part in batch), reduction="sum")
+            _, nats = faster(*(part.to(device) for part in next(batches.batches(0))),
+                             reduction="sum")
         nats.backward()
     except Exception as error:                          # whatever the compiler's many parts raise
         print(f"warning: torch.compile failed, going on without it: {type(error).__name__}: "

@@ -307,7 +307,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
         stale, recent = state["stale"], state["recent"]
         state = None                                    # as large as all the above
     work = (config.max_steps - step) * config.batch_tokens / world.size * model.flops_per_token()
-    network = compiled(parallel, config.compile, next(batches.batches(0)), work, world, dtype)
+    network = compiled(parallel, config.compile, batches, work, world, dtype)
 
     saver = checkpoint.Saver(out, config.keep_last, config.save_total_limit,
                              config.max_failed_saves)
@@ -392,7 +392,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
         if evaluate or save:
             log.lap(training=False)
     saver.close()
-    if data.prompts and not stopping and world.rank == 0:
+    if data.template and not stopping and world.rank == 0:
         fit = fit_report(plain, data.train, data.val, limit=FIT_TOKENS, dtype=dtype)
         log.say(f"the model {fit['verdict']}")
         figures.update(fit_train_loss=fit["train_loss"], exact_match=fit["exact_match"],

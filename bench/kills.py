@@ -28,6 +28,7 @@ import checkpoint
 import train
 from bench.machine import write_results
 from config import build, option, parse, run_command
+from data.conversations import write_dataset as write_conversations
 from faults import PHASES, Watch
 from report import read_log
 
@@ -43,7 +44,7 @@ SETTINGS = dict(device="cpu", dtype="float32", compile="off", batch_tokens=512, 
 class KillsConfig:
     kills: int = option(100, "how often to kill, at least")
     ranks: int = option(1, "processes of the run")
-    kind: Literal["pretraining"] = option("pretraining", "what is trained")
+    kind: Literal["pretraining", "sft", "lora"] = option("pretraining", "what is trained")
     seed: int = option(0, "of the moments; 0: the clock")
     save: bool = option(False, "add to bench/results/kills.json")
 
@@ -82,7 +83,8 @@ def run(settings: dict[str, Any], phase: Any = None) -> None:
         fsync(handle)
 
     def noted(self, step, name):
-        phase.value = PHASES.index(name)
+        if phase is not None:
+            phase.value = PHASES.index(name)
         at(self, step, name)
     checkpoint.os.fsync, Watch.at = slow, noted
     train.train(build(train.TrainConfig, settings))
@@ -159,7 +161,21 @@ def prepare(folder: Path) -> str:
 
 
 def settings_of(kind: str, folder: Path) -> dict[str, Any]:
-    return {**SETTINGS, "data": prepare(folder), "model": MODEL}
+    """The run to be killed: pretraining, or fine-tuning of a base that is made for it."""
+    pretraining = {**SETTINGS, "data": prepare(folder), "model": MODEL}
+    if kind == "pretraining":
+        return pretraining
+    base = folder / "base"
+    for process in start(run, 1, {**pretraining, "out": str(base), "max_steps": 4}):
+        process.join()
+    conversations = [{"messages": [
+        {"role": "user", "content": f"{i} squared?"}, {"role": "assistant", "content": f"{i * i}"},
+        {"role": "user", "content": "and so?"}, {"role": "assistant", "content": "so" * (i % 3)}
+    ][:2 + 2 * (i % 3 > 0)]} for i in range(300)]
+    write_conversations(folder / "chat", conversations, "made up")
+    sft = {**SETTINGS, "init_from": str(base), "data": str(folder / "chat"), "eval_tokens": 200,
+           "model": {"dropout": MODEL["dropout"]}}
+    return sft if kind == "sft" else {**sft, "lora": dict(r=2, dropout=0.1)}
 
 
 def line(counts: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ IGNORE = -100                   # as in model.py; this file imports nothing abov
 
 class WindowLoader:
     """Serves a split to one rank of `world`. Shapes: B micro_batch, T block_size."""
+    one_shape = True                    # all batches: what is compiled for one serves all
 
     def __init__(self, tokens: Tokens, block_size: int, batch_tokens: int, micro_batch: int,
                  seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False):

@@ -102,6 +102,7 @@ class SampleLoader:
                              f"{samples.lengths.max()} tokens; load them with this block_size")
         self.samples, self.block_size, self.seed = samples, block_size, seed
         self.rank, self.world, self.pin, self.packing = rank, world, pin, packing
+        self.one_shape = packing
         self.per_step = batch_tokens // block_size
         self.accumulation, self.micro_batch = divide_step(batch_tokens, micro_batch, block_size,
                                                           world)

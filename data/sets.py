@@ -9,6 +9,7 @@
 Both have: tokenizer (or None), vocab_size, fingerprint, template ("" of texts), unigram_entropy
 (nats, or None), and prompts, which is what to ask a model that learns from it.
 """
+import itertools
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -16,7 +17,7 @@ from bpe import Tokenizer
 from data import chat, conversations, loader, samples, shards
 
 EVALUATION_TOKENS = 4096        # at once, at least: small micro-batches would be slow
-PROMPTS = 3                     # of the validation split
+PROMPTS = 3                     # of the validation split, with room for an answer
 
 
 class TokenSet:
@@ -59,9 +60,10 @@ class ChatSet:
         self.fingerprint = chat.fingerprint(folder, tokenizer, template, labels)
         self.train, self.val = (chat.load_samples(folder, split, tokenizer, template, block_size,
                                                   labels) for split in ("train", "val"))
-        found = (conversations.first_question(line)
-                 for line in conversations.read_split(folder, "val")[:PROMPTS])
-        self.prompts = tuple(found)
+        questions = map(conversations.first_question, conversations.read_split(folder, "val"))
+        self.prompts = tuple(itertools.islice((
+            messages for messages in questions
+            if 2 * len(chat.render_prompt(messages, tokenizer, template)) < block_size), PROMPTS))
 
     def loader(self, config: Any, world: Any, pin: bool = False) -> samples.SampleLoader:
         return samples.SampleLoader(self.train, config.model.block_size, config.batch_tokens,

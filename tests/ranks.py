@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import checkpoint
@@ -92,3 +93,24 @@ def dying_rank(settings):
 def different(settings):
     """Rank 1 was started with another learning rate."""
     commanded({**settings, "learning_rate": 0.005 * (2 - rank())})
+
+
+def slowly(settings, until):
+    """Each step waits a little, so that there is time to kill, until the file `until` is there."""
+    at = faults.Watch.at
+
+    def waiting(self, step, phase):
+        at(self, step, phase)
+        if phase == "computing" and not Path(until).exists():
+            time.sleep(0.2)
+    faults.Watch.at = waiting
+    plain(settings)
+
+
+def wait_for(condition, processes):
+    """Until it is true; a process that ends before, or two minutes, mean that it never will be."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        dead = [process for process in processes if process.poll() is not None]
+        assert not dead and time.monotonic() < deadline, [process.communicate() for process in dead]
+        time.sleep(0.05)

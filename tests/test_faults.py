@@ -71,16 +71,17 @@ def test_a_run_killed_at_any_call_goes_on_as_if_nothing_had_been(peace, tmp_path
     assert differences(Path(peace["out"]), Path(cut["out"])) == []
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_runs_killed_at_random_moments_equal_one_that_was_not(tmp_path, number):
-    counts = campaign(tmp_path, settings_of("pretraining", tmp_path), number, 3, random.Random())
+@pytest.mark.parametrize("kind,number", [("pretraining", 2), ("sft", 1), ("lora", 1)])
+def test_runs_killed_at_random_moments_equal_one_that_was_not(tmp_path, kind, number):
+    counts = campaign(tmp_path, settings_of(kind, tmp_path), number, 3, random.Random())
     assert counts["exact"] == counts["kills"] >= 3 and counts["lost"] == 0, line(counts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
-def test_fifty_kills_at_random_moments_lose_nothing(tmp_path, number):
-    counts = campaign(tmp_path, settings_of("pretraining", tmp_path), number, 50, random.Random())
+@pytest.mark.parametrize("kind", ["pretraining", "sft", "lora"])
+def test_fifty_kills_at_random_moments_lose_nothing(tmp_path, kind, number):
+    counts = campaign(tmp_path, settings_of(kind, tmp_path), number, 50, random.Random())
     assert counts["exact"] == counts["kills"] >= 50 and counts["lost"] == 0, line(counts)
 
 
@@ -304,6 +305,72 @@ def test_another_start_is_refused_where_a_run_is(settings, tmp_path):
     with pytest.raises(ValueError, match="holds a run with init_from=scratch, this one has "
                                          f"init_from={tmp_path / 'base'}; choose another --out"):
         train(build(TrainConfig, {**settings, "init_from": str(tmp_path / "base"), "model": {}}))
+
+
+# ---- several hosts
+
+def test_a_run_on_two_hosts_survives_the_loss_of_one(settings, tmp_path):
+    """Two network namespaces, an agent of torchrun in each; one is killed with all its processes,
+    and started again."""
+    hosts = ("oneloop_a", "oneloop_b")
+    commands = [*(f"ip netns add {host}" for host in hosts),
+                "ip link add oneloop_va type veth peer name oneloop_vb",
+                *(f"ip link set oneloop_v{host[-1]} netns {host}" for host in hosts),
+                *(f"ip -n {host} addr add 10.77.0.{i}/24 dev oneloop_v{host[-1]}"
+                  for i, host in enumerate(hosts, 1)),
+                *(f"ip -n {host} link set {name} up" for host in hosts
+                  for name in ("lo", f"oneloop_v{host[-1]}"))]
+    try:
+        for command in commands:
+            try:
+                done = subprocess.run(command.split(), capture_output=True, text=True)
+            except FileNotFoundError:
+                pytest.skip("there is no `ip` here to make network namespaces with")
+            if done.returncode:
+                pytest.skip(f"this machine does not permit `{command}`: {done.stderr.strip()}")
+        survive_the_loss_of_a_host(settings, tmp_path, hosts)
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host], capture_output=True)
+
+
+def survive_the_loss_of_a_host(settings, tmp_path, hosts):
+    settings.update(max_steps=40)
+    whole = {**settings, "out": str(tmp_path / "whole")}
+    assert finish(start(ranks.plain, 2, whole)) == [0, 0], printed(whole)
+    script = tmp_path / "host.py"
+    script.write_text(
+        f"import json, os, sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
+        f"import torch, ranks\ntorch.set_num_threads(1)\n"
+        f"ranks.slowly(json.loads({json.dumps(json.dumps(settings))}), {str(tmp_path / 'fast')!r})\n")
+
+    def agent(i):
+        return subprocess.Popen(
+            ["ip", "netns", "exec", hosts[i], sys.executable, "-m", "torch.distributed.run",
+             "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv_backend=c10d",
+             "--rdzv_id=1", "--rdzv_endpoint=10.77.0.1:29511", f"--local_addr=10.77.0.{i + 1}",
+             f"--rdzv_conf=is_host={1 - i},join_timeout=100,last_call_timeout=2,"
+             f"keep_alive_interval=1,keep_alive_max_attempt=3", str(script)],
+            # Without the first, a new agent waits for an address that the old one sent long ago.
+            env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                 "GLOO_SOCKET_IFNAME": f"oneloop_v{hosts[i][-1]}"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    agents = [agent(0), agent(1)]
+    try:
+        ranks.wait_for(lambda: any(Path(settings["out"]).glob("last*.pt")), agents)
+        pids = subprocess.run(["ip", "netns", "pids", hosts[1]], capture_output=True, text=True)
+        for pid in pids.stdout.split():                 # the whole host: agent and rank
+            os.kill(int(pid), signal.SIGKILL)
+        agents[1].wait()
+        (tmp_path / "fast").touch()
+        agents[1] = agent(1)
+        errors = [process.communicate(timeout=200)[1] for process in agents]
+        assert [process.returncode for process in agents] == [0, 0], '\n'.join(errors)+printed(settings)
+    finally:
+        for process in agents:
+            process.kill()
+    assert "going on at step" in printed(settings)
+    assert differences(Path(whole["out"]), Path(settings["out"])) == []
 
 
 # ---- parts instead of copies
