@@ -54,7 +54,7 @@ class ScalingConfig:
     infiniband: float = option(50e9, "bytes/s each way of a GPU's own 400 Gb/s adapter")
     price: float = option(2.0, "of a GPU-hour, in any currency: a placeholder, no quotation")
     bytes_per_token: float = option(4.59, "of text; measured on 300 pages of C4, GPT-2's tokenizer")
-    encode_rate: float = option(30e6, "bytes/s of text that 2 cores tokenise; measured")
+    encode_rate: float = option(30e6, "bytes/s of text that 2 idle cores tokenise")
     write: bool = option(False, "put the tables into docs/scaling.md")
 
     def __post_init__(self):
