@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 FORMAT_VERSION = 1
-BEST = ("step", "model", "config", "best_loss")     # what best.pt holds of a whole state
+BEST = ("step", "model", "config", "base", "best_loss")     # what best.pt holds of a whole state
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -87,12 +87,20 @@ def save_last(folder: str | Path, state: dict[str, Any], keep: int = 2,
             save(new, state)
     else:
         save(new, state)            # before anything is renamed: a full disk costs nothing
-    names = _last_files(folder, keep)
-    for older, newer in zip(names[:0:-1], names[-2::-1]):
-        if newer.exists():
-            os.replace(newer, older)
-    os.replace(new, names[0])
-    _sync_folder(folder)
+    return settle(folder, keep)
+
+
+def settle(folder: str | Path, keep: int = 2) -> Path:
+    """Give the files their names, as a save does at its end; a killed one may not have come to it.
+    """
+    folder = Path(folder)
+    new, names = folder / "last.new.pt", _last_files(folder, keep)
+    if new.exists():
+        for older, newer in zip(names[:0:-1], names[-2::-1]):
+            if newer.exists():
+                os.replace(newer, older)
+        os.replace(new, names[0])
+        _sync_folder(folder)
     return names[0]
 
 

@@ -187,7 +187,8 @@ def finish(out: Path, log: RunLog, figures: dict[str, Any], best_loss: float, st
     """Write the final figures into run.json and say them; return the whole summary."""
     run = json.loads((out / "run.json").read_text()) if log.active else {}
     run["final"] = {"step": step, "tokens": step * log.tokens_per_step, "train_loss": log.last_loss,
-                    **{f"val_{key}": value for key, value in figures.items()},
+                    **{key if key == "fit" else f"val_{key}": value
+                       for key, value in figures.items()},
                     "best_val_loss": best_loss, "train_seconds": round(log.busy, 2),
                     "tokens_per_s": round(log.trained_tokens / max(log.busy, 1e-9), 1),
                     "peak_memory_mib": peak_memory(log.device) >> 20}

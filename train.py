@@ -217,13 +217,14 @@ def counted(config: TrainConfig, batches: Any) -> TrainConfig:
                                warmup_ratio=0.0)
 
 
-def claim(out: Path, world: Processes, held: contextlib.ExitStack) -> None:
+def claim(out: Path, keep_last: int, world: Processes, held: contextlib.ExitStack) -> None:
     """Make the run's folder, and hold it against other runs for as long as this one lasts."""
     if world.rank == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
             (out / "log.jsonl").open("a").close()
             held.enter_context(faults.locked(out))
+            checkpoint.settle(out, keep_last)
         except OSError as error:
             raise PermissionError(f"out={out} cannot be written: {error.strerror}; choose another "
                                   f"--out") from None
@@ -288,7 +289,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
     if config.dry_run:
         return report.dry_run(config, model, batches, data.tokenizer, world.rank, world.size, dtype)
     items = hellaswag_items(config, data)               # now, so that it cannot fail days later
-    claim(out, world, held)
+    claim(out, config.keep_last, world, held)
     state = open_run(out, config, data, base, world)
     if state and finished(state, config):
         return report.finished(out, world.rank)
@@ -395,8 +396,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
     if data.template and not stopping and world.rank == 0:
         fit = fit_report(plain, data.train, data.val, limit=FIT_TOKENS, dtype=dtype)
         log.say(f"the model {fit['verdict']}")
-        figures.update(fit_train_loss=fit["train_loss"], exact_match=fit["exact_match"],
-                       verdict=fit["verdict"])
+        figures = {**figures, "fit": fit}
     log.close()
     summary = report.finish(out, log, figures, best_loss, step, data.unigram_entropy)
     if early:

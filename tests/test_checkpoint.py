@@ -82,3 +82,71 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
         with pytest.raises(ValueError, match="cannot be read"):
             checkpoint.load(tmp_path / name)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_a_save_that_was_killed_before_its_renames_is_settled(tmp_path, keep):
+    for step in range(4):
+        checkpoint.save_last(tmp_path, {"step": step}, keep=keep)
+    checkpoint.save(tmp_path / "last.new.pt", {"step": 4})
+    checkpoint.settle(tmp_path, keep)
+    found = [checkpoint.load(path)["step"] for path in checkpoint._last_files(tmp_path, keep)]
+    assert found == [4, 3, 2][:keep] and not (tmp_path / "last.new.pt").exists()
+    checkpoint.settle(tmp_path, keep)                                   # nothing is left to do
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
+
+
+def test_a_state_is_copied_before_it_changes_and_names_of_one_tensor_stay_so(tmp_path):
+    weight = torch.ones(1000)
+    state = {"step": 1, "model": {"a": weight, "b": weight}, "config": {}, "base": "",
+             "best_loss": 1.0, "optimizer": {"moments": [torch.zeros(3)]}}
+    saver = checkpoint.Saver(tmp_path, keep=2)
+    saver.save(state, best=True)
+    weight += 1                                         # training goes on
+    saver.save({**state, "step": 2})
+    saver.close()
+    steps = [checkpoint.load(tmp_path / name) for name in ("last.1.pt", "last.pt", "best.pt")]
+    assert [found["step"] for found in steps] == [1, 2, 1]
+    assert [found["model"]["a"][0].item() for found in steps] == [1.0, 2.0, 1.0]
+    assert "optimizer" not in steps[2]
+    assert (tmp_path / "best.pt").stat().st_size < 1.5 * 4000           # the tensor is in it once
+
+
+def test_milestones_stay_as_many_as_asked(tmp_path):
+    saver = checkpoint.Saver(tmp_path, keep=1, limit=2)
+    for step in range(1, 6):
+        saver.save({"step": step}, milestone=True)
+    saver.close()
+    assert [path.name for path in checkpoint.milestones(tmp_path)] == ["step_0000004.pt",
+                                                                       "step_0000005.pt"]
+
+
+def test_failures_are_counted_in_a_row_and_the_last_one_is_never_silent(tmp_path, monkeypatch,
+                                                                        capsys):
+    save, fails = checkpoint.save_last, []
+
+    def failing(*arguments, **named):
+        if fails:
+            raise OSError(fails.pop())
+        return save(*arguments, **named)
+    monkeypatch.setattr(checkpoint, "save_last", failing)
+    saver = checkpoint.Saver(tmp_path, max_failed=2)
+    for fails[:] in (["full"], ["full"], [], ["full"], ["full"]):       # never three in a row
+        saver.save({"step": 1})
+        saver.wait()
+    assert capsys.readouterr().err.count("WARNING: NO CHECKPOINT WAS SAVED") == 4
+    with pytest.raises(OSError, match="the last checkpoint in .* could not be written"):
+        saver.close()
+    fails[:] = ["full"]
+    saver.save({"step": 2})
+    with pytest.raises(OSError, match="3 checkpoints in a row .* max_failed_saves=2: full"):
+        saver.wait()
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    checkpoint.save_last(tmp_path, {"step": 1, "w": torch.zeros(1000)})
+    checkpoint.save_last(tmp_path, {"step": 2, "w": torch.zeros(1000)})
+    raw = bytearray((tmp_path / "last.pt").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(raw)
+    assert checkpoint.load_last(tmp_path)["step"] == 1

@@ -49,8 +49,9 @@ def lines(out):
 
 # ---- killed
 
-CALLS = [*(("fsync", n) for n in range(1, 5)), *(("replace", n) for n in range(1, 13)), ("link", 1),
-         ("computing", 7), ("evaluating", 8), ("saving", 4), ("saving", 12)]
+CALLS = [("fsync", 2), ("link", 1), ("computing", 7), ("evaluating", 8), ("saving", 12),
+         *(pytest.param(name, n, marks=pytest.mark.slow) for name, last in
+           (("replace", 40), ("fsync", 40), ("link", 3)) for n in range(1, last))]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,8 @@ def peace(tmp_path_factory):
 @pytest.mark.parametrize("name,count", CALLS)
 def test_a_run_killed_at_any_call_goes_on_as_if_nothing_had_been(peace, tmp_path, name, count):
     cut = {**peace, "out": str(tmp_path / "run")}
-    assert finish(start(ranks.dying_at, 1, cut, name, count)) == [-signal.SIGKILL]
+    died = finish(start(ranks.dying_at, 1, cut, name, count))
+    assert died == [-signal.SIGKILL] or count > 20 and died == [0]      # there are not so many
     assert finish(start(ranks.plain, 1, cut)) == [0], printed(cut)
     assert differences(Path(peace["out"]), Path(cut["out"])) == []
 
