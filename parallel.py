@@ -35,7 +35,7 @@ class Parallel:
 
     shard: "none" copies weights, gradients and optimizer state to every rank (DDP). "fsdp" splits
     all three, and gathers a block's weights when it computes. "zero2" splits gradients and
-    optimizer state only: weights stay gathered from a step's forward pass to its end.
+    optimizer state only: weights stay gathered from a micro-batch's forward pass to its end.
     weights, load_weights: which tensors a checkpoint holds, where not all of them.
     """
 
@@ -45,11 +45,11 @@ class Parallel:
         if shard != "none" and world.size == 1:
             raise ValueError(f"shard={shard} needs several ranks; start them with torchrun, or "
                              f"leave it out")
-        self.model, self.shard, self.plain = model, shard, model
+        self.model, self.shard, self.rank = model, shard, world.rank
         self.weights, self.load_weights = weights, load_weights
         self.network = model
         if shard != "none":
-            self.plain = _hollow(copy.deepcopy(model))                  # filled by whole()
+            self.hollow = _hollow(copy.deepcopy(model))                 # what whole() fills
             mesh = init_device_mesh(world.device.type, (world.size,))
             # Gathered in the dtype of the products, reduced in float32. Inputs keep their own:
             # the residual stream stays in float32, as under autocast.
@@ -71,20 +71,36 @@ class Parallel:
             self.network.require_backward_grad_sync = last
 
     def whole(self) -> nn.Module:
-        """The module with all its weights, outside DDP, FSDP and compiler. All ranks call it."""
-        if self.shard != "none":
-            gathered: dict[int, torch.Tensor] = {}      # a tied tensor is gathered once
-            for name, p in self.model.named_parameters(remove_duplicate=False):
-                if id(p) not in gathered:
-                    gathered[id(p)] = nn.Parameter(full(p.detach()), p.requires_grad)
-                module, _, key = name.rpartition(".")
-                setattr(self.plain.get_submodule(module), key, gathered[id(p)])
-        return self.plain
+        """The module with all its weights, outside DDP, FSDP and compiler. All ranks call it.
+
+        Under FSDP it is a copy, which takes its memory until it is let go.
+        """
+        if self.shard == "none":
+            return self.model
+        plain = copy.deepcopy(self.hollow)
+        gathered: dict[int, nn.Parameter] = {}          # a tied tensor is gathered once
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            if id(p) not in gathered:
+                gathered[id(p)] = nn.Parameter(full(p.detach()), p.requires_grad)
+            module, _, key = name.rpartition(".")
+            setattr(plain.get_submodule(module), key, gathered[id(p)])
+        return plain
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Weights and optimizer state, whole, in the format of one rank. All ranks call it."""
-        return {"model": _mapped(self.weights(self.model), full),
-                "optimizer": _mapped(optimizer.state_dict(), full)}
+        """Weights and optimizer state, whole, in the format of one rank. All ranks call it, rank 0
+        has the result; what is split passes through its device a tensor at a time."""
+        gathered: dict[int, torch.Tensor] = {}
+
+        def taken(value: Any) -> Any:
+            if not isinstance(value, DTensor):
+                return value
+            key = value.to_local().data_ptr()           # of two names of one tensor, the same
+            if key not in gathered or not key:
+                tensor = value.full_tensor()
+                gathered[key] = tensor.cpu() if self.rank == 0 else tensor.new_empty(0)
+            return gathered[key]
+        return {"model": _mapped(self.weights(self.model), taken),
+                "optimizer": _mapped(optimizer.state_dict(), taken)}
 
     def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """The inverse of `state`; each rank keeps its part."""

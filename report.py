@@ -303,13 +303,13 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, tokenizer: Any, r
     trained = sum(p.numel() for _, p in trainable)
     passes = config.max_steps * batches.per_step / batches.windows
     # Activations a token and layer: 34 C bytes with 2-byte numbers (Korthikanti et al. 2022,
-    # 2205.05198, table 2, without the attention matrix, which flash attention does not keep);
-    # and the logits with their gradient.
+    # 2205.05198, table 2, without the attention matrix, which flash attention does not keep) and 2
+    # more that autograd keeps; recomputed, its float32 input. Logits, their float32 and gradient.
     size = torch.finfo(dtype).bits // 8
-    per_token = 17 * size * c.n_embd * c.n_layer + (4 + size) * c.padded_vocab_size
-    if config.recompute_activations:
-        per_token = size * c.n_embd * (c.n_layer + 17) + (4 + size) * c.padded_vocab_size
-    state, live = 4 * n + 12 * trained, batches.micro_batch * c.block_size * per_token
+    layers = 18 * size * c.n_embd * (1 if config.recompute_activations else c.n_layer)
+    layers += 4 * c.n_embd * c.n_layer if config.recompute_activations else 0
+    live = batches.micro_batch * c.block_size * (layers + 12 * c.padded_vocab_size)
+    state = 4 * n + 12 * trained + (size * n if size < 4 else 0)    # and autocast's copy
     rates = [learning_rate(round(i * (config.max_steps - 1) / 59), config.schedule,
                            config.max_steps, config.warmup_steps, config.learning_rate,
                            config.min_learning_rate, config.optim) for i in range(60)]

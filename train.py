@@ -368,7 +368,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
         sampling = config.sample_tokens and data.tokenizer and (
             due(config.sample_every) or bool(data.prompts) and evaluate)
         scoring = config.hellaswag_every and due(config.hellaswag_every)
-        plain = parallel.whole() if evaluate or scoring or sampling else model
+        plain = parallel.whole() if evaluate or scoring or sampling else None
         if evaluate:
             figures = evaluate_loss(plain, data.validation(config, world), device, lengths, dtype)
             log.evaluation(step, figures)
@@ -380,6 +380,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
         if sampling and world.rank == 0:
             with autocast(device, dtype):
                 log.sample(step, written(plain, data, config))
+        plain = None                                    # under FSDP it is a copy
         save |= stopping or early
         if save or best:
             watch.at(step, "saving")
@@ -393,10 +394,12 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
         if evaluate or save:
             log.lap(training=False)
     saver.close()
-    if data.template and not stopping and world.rank == 0:
-        fit = fit_report(plain, data.train, data.val, limit=FIT_TOKENS, dtype=dtype)
-        log.say(f"the model {fit['verdict']}")
-        figures = {**figures, "fit": fit}
+    if data.template and not stopping:
+        plain = parallel.whole()
+        if world.rank == 0:
+            fit = fit_report(plain, data.train, data.val, limit=FIT_TOKENS, dtype=dtype)
+            log.say(f"the model {fit['verdict']}")
+            figures = {**figures, "fit": fit}
     log.close()
     summary = report.finish(out, log, figures, best_loss, step, data.unigram_entropy)
     if early:
