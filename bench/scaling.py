@@ -105,16 +105,15 @@ def state_bytes(shape: Shape, shard: str, n: int, accumulate: bool) -> float:
     N, largest = shape.parameters, max(shape.root, shape.block)
     if shard == "none":
         return (WEIGHTS + GRADIENTS + MOMENTS + COPY) * N
-    # What evaluation gathered stays: Parallel.plain. Gradients that are not reduced yet are whole.
-    held = (WEIGHTS + GRADIENTS + MOMENTS) * N / n + WEIGHTS * N
+    held = (WEIGHTS + GRADIENTS + MOMENTS) * N / n
+    # Gradients that are not reduced yet are whole.
     held += GRADIENTS * N if accumulate else (COPY + GRADIENTS) * largest
     return held + COPY * (N if shard == "zero2" else shape.root + 2 * shape.block)
 
 
-def save_bytes(shape: Shape, n: int) -> float:
-    """On one GPU when a sharded run saves: every rank gathers weights and AdamW's means."""
-    parts, whole = WEIGHTS + MOMENTS, 2 * WEIGHTS + MOMENTS         # the evaluated copy is one more
-    return (parts / n + whole) * shape.parameters
+def evaluation_bytes(shape: Shape, n: int) -> float:
+    """On one GPU when a sharded run evaluates: every rank gathers the weights."""
+    return ((WEIGHTS + MOMENTS) / n + WEIGHTS) * shape.parameters
 
 
 def activation_bytes(shape: Shape, tokens: int, recompute: bool = False,
@@ -174,10 +173,10 @@ def shape_table(config: ScalingConfig) -> str:
 def memory_table(config: ScalingConfig) -> str:
     n = GPUS_OF_A_NODE
     return table("shape | DDP | zero2, A = 1 | zero2, A > 1 | fsdp, A = 1 | fsdp, A > 1 | "
-                 "zero2 or fsdp while saving",
+                 "zero2 or fsdp while evaluating",
                  [[s.name, gb(state_bytes(s, "none", n, True)),
                    *(gb(state_bytes(s, shard, n, more)) for shard in ("zero2", "fsdp")
-                     for more in (False, True)), gb(save_bytes(s, n))] for s in all_shapes()])
+                     for more in (False, True)), gb(evaluation_bytes(s, n))] for s in all_shapes()])
 
 
 def activation_table(config: ScalingConfig) -> str:
@@ -258,10 +257,10 @@ def limits_table(config: ScalingConfig) -> str:
         return f"{(memory * (1 - RESERVE) - live) / (held / s.parameters) / 1e9:.1f}"
     ways = [("none", 8, True), ("fsdp", 8, True), ("fsdp", 8, False), ("fsdp", 64, False)]
     return table("GPU memory, GB | DDP | fsdp, 8 GPUs, A > 1 | fsdp, 8, A = 1 | fsdp, 64, A = 1 | "
-                 "fsdp while saving, 8 | while saving, 64",
+                 "fsdp while evaluating, 8 | while evaluating, 64",
                  [[f"{memory / 1e9:.0f}",
                    *(most(memory, state_bytes(s, *way), ACTIVATIONS) for way in ways),
-                   *(most(memory, save_bytes(s, n), 0) for n in (8, 64))]
+                   *(most(memory, evaluation_bytes(s, n), 0) for n in (8, 64))]
                   for memory in (80e9, 141e9)])
 
 

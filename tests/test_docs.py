@@ -84,7 +84,8 @@ def test_named_files_functions_and_settings_exist(page):
     for file, name in places:
         assert defined(REPOSITORY / file, name), f"{file}:{name}"
     for file in (span for span in spans if re.fullmatch(r"[\w/]+\.py|\w+/[\w/.-]+", span)):
-        assert (REPOSITORY / file).exists(), file
+        if not file.startswith("out/"):                 # what the commands make
+            assert (REPOSITORY / file).exists(), file
     settings = {**settings_of(train.TrainConfig), **settings_of(ScalingConfig)}
     for flag in (span for span in spans if re.match(r"--\w+(=|$)", span)):
         assert flag[2:].partition("=")[0] in settings, flag
@@ -223,5 +224,4 @@ def test_two_ranks_exchange_and_gather_what_is_counted(tmp_path):
             expected = scaling.sent_bytes(shape, shard, 2, accumulation)
             assert sent == expected, (shard, accumulation)
             counted = (scaling.WEIGHTS + scaling.MOMENTS) * shape.parameters
-            tied = 4 * shape.config.vocab_size * shape.config.n_embd
-            assert counted <= whole <= counted + tied, shard    # which may be gathered twice
+            assert whole == (counted if rank == 0 or shard == "none" else 0), shard
