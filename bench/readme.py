@@ -80,11 +80,25 @@ def tokenizer_table() -> str:
     return "\n".join(lines)
 
 
+def kills_table() -> str:
+    """bench/results/kills-*.json as a table."""
+    rows = []
+    for path in sorted(RESULTS.glob("kills-*.json")):
+        found = json.loads(path.read_text())
+        rows += [f"| {r['kind']} | {r['ranks']} | {r['kills']} | {r['exact']} | {r['lost']} | "
+                 f"{r['in a save']} |" for r in found["rows"]]
+    return ("SIGKILL at random moments of a short run, with dropout and a slow disk "
+            "(`python -m bench.kills`); exact: the run ended as one left in peace; lost: a "
+            "checkpoint that had been there was not, or could not be read:\n\n"
+            "| training | ranks | kills | exact | lost | of the kills, within a save |\n"
+            "|---|---|---|---|---|---|\n" + "\n".join(rows)) if rows else ""
+
+
 def main(words: list[str]) -> None:
     text = README.read_text()
     tables = "\n\n".join(part for part in (shakespeare_table(), step_table()) if part)
     for name, content in (("tokenizer", tokenizer_table()), ("measured", tables),
-                          ("map", file_map())):
+                          ("kills", kills_table()), ("map", file_map())):
         text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
                       lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.S)
     README.write_text(text)
