@@ -109,7 +109,7 @@ def run_command(main: Callable[[list[str]], Any]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.stdout.flush()
-        os._exit(130)                   # at once: a file that is being written need not be waited for
+        os._exit(130)                   # at once, without waiting for a file being written
     except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
         if os.environ.get("ONELOOP_TRACEBACK"):
             raise

@@ -117,7 +117,8 @@ class TrainConfig:
         for name in ("max_steps", "epochs", "warmup_steps", "grad_clip", "eval_every", "save_every",
                      "weight_decay", "learning_rate", "min_learning_rate", "sample_tokens",
                      "max_minutes", "eval_tokens", "hellaswag_every", "sample_every",
-                     "patience", "milestone_every", "save_total_limit", "max_failed_saves", "skip_spikes"):
+                     "patience", "milestone_every", "save_total_limit", "max_failed_saves",
+                     "skip_spikes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if not self.max_steps and not self.epochs:

@@ -21,6 +21,9 @@ from train import TrainConfig, train
 
 REPOSITORY = Path(__file__).parent.parent
 MODEL = dict(block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+HEAD = ("import json, os, sys\n"                        # of scripts that torchrun starts
+        f"sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
+        "import torch, ranks\ntorch.set_num_threads(1)\n")
 
 
 @pytest.fixture
@@ -91,9 +94,7 @@ def test_torchrun_restarts_a_run_whose_rank_died_and_it_goes_on(settings, tmp_pa
     whole = {**settings, "out": str(tmp_path / "whole")}
     assert finish(start(ranks.plain, 2, whole)) == [0, 0], printed(whole)
     (tmp_path / "once.py").write_text(
-        f"import json, os, sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
-        f"import torch, ranks\ntorch.set_num_threads(1)\n"
-        f"settings = json.loads({json.dumps(json.dumps(settings))})\n"
+        f"{HEAD}settings = json.loads({json.dumps(json.dumps(settings))})\n"
         "dies = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1'\n"
         "ranks.dying_at(settings, 'computing', 7) if dies else ranks.plain(settings)\n")
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -179,8 +180,8 @@ def test_a_run_on_a_small_file_system_says_that_it_is_full(settings, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     small = {**settings, "out": str(disk / "run"), "max_failed_saves": 0}
-    command = (f"mount -t tmpfs -o size=300k tmpfs {disk} && {sys.executable} -c \"import sys, json; "
-               f"sys.path[:0] = ['{REPOSITORY}', '{REPOSITORY}/tests']; import ranks; "
+    command = (f"mount -t tmpfs -o size=300k tmpfs {disk} && "
+               f"{sys.executable} -c \"import sys, json; sys.path[:0] = ['{REPOSITORY}', '{REPOSITORY}/tests']; import ranks; "
                f"from config import run_command, build; from train import train, TrainConfig; "
                f"run_command(lambda words: train(build(TrainConfig, json.loads(words[0]))))\" "
                f"'{json.dumps(small)}'")
@@ -342,9 +343,8 @@ def survive_the_loss_of_a_host(settings, tmp_path, hosts):
     assert finish(start(ranks.plain, 2, whole)) == [0, 0], printed(whole)
     script = tmp_path / "host.py"
     script.write_text(
-        f"import json, os, sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
-        f"import torch, ranks\ntorch.set_num_threads(1)\n"
-        f"ranks.slowly(json.loads({json.dumps(json.dumps(settings))}), {str(tmp_path / 'fast')!r})\n")
+        f"{HEAD}settings = json.loads({json.dumps(json.dumps(settings))})\n"
+        f"ranks.slowly(settings, {str(tmp_path / 'fast')!r})\n")
 
     def agent(i):
         return subprocess.Popen(
@@ -367,7 +367,7 @@ def survive_the_loss_of_a_host(settings, tmp_path, hosts):
         (tmp_path / "fast").touch()
         agents[1] = agent(1)
         errors = [process.communicate(timeout=200)[1] for process in agents]
-        assert [process.returncode for process in agents] == [0, 0], '\n'.join(errors)+printed(settings)
+        assert [process.returncode for process in agents] == [0, 0], errors
     finally:
         for process in agents:
             process.kill()
@@ -413,7 +413,7 @@ def test_compiled_runs_are_equal_bit_for_bit(settings, tmp_path):
     from device import has_compiler
     if not has_compiler(torch.device("cpu")):
         pytest.skip("no C++ compiler here")
-    torch.set_num_threads(2)            # the order of additions is the threads' without `repeatable`
+    torch.set_num_threads(2)            # without `repeatable` they add in the order they come
     for name in "ab":
         train(build(TrainConfig, {**settings, "compile": "on", "out": str(tmp_path / name)}))
     assert differences(tmp_path / "a", tmp_path / "b") == []
