@@ -180,11 +180,12 @@ def test_a_run_on_a_small_file_system_says_that_it_is_full(settings, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     small = {**settings, "out": str(disk / "run"), "max_failed_saves": 0}
-    command = (f"mount -t tmpfs -o size=300k tmpfs {disk} && "
-               f"{sys.executable} -c \"import sys, json; sys.path[:0] = ['{REPOSITORY}', '{REPOSITORY}/tests']; import ranks; "
-               f"from config import run_command, build; from train import train, TrainConfig; "
-               f"run_command(lambda words: train(build(TrainConfig, json.loads(words[0]))))\" "
-               f"'{json.dumps(small)}'")
+    (tmp_path / "full.py").write_text(
+        f"{HEAD}from config import build, run_command\nfrom train import TrainConfig, train\n"
+        f"settings = json.loads({json.dumps(json.dumps(small))})\n"
+        f"run_command(lambda words: train(build(TrainConfig, settings)))\n")
+    command = (f"mount -t tmpfs -o size=300k tmpfs {disk} && {sys.executable} "
+               f"{tmp_path / 'full.py'}")
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(disk)],
                       capture_output=True).returncode:
         pytest.skip("this machine does not let a test mount a file system")
