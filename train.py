@@ -319,6 +319,8 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
             f"{model.num_params():,} parameters, {config.batch_tokens:,} tokens a step, "
             f"{world.size} x {report.device_name(device)}, {str(dtype).removeprefix('torch.')}"
             + (", compiled" if network is not parallel.network else ""))
+    if data.template:
+        log.say(f"{data.train.summary()}; {batches.wasted:.1%} of what is computed is padding")
     began, stopping, early, figures = time.monotonic(), False, False, {}
     while step < config.max_steps and not stopping and not early:
         lr = learning_rate(step, config.schedule, config.max_steps, config.warmup_steps,
