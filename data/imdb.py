@@ -1,7 +1,9 @@
-"""IMDB: 50,000 film reviews, as text to continue or as a question with a one-word answer.
+"""IMDB: 50,000 film reviews, as text to continue, questions with a one-word answer, or
+texts of two classes.
 
     python -m data.imdb                             downloads it once; token shards in data/imdb
     python -m data.imdb --task=sentiment            conversations in data/imdb_sentiment
+    python -m data.imdb --task=classes              for a classifier, in data/imdb_classes
     python -m data.imdb --from=PATH                 the unpacked folder aclImdb, or .jsonl files of
                                                     {"text": ..., "label": 0 or 1}
 
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, Iterator, Literal
 
 from config import option, parse, run_command
+from data import labels
 from data.conversations import read_records, split, write_dataset as write_conversations
 from data.corpus import named_tokenizer, write_dataset
 from data.shards import DATA
@@ -32,10 +35,12 @@ MEMBER = re.compile(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt")
 class ImdbConfig:
     source: str = option("", "folder aclImdb, a .jsonl file or a folder of them; empty: download "
                              "it once", flag="from")
-    task: Literal["text", "sentiment"] = option("text", "token shards, or conversations")
+    task: Literal["text", "sentiment", "classes"] = option(
+        "text", "token shards, conversations, or texts with their class")
     tokenizer: str = option("gpt2", "of the shards: gpt2, bytes, or a tokenizer's path")
     validation: float = option(0.05, "share that validates, where the source has no test reviews")
-    out: str = option("", "folder of the data set; empty: data/imdb or data/imdb_sentiment")
+    out: str = option("", "folder of the data set; empty: data/imdb, data/imdb_sentiment "
+                          "or data/imdb_classes")
 
 
 Review = tuple[str, str, int]           # "train" or "test", the text, 1 for positive
@@ -62,7 +67,7 @@ def reviews_of_file(path: Path) -> Iterator[Review]:
     for line, record in read_records(path):
         text, label = (record.get(key) for key in ("text", "label")) \
             if isinstance(record, dict) else (None, None)
-        if not isinstance(text, str) or label not in (0, 1):
+        if not isinstance(text, str) or type(label) is not int or label not in (0, 1):
             raise ValueError(f"{path}:{line} is no review: it needs a text and a label 0 or 1")
         yield half, text, label
 
@@ -90,9 +95,14 @@ def as_conversation(review: Review) -> dict[str, Any]:
         {"role": "assistant", "content": ANSWERS[label]}]}
 
 
+def as_examples(talks: list[dict[str, Any]]) -> list[labels.Example]:
+    return [(question["input"], ANSWERS.index(answer["content"]))
+            for question, answer in (talk["messages"] for talk in talks)]
+
+
 def prepare(config: ImdbConfig = ImdbConfig()) -> Path:
     home = DATA / "imdb"
-    folder = Path(config.out or (home if config.task == "text" else DATA / "imdb_sentiment"))
+    folder = Path(config.out or (home if config.task == "text" else DATA / f"imdb_{config.task}"))
     reviews = read_reviews(config.source, home)
     talks = [as_conversation(review) for review in reviews]
     train = [talk for talk, review in zip(talks, reviews) if review[0] == "train"]
@@ -102,6 +112,8 @@ def prepare(config: ImdbConfig = ImdbConfig()) -> Path:
     source = config.source or URL
     if config.task == "sentiment":
         write_conversations(folder, train, source, val=val)
+    elif config.task == "classes":
+        labels.write_dataset(folder, as_examples(train), as_examples(val), ANSWERS, source)
     else:
         texts = ([talk["messages"][0]["input"] for talk in part] for part in (train, val))
         write_dataset(folder, *texts, named_tokenizer(config.tokenizer), source)

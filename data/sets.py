@@ -2,19 +2,21 @@
 
     data = TokenSet(folder)                                         token shards
     data = ChatSet(folder, tokenizer, template, block_size)         conversations
+    data = ClassSet(folder, tokenizer, block_size)                  texts with a class each
     batches = data.loader(config, world, pin=False)                 config: TrainConfig's settings
     for batch in batches.batches(step): model(*batch, reduction="sum")
     for batch in data.validation(config, world): ...
 
-Both have: tokenizer (or None), vocab_size, fingerprint, template ("" of texts), unigram_entropy
-(nats, or None), and prompts, which is what to ask a model that learns from it.
+Each has: tokenizer (or None), vocab_size, fingerprint, template ("" of texts), unigram_entropy
+(nats, or None), prompts, which is what to ask a model that learns from it, and classes, how many a
+Classifier chooses among (0 where the next token is learned).
 """
 import itertools
 from pathlib import Path
 from typing import Any, Iterator
 
 from bpe import Tokenizer
-from data import chat, conversations, loader, samples, shards
+from data import chat, conversations, labels, loader, samples, shards
 
 EVALUATION_TOKENS = 4096        # at once, at least: small micro-batches would be slow
 PROMPTS = 3                     # of the validation split, with room for an answer
@@ -22,7 +24,7 @@ PROMPTS = 3                     # of the validation split, with room for an answ
 
 class TokenSet:
     """Token shards, and the tokenizer that made them where that is known."""
-    template, prompts = "", ()
+    template, prompts, classes = "", (), 0
 
     def __init__(self, folder: Path):
         self.meta, file = shards.read_meta(folder), folder / "tokenizer.json"
@@ -49,9 +51,23 @@ class TokenSet:
                                          config.eval_tokens, world.rank, world.size)
 
 
-class ChatSet:
-    """Conversations, rendered for a model of block_size positions with its tokenizer."""
+class _SampleSet:
+    """Samples, `train` and `val`, which are padded or packed into rows."""
     unigram_entropy = None
+
+    def loader(self, config: Any, world: Any, pin: bool = False) -> samples.SampleLoader:
+        return samples.SampleLoader(self.train, config.model.block_size, config.batch_tokens,
+                                    config.micro_batch, config.seed, world.rank, world.size, pin,
+                                    config.packing)
+
+    def validation(self, config: Any, world: Any) -> Iterator[tuple]:
+        return self.val.evaluation_batches(_at_once(config), config.eval_tokens, world.rank,
+                                           world.size)
+
+
+class ChatSet(_SampleSet):
+    """Conversations, rendered for a model of block_size positions with its tokenizer."""
+    classes = 0
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, template: str, block_size: int,
                  labels: str = "all"):
@@ -65,19 +81,31 @@ class ChatSet:
             messages for messages in questions
             if 2 * len(chat.render_prompt(messages, tokenizer, template)) < block_size), PROMPTS))
 
-    def loader(self, config: Any, world: Any, pin: bool = False) -> samples.SampleLoader:
-        return samples.SampleLoader(self.train, config.model.block_size, config.batch_tokens,
-                                    config.micro_batch, config.seed, world.rank, world.size, pin,
-                                    config.packing)
 
-    def validation(self, config: Any, world: Any) -> Iterator[tuple]:
-        return self.val.evaluation_batches(_at_once(config), config.eval_tokens, world.rank,
-                                           world.size)
+class ClassSet(_SampleSet):
+    """Texts with a class each, for a Classifier of block_size positions that reads this tokenizer.
+
+    names: of the classes, by number.
+    """
+    template, prompts = "", ()
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, block_size: int):
+        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+        self.names = tuple(labels.read_meta(folder)["labels"])
+        self.classes = len(self.names)
+        self.fingerprint = labels.fingerprint(folder, tokenizer)
+        self.train, self.val = (labels.load_samples(folder, split, tokenizer, block_size)
+                                for split in ("train", "val"))
+
+
+def kind(folder: Path) -> str:
+    """What a prepared folder holds: "tokens", "chat" or "classes"."""
+    meta = folder / "meta.json"
+    return meta.exists() and shards.read_json(meta).get("kind") or "tokens"
 
 
 def is_chat(folder: Path) -> bool:
-    meta = folder / "meta.json"
-    return meta.exists() and shards.read_json(meta).get("kind") == "chat"
+    return kind(folder) == "chat"
 
 
 def _at_once(config: Any) -> int:

@@ -7,25 +7,26 @@ In: {"text": review, "label": 0 or 1} a line. Zero-shot: the model reads
     Review: {text}
     Sentiment:
 
-and its answer is the likelier of " negative" and " positive". A review that does not fit loses its
-beginning, as the verdict mostly stands at the end. Reviews' "<br />" are line ends.
+and its answer is the likelier of " negative" and " positive". A classifier (a run on data that
+`python -m data.imdb --task=classes` made) reads the review alone, and its head answers. A review
+that does not fit loses its beginning, as the verdict mostly stands at the end. Reviews' "<br />"
+are line ends.
 
-    result = evaluate(gpt, tokenizer, reviews)          # zero-shot
-    samples = class_samples(reviews, tokenizer, 1024)   # data for a classifier.Classifier
-    result = evaluate_classifier(classifier, samples)
+    result = evaluate(model, tokenizer, reviews)        # a GPT or a classifier.Classifier
 
-Both: n, acc with its count and 95% interval, confusion[label][answer], the number of reviews cut.
+n, acc with its count and 95% interval, confusion[label][answer], the number of reviews cut; of a
+classifier also its loss.
 
 Reference: Maas et al. 2011, "Learning Word Vectors for Sentiment Analysis" (ACL).
 """
 from dataclasses import dataclass
-from typing import Any, Literal, Sequence
+from typing import Any, Literal, NamedTuple, Sequence
 
-import numpy as np
 import torch
 import torch.nn as nn
 
 from config import option, parse, run_command
+from data.labels import class_samples
 from data.samples import Samples
 from device import autocast, pick_device, pick_dtype
 from eval.hellaswag import CPU_BATCH, GPU_BATCH, Question, batches_of, score_batch, wilson_interval
@@ -45,8 +46,7 @@ class IMDBConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
 
 
-@dataclass(frozen=True)
-class Review:
+class Review(NamedTuple):
     text: str
     label: int
 
@@ -74,7 +74,11 @@ def prompt(review: Review, tokenizer: Any, room: int) -> tuple[list[int], bool]:
 @torch.no_grad()
 def evaluate(model: nn.Module, tokenizer: Any, reviews: Sequence[Review], batch_tokens: int = 0,
              dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Zero-shot: which of the two answers is likelier after the question."""
+    """Which of the two answers is likelier after the question; or what a classifier answers."""
+    if getattr(model, "classes", 0):
+        samples = class_samples(reviews, tokenizer, model.config.block_size)
+        return evaluate_classifier(model, samples, dtype=dtype) | {
+            "cut": samples.counts["truncated"]}
     device = next(model.parameters()).device
     answers = [tokenizer.encode(answer) for answer in ANSWERS]
     room = model.config.block_size + 1 - max(map(len, answers))     # the last token is no input
@@ -91,28 +95,16 @@ def evaluate(model: nn.Module, tokenizer: Any, reviews: Sequence[Review], batch_
     model.train(was_training)
     labels = torch.tensor([review.label for review in reviews])
     found = sums.view(-1, 2).argmax(1).cpu()
-    return counted(labels, found, 2) | {"cut": sum(was_cut for _, was_cut in prompts)}
-
-
-def class_samples(reviews: Sequence[Review], tokenizer: Any, block_size: int) -> Samples:
-    """Reviews as samples for data.samples.SampleLoader, to train a Classifier.
-
-    The class stands where the next token would: it is the one target, at the last token.
-    """
-    rows = []
-    for review in reviews:
-        ids = tokenizer.encode(review.text)
-        rows.append(np.array(ids[-block_size:] + [review.label], dtype=np.int32))
-    offsets = np.cumsum([0] + [len(row) for row in rows])
-    labelled = np.zeros(offsets[-1], dtype=bool)
-    labelled[offsets[1:] - 1] = True
-    return Samples(np.concatenate(rows), labelled, offsets, block_size)
+    return counted(labels, found) | {"cut": sum(was_cut for _, was_cut in prompts)}
 
 
 @torch.no_grad()
 def evaluate_classifier(model: nn.Module, samples: Samples, batch_size: int = 16,
                         dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """What `evaluate` returns (but `cut`), and the loss: of a Classifier on `class_samples`."""
+    if model.classes != len(ANSWERS):
+        raise ValueError(f"the classifier chooses among {model.classes} classes; reviews are "
+                         f"negative or positive")
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     labels, found, nats = [], [], 0.0
@@ -123,15 +115,14 @@ def evaluate_classifier(model: nn.Module, samples: Samples, batch_size: int = 16
         found.append(logits.argmax(1).cpu())
         nats += loss.item()
     model.train(was_training)
-    return counted(torch.cat(labels), torch.cat(found), model.head.out_features) | {
+    return counted(torch.cat(labels), torch.cat(found)) | {
         "loss": nats / len(samples)}
 
 
-def counted(labels: torch.Tensor, found: torch.Tensor, classes: int) -> dict[str, Any]:
+def counted(labels: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:
     n, right = len(labels), int((labels == found).sum())
-    confusion = torch.bincount(classes * labels + found, minlength=classes**2)
     return {"n": n, "acc": right / n, "correct": right, "acc_interval": wilson_interval(right, n),
-            "confusion": confusion.view(classes, classes).tolist()}
+            "confusion": torch.bincount(2 * labels + found, minlength=4).view(2, 2).tolist()}
 
 
 def main(words: list[str]) -> None:
@@ -144,7 +135,8 @@ def main(words: list[str]) -> None:
         raise ValueError(f"{config.model} has no tokenizer.json; put its tokenizer there")
     r = evaluate(model, tokenizer, reviews, config.batch_tokens, pick_dtype(config.dtype, device))
     low, high = r["acc_interval"]
-    print(f"{config.model} on {r['n']:,} reviews, zero-shot: acc {r['acc']:.4f} (95% interval "
+    how = "classified" if getattr(model, "classes", 0) else "zero-shot"
+    print(f"{config.model} on {r['n']:,} reviews, {how}: acc {r['acc']:.4f} (95% interval "
           f"{low:.4f} to {high:.4f}), {r['cut']:,} cut to {model.config.block_size} tokens")
     for label, row in zip(ANSWERS, r["confusion"]):
         print(f"  {label.strip()} reviews: {row[0]:,} answered negative, {row[1]:,} positive")
