@@ -7,7 +7,11 @@
 It is called and trained as a GPT is: targets (B, T) hold the class of a sample at its last token
 and IGNORE elsewhere, so padding behind it, several samples in a row (positions) and counting labels
 work as they do for words. One linear layer reads the hidden states of the sample: those of its last
-token, which has seen all of it, or their mean.
+token, which has seen all of it, or their mean. The layer starts at zero: every class is equally
+likely at first, and the start of a run does not depend on a seed.
+
+    python train.py imdb-demo                           trains one: data of data/labels.py
+    model, _ = sample.load_model("out/imdb-demo")       and gives it back
 
 Shapes: B batch, T time, C channels, K classes, N samples: one in each row, or as many as labels.
 Reference: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training",
@@ -19,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import IGNORE, INIT_STD, GPT
+from model import IGNORE, GPT
 
 Pooling = Literal["last", "mean"]
 
@@ -31,9 +35,9 @@ class Classifier(nn.Module):
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling={pooling!r} is unknown; choose last or mean")
         super().__init__()
-        self.gpt, self.pooling, self.config = gpt, pooling, gpt.config
+        self.gpt, self.pooling, self.config, self.classes = gpt, pooling, gpt.config, classes
         self.head = nn.Linear(gpt.config.n_embd, classes, bias=False)
-        nn.init.normal_(self.head.weight, std=INIT_STD)
+        nn.init.zeros_(self.head.weight)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
                 positions: torch.Tensor | None = None, reduction: str = "mean"):
@@ -60,6 +64,10 @@ class Classifier(nn.Module):
         t = torch.arange(x.size(1), device=x.device)                # (T,)
         inside = (first[:, None] <= t) & (t <= last[:, None])       # (N, T)
         return ((x[row] * inside[..., None]).sum(1) / inside.sum(1, keepdim=True)).to(x.dtype)
+
+    @property
+    def transformer(self) -> nn.ModuleDict:
+        return self.gpt.transformer
 
     @property
     def recompute_activations(self) -> bool:
