@@ -4,8 +4,9 @@
     python -m eval out/a out/b gpt2 --all       every item and token, not a sample of them
     python -m eval FOLDER --data=book.txt --imdb=test.jsonl --lambada=test.jsonl
 
-What has no file here is left out, and said so. Of a run the figures are also kept, in its
-eval.json. Losses of models with different tokenizers do not compare; bits per byte do.
+What has no file here is left out, and said so. A classifier has a loss, an accuracy and IMDB; it
+says nothing to the others. Of a run the figures are also kept, in its eval.json. Losses of models
+with different tokenizers do not compare; bits per byte do.
 """
 import sys
 from dataclasses import dataclass
@@ -76,13 +77,15 @@ def evaluate(name: str, model: Any, tokenizer: Any, tasks: Tasks, config: EvalCo
             if config.data:
                 raise
             print(f"{name}: its loss is left out: {error}", file=sys.stderr)
+    if tasks.imdb:
+        found["imdb"] = imdb.evaluate(model, tokenizer, tasks.imdb, dtype=dtype)
+    if getattr(model, "classes", 0):                                # it has no words
+        return found
     for style in get_args(hellaswag.Style) if tasks.hellaswag else ():
         found[f"hellaswag_{style}"] = hellaswag.evaluate(model, tokenizer, tasks.hellaswag, style,
                                                          dtype=dtype, progress=True)
     if tasks.lambada:
         found["lambada"] = lambada.evaluate(model, tokenizer, tasks.lambada, dtype=dtype)
-    if tasks.imdb:
-        found["imdb"] = imdb.evaluate(model, tokenizer, tasks.imdb, dtype=dtype)
     return found
 
 
@@ -92,7 +95,8 @@ def rows_of(found: dict[str, Any]) -> dict[str, str]:
     if figures := found.get("loss"):
         rows["loss on"] = Path(figures["data"]).name
         rows.update({key.replace("_", " "): f"{figures[key]:.4f}"
-                     for key in ("loss", "perplexity", "bits_per_byte") if key in figures})
+                     for key in ("loss", "perplexity", "bits_per_byte", "accuracy")
+                     if key in figures})
     for task in ("hellaswag_completion", "hellaswag_harness", "lambada", "imdb"):
         for metric in ("acc", "acc_norm"):
             if metric in found.get(task, {}):

@@ -13,7 +13,8 @@ token is scored once, after at least block_size - N others; both figures are sho
 definition of perplexity with this context, block_size times the work.
 
 Of conversations the answers are scored (data/chat.py); --fit says what the model has learned of
-them (eval/fit.py).
+them (eval/fit.py). Of texts with classes (data/labels.py) a classifier's loss is that of the class,
+with its accuracy: the share of texts whose class is the likeliest.
 
 Reference: "Perplexity of fixed-length models", Hugging Face's documentation of transformers.
 """
@@ -29,10 +30,11 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from config import option, parse, run_command
-from data import loader, shards, texts
+from data import labels, loader, sets, shards, texts
 from device import autocast, pick_device, pick_dtype
 
 IGNORE = loader.IGNORE
+KINDS = {"text": "text", "tokens": "text", "chat": "chat data", "classes": "texts with classes"}
 
 
 @dataclass(frozen=True)
@@ -65,26 +67,32 @@ def token_lengths(tokenizer: Any) -> torch.Tensor:
 def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
                   device: torch.device, lengths: torch.Tensor | None = None,
                   dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Evaluate a GPT on (x, y) batches of this rank; with a process group, on all ranks' together.
+    """Evaluate a model on (x, y) batches of this rank; with a process group, of all ranks.
 
     lengths: from `token_lengths`; without it there are no bits per byte.
-    Returns loss (nats per labelled token), perplexity, tokens and, with lengths, bits_per_byte.
+    Returns loss (nats per label) and tokens, the number of labels; of a GPT also perplexity and,
+    with lengths, bits_per_byte; of a Classifier accuracy.
     """
-    was_training = model.training
+    was_training, classes = model.training, getattr(model, "classes", 0)
     model.eval()
-    total = torch.zeros(3, dtype=torch.float64)                     # nats, tokens, bytes
+    total = torch.zeros(4, dtype=torch.float64)                     # nats, labels, bytes, right
     for x, y in batches:
         with autocast(device, dtype):
-            _, nats = model(x.to(device), y.to(device), reduction="sum")
-        labels = y[y >= 0]
-        spelled = lengths[labels].sum() if lengths is not None else 0
-        total += torch.tensor([nats.item(), len(labels), spelled], dtype=torch.float64)
+            logits, nats = model(x.to(device), y.to(device), reduction="sum")
+        targets, spelled, right = y[y >= 0], 0, 0
+        if classes:
+            right = (logits.argmax(1).cpu() == targets).sum()
+        elif lengths is not None:
+            spelled = lengths[targets].sum()
+        total += torch.tensor([nats.item(), len(targets), spelled, right], dtype=torch.float64)
     model.train(was_training)
     if dist.is_initialized():
         total = total.to(device) if device.type == "cuda" else total    # NCCL reduces on the GPU
         dist.all_reduce(total)
-    nats, tokens, spelled = total.tolist()
+    nats, tokens, spelled, right = total.tolist()
     loss = nats / max(tokens, 1)
+    if classes:
+        return {"loss": loss, "accuracy": right / max(tokens, 1), "tokens": int(tokens)}
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": int(tokens)}
     if spelled:
         result["bits_per_byte"] = nats / math.log(2) / spelled
@@ -145,17 +153,16 @@ def open_tokens(config: LossConfig, tokenizer: Any) -> shards.Tokens:
     if is_text(config.data):
         return text_tokens(config.data, tokenizer)
     folder = shards.find(config.data)
+    shards.verify(folder, cached=True)
     made_with = shards.read_meta(folder)["tokenizer_hash"]
     if made_with is not None and (tokenizer is None or made_with != tokenizer.hash):
         raise ValueError(f"{folder} was made with another tokenizer than {config.model}'s")
     return shards.open_split(folder, config.split)
 
 
-def is_chat(data: str) -> bool:
-    if is_text(data):
-        return False
-    meta = shards.find(data) / "meta.json"
-    return meta.exists() and shards.read_json(meta).get("kind") == "chat"
+def kind_of(data: str) -> str:
+    """What --data names: "text", "tokens", "chat" or "classes"."""
+    return "text" if is_text(data) else sets.kind(shards.find(data))
 
 
 def open_chat(config: LossConfig, split: str, tokenizer: Any, block_size: int) -> Any:
@@ -167,6 +174,16 @@ def open_chat(config: LossConfig, split: str, tokenizer: Any, block_size: int) -
                          f"with --template={', '.join(chat.TEMPLATES)}")
     return chat.load_samples(shards.find(config.data), split, tokenizer, template,
                              block_size, config.labels)
+
+
+def open_classes(config: LossConfig, model: nn.Module, tokenizer: Any) -> Any:
+    """The samples of texts with classes, as data.samples.Samples."""
+    folder = shards.find(config.data)
+    names = labels.read_meta(folder)["labels"]
+    if len(names) != model.classes:
+        raise ValueError(f"{config.model} chooses among {model.classes} classes, {config.data} has "
+                         f"{len(names)} ({', '.join(names)}); name the data that it was trained on")
+    return labels.load_samples(folder, config.split, tokenizer, model.config.block_size)
 
 
 def run_settings(name: str) -> dict[str, Any]:
@@ -184,14 +201,20 @@ def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, A
     """What `evaluate_loss` returns, with a stride the same under "strided", with --fit `fit`."""
     device, block_size = next(model.parameters()).device, model.config.block_size
     dtype, size, limit = pick_dtype(config.dtype, device), config.batch_size, config.limit
-    chat = is_chat(config.data)
-    if tokenizer is None and (chat or is_text(config.data)):
+    kind = kind_of(config.data)
+    if (kind == "classes") != bool(getattr(model, "classes", 0)):
+        raise ValueError(f"{config.model} is {'no' if kind == 'classes' else 'a'} classifier, and "
+                         f"{config.data} holds {KINDS[kind]}; name another --model or --data")
+    if tokenizer is None and kind != "tokens":
         raise ValueError(f"{config.model} has no tokenizer to read {config.data} with; put its "
                          f"tokenizer.json there")
-    if chat and config.stride or config.fit and not chat:
-        name, kind = ("stride", "text") if chat else ("fit", "chat data")
-        raise ValueError(f"--{name} is for {kind}, and {config.data} is none; leave it out")
-    if chat:
+    for name, meant in (("stride", ("text", "tokens")), ("fit", ("chat",))):
+        if getattr(config, name) and kind not in meant:
+            raise ValueError(f"--{name} is for {KINDS[meant[0]]}, and {config.data} is none; leave "
+                             f"it out")
+    if kind == "classes":
+        batches = open_classes(config, model, tokenizer).evaluation_batches(size, limit)
+    elif kind == "chat":
         samples = open_chat(config, config.split, tokenizer, block_size)
         batches = samples.evaluation_batches(size, limit)
     else:

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 from bpe import Tokenizer
 from classifier import Classifier
 from config import build
+from data.labels import class_samples
 from data.samples import SampleLoader
 from eval import __main__ as command
 from eval import hellaswag, imdb, lambada, loss
 from eval.hellaswag import wilson_interval
 from model import IGNORE, GPT, GPTConfig
-from sample import load_model
+from sample import load_base, load_model
 from train import TrainConfig, train
 
 REVIEWS = [("A fine film, and a good one.<br />Really good.", 1), ("Bad, bad, and long. Awful!", 0),
@@ -162,7 +163,7 @@ def test_a_context_without_room_for_a_review_is_refused(tokenizer, reviews):
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_classifier_learns_reviews_from_the_loader_of_conversations(tokenizer, reviews, packing):
     items = imdb.load_reviews(reviews)
-    samples = imdb.class_samples(items, tokenizer, 48)
+    samples = class_samples(items, tokenizer, 48)
     inputs, targets = samples.read(3)                   # the longest loses its beginning
     assert inputs.tolist() == tokenizer.encode(items[3].text)[-48:]
     assert targets.tolist() == [IGNORE] * 47 + [0]
@@ -182,16 +183,26 @@ def test_a_classifier_learns_reviews_from_the_loader_of_conversations(tokenizer,
 
 def test_loss_and_confusion_of_a_classifier_by_hand(tokenizer, reviews):
     items = imdb.load_reviews(reviews)[:5]
-    model = Classifier(small(tokenizer)).eval()
-    found = imdb.evaluate_classifier(model, imdb.class_samples(items, tokenizer, 64), batch_size=2)
-    logits = torch.cat([model(torch.tensor([tokenizer.encode(item.text)[-64:]]))[0]
-                        for item in items])
+    model = Classifier(small(tokenizer, 32)).eval()
+    torch.nn.init.normal_(model.head.weight)            # a new one finds both equally likely
+    found = imdb.evaluate(model, tokenizer, items)
+    rows = [tokenizer.encode(item.text) for item in items]
+    logits = torch.cat([model(torch.tensor([row[-32:]]))[0] for row in rows])
     labels = torch.tensor([item.label for item in items])
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
     expected = [[0, 0], [0, 0]]
     for label, answer in zip(labels, logits.argmax(1)):
         expected[label][answer] += 1
-    assert found["confusion"] == expected
+    assert found["confusion"] == expected and found["acc"] not in (0, 1)
+    assert found["cut"] == sum(len(row) > 32 for row in rows) > 0
+    batches = class_samples(items, tokenizer, 32).evaluation_batches(2)
+    assert loss.evaluate_loss(model, batches, torch.device("cpu"), loss.token_lengths(tokenizer)) \
+        == {"loss": pytest.approx(found["loss"], rel=1e-6), "accuracy": found["acc"], "tokens": 5}
+
+
+def test_a_classifier_of_other_classes_is_refused(tokenizer, reviews):
+    with pytest.raises(ValueError, match="chooses among 3 classes; reviews are negative or posi"):
+        imdb.evaluate(Classifier(small(tokenizer), 3), tokenizer, imdb.load_reviews(reviews))
 
 
 # ---- files and commands
@@ -293,6 +304,34 @@ def test_one_table_and_the_runs_own_file_hold_what_each_evaluation_finds(
     assert lines["bits per byte"] == [f"{expected['bits_per_byte']:.4f}", "-"]  # a folder has none
     assert shown[0].split() == [str(run), str(folder)]
     assert not (folder / "eval.json").exists()
+
+
+def test_a_run_with_an_adapter_is_evaluated_as_its_merged_model_is(
+        run, dataset, hellaswag_file, reviews, passages, tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    adapted = tmp_path / "adapted"
+    train(build(TrainConfig, dict(
+        init_from=str(run), data=str(dataset), out=str(adapted), max_steps=6, batch_tokens=512,
+        micro_batch=8, learning_rate=5e-2, min_learning_rate=5e-2, device="cpu", dtype="float32",
+        compile="off", sample_tokens=0, lora=dict(r=2, target_modules=("all-linear",)))))
+    model, tokenizer = load_base(adapted)
+    model.save_pretrained(tmp_path / "merged")
+    tokenizer.save(tmp_path / "merged" / "tokenizer.json")
+    command.main([str(adapted), str(run), f"--hellaswag={hellaswag_file}", f"--imdb={reviews}",
+                  f"--lambada={passages}", "--device=cpu", "--dtype=float32"])
+    kept, base = (json.loads((folder / "eval.json").read_text()) for folder in (adapted, run))
+    for task, found in (
+            ("imdb", imdb.evaluate(model, tokenizer, imdb.load_reviews(reviews))),
+            ("lambada", lambada.evaluate(model, tokenizer, lambada.load_passages(passages)))):
+        assert (kept[task]["acc"], kept[task]["n"]) == (found["acc"], found["n"])
+    assert kept["parameters"] > base["parameters"]
+    assert kept["loss"]["loss"] != pytest.approx(base["loss"]["loss"], rel=1e-3)
+    capsys.readouterr()
+    for name in (adapted, tmp_path / "merged"):         # merged: other roundings of float32
+        loss.main([f"--model={name}", f"--data={dataset}", "--device=cpu", "--dtype=float32"])
+    figures = [float(line.split("loss ")[1].split()[0])
+               for line in capsys.readouterr().out.splitlines()]
+    assert figures == pytest.approx([kept["loss"]["loss"]] * 2, abs=2e-4)
 
 
 def test_all_is_without_limits(run, hellaswag_file):

@@ -129,6 +129,70 @@ def test_documents_without_an_end_token_begin_with_their_text(tmp_path):
     assert text_tokens(str(tmp_path / "a.txt"), plain).read(0, 9).tolist() == [97, 98]
 
 
+def test_damaged_shards_are_not_evaluated(dataset):
+    model = random_model(256)
+    tokenizer = Tokenizer([], special_tokens=())
+    settings = LossConfig(data=str(dataset), limit=64)
+    measure(model, tokenizer, settings)
+    shard = next(dataset.glob("val*.npy"))
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{shard.name} differs from its checksum"):
+        measure(model, tokenizer, settings)
+
+
+# ---- texts with classes
+
+@pytest.fixture
+def topics(tmp_path):
+    from data import labels
+    (tmp_path / "topics.jsonl").write_text("".join(
+        json.dumps({"text": f"{'xyz'[i % 3]} number {i}", "label": i % 3}) + "\n"
+        for i in range(40)))
+    return labels.prepare(labels.LabelsConfig(source=str(tmp_path / "topics.jsonl"),
+                                              out=str(tmp_path / "topics"), validation=0.3))
+
+
+def classifier_of(tokenizer, classes=3):
+    from classifier import Classifier
+    model = Classifier(random_model(tokenizer.vocab_size), classes).eval()
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def test_a_classifier_is_scored_on_the_classes_of_texts(topics, tokenizer):
+    model = classifier_of(tokenizer)
+    records = [json.loads(line) for line in (topics / "val.jsonl").read_text().splitlines()]
+    with torch.no_grad():
+        logits = torch.cat([model(torch.tensor([tokenizer.encode(record["text"])[-16:]]))[0]
+                            for record in records])
+    answers = torch.tensor([record["label"] for record in records])
+    found = measure(model, tokenizer, LossConfig(data=str(topics), dtype="float32", batch_size=3))
+    expected = torch.nn.functional.cross_entropy(logits, answers).item()
+    right = (logits.argmax(1) == answers).float().mean().item()
+    assert found == {"loss": pytest.approx(expected, rel=1e-5), "tokens": len(records),
+                     "accuracy": pytest.approx(right, rel=1e-6)}
+    assert 0 < right < 1
+    one = [measure(model, tokenizer, LossConfig(data=str(topics), split=split))["tokens"]
+           for split in ("train", "val")]
+    assert sum(one) == 40
+
+
+def test_a_model_and_data_of_different_kinds_are_refused(topics, dataset, tokenizer):
+    model, gpt = classifier_of(tokenizer), random_model(tokenizer.vocab_size)
+    for one, data, changes, message in [
+            (gpt, topics, {}, "gpt2 is no classifier, and .*topics holds texts with classes"),
+            (model, dataset, {}, "gpt2 is a classifier, and .* holds text; name another"),
+            (model, topics, dict(stride=4), "--stride is for text"),
+            (model, topics, dict(fit=True), "--fit is for chat data"),
+            (classifier_of(tokenizer, 2), topics, {}, r"among 2 classes, .* has 3 \(0, 1, 2\)")]:
+        with pytest.raises(ValueError, match=message):
+            measure(one, tokenizer, LossConfig(data=str(data), **changes))
+    with pytest.raises(ValueError, match="has no tokenizer to read"):
+        measure(model, None, LossConfig(data=str(topics)))
+
+
 # ---- conversations
 
 CHAT = [[{"role": "user", "content": f"What is {a} and {b}?"},
