@@ -7,7 +7,8 @@
     save(model, folder, end=tokenizer.eot)      # what GPT.save_pretrained calls
 
 `export` writes what transformers needs to generate as sample.py --temperature=0 does: config.json,
-model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json.
+model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json. The adapter of a
+run is merged into its base (lora.save_lora writes one alone, as PEFT reads it).
 
 A file is believed only as far as it is long: sizes that a config or header claims are compared with
 the tensors that are there before anything of that size is made. A ValueError names the file.
@@ -265,12 +266,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def export(source: str | Path, folder: str | Path) -> None:
-    """Write a run (its best checkpoint) or any other model with its tokenizer for transformers."""
-    from sample import load_model
+    """Write a run (its best checkpoint) or any other model with its tokenizer for transformers.
+
+    An adapter is merged into its base.
+    """
+    from sample import load_base
     if (Path(folder) / "run.json").exists():
         raise ValueError(f"{folder} is a run, whose tokenizer.json would be replaced; "
                          f"export into another folder")
-    model, tokenizer = load_model(source)
+    model, tokenizer = load_base(source)
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer.json; put its tokenizer there")
     save(model, folder, tokenizer.eot)

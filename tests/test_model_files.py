@@ -7,8 +7,10 @@ import torch
 
 import model_files
 from bpe import Tokenizer
+from config import build
 from model import GPT, GPTConfig
 from sample import continue_text, load_model
+from train import TrainConfig, train
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
 
@@ -218,6 +220,24 @@ def test_an_exported_model_generates_in_transformers_what_it_does_here(trained, 
     assert read.hash == tokenizer.hash
     idx = torch.tensor([tokenizer.encode(DOCUMENTS[3])])
     torch.testing.assert_close(again(idx)[0], model(idx)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [dict(), dict(use_dora=True), dict(init="pissa")])
+def test_the_run_of_an_adapter_is_exported_merged(dataset, tmp_path, variant):
+    pytest.importorskip("safetensors")
+    settings = dict(data=str(dataset), max_steps=6, batch_tokens=256, micro_batch=8, device="cpu",
+                    dtype="float32", compile="off", sample_tokens=0, learning_rate=2e-2)
+    train(build(TrainConfig, {**settings, "out": str(tmp_path / "base"), "model": dict(
+        block_size=32, n_layer=2, n_head=2, n_embd=16)}))
+    train(build(TrainConfig, {**settings, "out": str(tmp_path / "run"), "init_from": str(
+        tmp_path / "base"), "lora": dict(r=2, target_modules=("all-linear",), **variant)}))
+    model_files.main(["export", str(tmp_path / "run"), str(tmp_path / "folder")])
+    (base, _), (run, _), (folder, _) = (load_model(tmp_path / name)
+                                        for name in ("base", "run", "folder"))
+    assert type(folder) is GPT and not hasattr(folder, "lora")
+    idx = torch.randint(base.config.vocab_size, (2, 32))
+    torch.testing.assert_close(folder(idx)[0], run(idx)[0], rtol=0, atol=1e-4)
+    assert (folder(idx)[0] - base(idx)[0]).abs().max() > 0.01
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path):
