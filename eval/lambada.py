@@ -4,8 +4,7 @@
 
 In: {"text": passage} a line. The last word, with the space before it, follows the rest of the text.
 acc: the share of passages where every token of it is the likeliest; perplexity: exp of the mean of
-the word's negative log-probability. Both as in lm-evaluation-harness (lambada_openai), where GPT-2
-(124M) has acc 0.3256 and perplexity 40.06.
+the word's negative log-probability. Both as in lm-evaluation-harness (lambada_openai).
 
 Reference: Paperno et al. 2016, "The LAMBADA dataset" (1606.06031).
 """
