@@ -1,5 +1,4 @@
-"""IMDB: 50,000 film reviews, as text to continue, questions with a one-word answer, or
-texts of two classes.
+"""IMDB: 50,000 film reviews, as text to continue, as questions, or as texts of two classes.
 
     python -m data.imdb                             downloads it once; token shards in data/imdb
     python -m data.imdb --task=sentiment            conversations in data/imdb_sentiment
