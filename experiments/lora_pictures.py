@@ -164,7 +164,7 @@ def draw_compare(figure: Any, points: list[Point]) -> None:
     radar.yaxis.set_major_locator(_ticks(4))
     radar.set_rlabel_position(180 / len(knobs))
     radar.tick_params(axis="y", labelsize=7, labelcolor=GREY)
-    radar.set_title("share of the largest gain found that turning\none setting alone brings ("
+    radar.set_title("share of the largest gain of an adapter\nthat turning one setting brings ("
                     + " / ".join(DATA_NAMES.get(data, data) for data in names) + ")",
                     fontweight="bold", pad=18)
 
@@ -251,11 +251,11 @@ def draw_lines(ax: Any, points: list[Point], column: str, x: str, base: float) -
         line = sorted((p for p in points if p[column] == value), key=lambda p: p[x])
         time = f", {min(p.seconds for p in line):.1f} s" if x == "learning_rate" else ""
         curve(ax, i, line, x, value + time)
-    ax.axhline(base, color=GREY, linewidth=1)
+    ax.axhline(base, color=GREY, linewidth=1, label="base")
     log_axis(ax, [p[x] for p in points], 4)
     lowest = min(p.mean_val for p in points)
     ax.set_ylim(lowest - 0.05 * (base - lowest), base + 0.1 * (base - lowest))
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
 
 
 def draw_budget(figure: Any, points: list[Point]) -> None:
@@ -292,7 +292,7 @@ def draw_all(points: list[Point], folder: Path) -> list[Path]:
     if of(points, "grid"):
         picture("grid", (14.5, 7.5), lambda figure: draw_grid(figure, points))
     if any(of(points, study) for study in ("variants", "targets", "ranks")):
-        picture("variants", (14, 8), lambda figure: draw_variants(figure, points))
+        picture("variants", (14, 9.5), lambda figure: draw_variants(figure, points))
     if of(points, "budget"):
         picture("budget", (10, 7), lambda figure: draw_budget(figure, points))
     return drawn

@@ -216,8 +216,9 @@ def grid_facts(points: list[Point], data: str) -> dict[str, Any]:
 
 
 def gains(points: list[Point], data: str) -> dict[str, float]:
-    """For each knob, the share of all that was gained over the base by turning it alone."""
-    most = base_loss(points, data) - best([p for p in points if p.data == data]).mean_val
+    """What turning each knob alone gains, as a share of the largest gain of an adapter."""
+    adapters = [p for p in points if p.data == data and p["variant"] != "full"]
+    most = base_loss(points, data) - best(adapters).mean_val
     shares = {}
     for study, names in (("original", ("r", "alpha", "dropout")),
                          ("budget", ("learning_rate", "epochs", "batch", "micro_batch"))):
@@ -231,20 +232,22 @@ def gains(points: list[Point], data: str) -> dict[str, float]:
 # Tables
 
 def plus(values: tuple[float, ...], spread: float) -> str:
-    """5.5393 ± 0.0240 (0.0003)"""
+    """5.5393 ± 0.0240 (0.0003), or 5.5393 of a single seed."""
     if not np.isfinite(values).all():
         return "diverged"
+    if len(values) < 2:
+        return f"{values[0]:.4f}"
     return f"{statistics.fmean(values):.4f} ± {_spread(values):.4f} ({spread:.4f})"
 
 
 def rows_of(points: list[Point], names: tuple[str, ...]) -> list[str]:
     least = best(points)
-    lines = ["| " + " | ".join((*names, "final loss", "validation", "trainable", "time")) + " |",
-             "|" + "---|" * (len(names) + 4)]
+    heads = (*names, "seeds", "final loss", "validation", "trainable", "time")
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for p in points:
         mark = "**" if p is least else ""
         lines.append("| " + " | ".join((
-            *(_spell(p[name]) for name in names), plus(p.loss, p.loss_spread),
+            *(_spell(p[name]) for name in names), str(len(p.val)), plus(p.loss, p.loss_spread),
             f"{mark}{plus(p.val, p.val_spread)}{mark}", f"{p.trainable:,}", f"{p.seconds:.1f} s"))
             + " |")
     return lines
@@ -292,7 +295,10 @@ def grid_table(facts: dict[str, Any]) -> list[str]:
 
 def spell_slope(facts: dict[str, Any], name: str) -> str:
     value = facts[f"{name}_slope"]
-    return "unknown" if value is None else f"{value:.2f} ± {facts[f'{name}_spread']:.2f}"
+    if value is None:
+        return "unknown"
+    one = len(facts[name][0]) < 2
+    return f"{value:.2f}" + ("" if one else f" ± {facts[f'{name}_spread']:.2f}")
 
 
 def summary(points: list[Point]) -> dict[str, Any]:
