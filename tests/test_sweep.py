@@ -244,7 +244,7 @@ def points(table):
 def test_the_table_is_by_hand(points):
     # seeds 0 and 1 differ by 0.05: mean + 0.025, deviation 0.05 / sqrt(2); without the seeds, none
     loss = 5 + 0.01 * math.log(2 * 1e-3 / 0.03) ** 2 + 0.025
-    line = f"| 4 | 4 | 0.05 | {loss:.4f} ± 0.0354 (0.0000) | {loss + .1:.4f} ± 0.0354 (0.0000) | " \
+    line = f"| 4 | 4 | 0.05 | 2 | {loss:.4f} ± 0.0354 (0.0000) | {loss + .1:.4f} ± 0.0354 " \
            "(0.0000) | 4,000 | 2.0 s |"
     text = tables(points)
     assert line in text.split("Alpaca")[0].splitlines()
