@@ -284,7 +284,7 @@ def load_run(model: nn.Module, folder: str | Path) -> nn.Module:
 def merge_command(words: list[str]) -> None:
     import sample
     config = parse(MergeConfig, words, "lora.py merge", about=__doc__)
-    model, tokenizer = sample.load_model(config.base)
+    model, tokenizer = sample.load_writer(config.base)
     is_run = (Path(config.adapter) / "run.json").exists()
     (load_run if is_run else load_lora)(model, config.adapter)
     generator = torch.Generator().manual_seed(0)

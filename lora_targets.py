@@ -13,7 +13,7 @@ import torch.nn as nn
 from quant import NF4Linear
 
 FUSED = {"c_attn": ("q", "k", "v")}     # layers that compute several things: c_attn.q is a third
-HEADS = ("lm_head", "embed_out", "output_layer", "score", "classifier")     # not in all-linear
+HEADS = ("lm_head", "head", "embed_out", "output_layer", "score", "classifier")  # not all-linear
 INSIDE = {"base_layer", "lora_unmerged"}                # what an adapted layer holds
 
 

@@ -52,6 +52,11 @@ GPT2_CHAT = dict(
     eval_every=200, save_every=200, sample_tokens=100, patience=3, model=dict(block_size=512))
 LORA = dict(learning_rate=1e-3, min_learning_rate=1e-4, weight_decay=0.0)
 
+IMDB_DEMO = dict(
+    init_from="out/demo", data="imdb_classes", pooling="mean", epochs=2, batch_tokens=32 * 128,
+    micro_batch=32, learning_rate=1.5e-3, min_learning_rate=1e-4, warmup_ratio=0.05, eval_every=100,
+    save_every=200, log_every=20, model=dict(block_size=128))
+
 PRESETS = {
     "demo": Preset(
         "a small GPT on the documentation that Python carries; offline, for a first look",
@@ -89,6 +94,10 @@ PRESETS = {
     "lora-demo": Preset(
         "the same with an adapter of rank 8 on all linear layers; offline, after demo",
         "not measured", dict(SFT_DEMO, **LORA, lora=dict(r=8, target_modules=("all-linear",)))),
+    "imdb-demo": Preset(
+        "the demo run learns whether a film review is positive; after demo and python -m data.imdb "
+        "--task=classes [--from=FILES]",
+        "not measured", IMDB_DEMO),
     "gpt2-alpaca": Preset(
         "GPT-2 124M on Stanford Alpaca, all weights", "not measured",
         dict(GPT2_CHAT, data="alpaca")),

@@ -26,6 +26,7 @@ from optim import learning_rate
 
 REPOSITORY = Path(__file__).parent
 NAMES = {"loss": "validation loss", "bits_per_byte": "bits per byte"}
+VALIDATION = ("loss", "perplexity", "accuracy")      # called val_... in the log
 SPIKE = 6.0                     # standard deviations above the last 100 losses: marked in the log
 
 
@@ -118,7 +119,7 @@ class RunLog:
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Log what was measured at a step, and say it."""
-        self.write({"step": step, **{f"val_{key}" if key in ("loss", "perplexity") else key: value
+        self.write({"step": step, **{f"val_{key}" if key in VALIDATION else key: value
                                      for key, value in figures.items() if key != "tokens"}})
         self.say(f"step {step}: " + ", ".join(
             f"{NAMES.get(key, key)} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
@@ -195,7 +196,9 @@ def finish(out: Path, log: RunLog, figures: dict[str, Any], best_loss: float, st
     if log.active:
         write_json(out / "run.json", run)
     if figures:
-        log.say(f"validation loss {figures['loss']:.4f} nats a token"
+        log.say(f"validation loss {figures['loss']:.4f} nats a "
+                + (f"text, accuracy {figures['accuracy']:.4f}" if "accuracy" in figures
+                   else "token")
                 + (f" (unigram entropy of the corpus: {entropy:.4f})" if entropy else "")
                 + (f", {figures['bits_per_byte']:.4f} bits per byte"
                    if "bits_per_byte" in figures else ""))
@@ -295,8 +298,8 @@ def _tensorboard(folder: Path):
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-def dry_run(config: Any, model: torch.nn.Module, batches: Any, tokenizer: Any, rank: int,
-            world: int, dtype: torch.dtype) -> dict[str, Any]:
+def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, rank: int, world: int,
+            dtype: torch.dtype) -> dict[str, Any]:
     """Print what a run would do: its steps, memory, schedule, trained tensors and an example."""
     c, n = config.model, model.num_params()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -330,16 +333,22 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, tokenizer: Any, r
         *(f"  {name:40} {tuple(p.shape)}" for name, p in trainable
           if ".h." not in name or ".h.0." in name),
         f"the first example of step 0, {int((y[0] >= 0).sum())} of {len(y[0])} positions labelled; "
-        f"what has no label stands in [brackets]:", marked_example(x[0], y[0], tokenizer)]
+        f"what has no label stands in [brackets]:", marked_example(x[0], y[0], data)]
     if rank == 0:
         print("\n".join(lines))
     return {"parameters": n, "trained": trained, "max_steps": config.max_steps}
 
 
-def marked_example(x: torch.Tensor, y: torch.Tensor, tokenizer: Any, width: int = 64) -> str:
-    """The first `width` targets of an example as text, unlabelled stretches in brackets."""
+def marked_example(x: torch.Tensor, y: torch.Tensor, data: Any, width: int = 64) -> str:
+    """The first `width` targets of an example as text, unlabelled stretches in brackets. Of a text
+    with a class the end, and the class."""
+    tokenizer = data.tokenizer
     if tokenizer is None:
         return f"  ids {x[:width].tolist()}"
+    if data.classes:
+        end = int((y >= 0).nonzero()[0]) + 1            # the first, where several are packed
+        text = f"[{tokenizer.decode(x[max(0, end - width):end].tolist())}] {data.names[y[end - 1]]}"
+        return "  " + text.replace("\n", "\n  ")
     ids = torch.cat([x[:1], torch.where(y >= 0, y, x.roll(-1))])
     labelled = [False, *(y >= 0).tolist()]              # nothing predicts the first token
     text, start = "", 0

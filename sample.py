@@ -20,13 +20,14 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Any, Iterator, Literal
 
 import torch
 
 import checkpoint
 import lora
 from bpe import Tokenizer
+from classifier import Classifier
 from config import build, option, parse, run_command
 from data import conversations
 from data.chat import extend_tokenizer, find_template, grow_embedding, render_prompt
@@ -54,10 +55,11 @@ class SampleConfig:
 
 
 def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0,
-               which: str = "best.pt") -> tuple[GPT, Tokenizer | None]:
+               which: str = "best.pt") -> tuple[GPT | Classifier, Tokenizer | None]:
     """A model, in eval mode, and its tokenizer: from a run, a Hugging Face folder or the hub.
 
-    Of a run, the best checkpoint is taken; the last one where nothing was evaluated yet.
+    Of a run, the best checkpoint is taken; the last one where nothing was evaluated yet. A run on
+    texts with classes gives a Classifier; who needs a model that writes, calls `load_writer`.
     """
     folder = Path(name)
     if not (folder / "run.json").exists():
@@ -77,11 +79,11 @@ def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: fl
     tokenizer = Tokenizer.load(file) if file.exists() else None
     shape = build(GPTConfig, {**settings["model"], "dropout": dropout})
     if not settings.get("lora"):
-        model = GPT(shape)
+        model = with_head(GPT(shape), state)
         model.load_state_dict(state["model"])
         return model.to(device).eval(), tokenizer
     model, _ = load_base(settings["init_from"], dropout, shape.block_size)      # it has the rest
-    grow_embedding(model, shape.vocab_size)
+    model = with_head(grow_embedding(model, shape.vocab_size), state)
     lora.add_lora(model, build(lora.LoRAConfig, settings["lora"]), quiet=True)
     if model.lora.base_hash != state["base"]:
         raise ValueError(f"{folder} trained an adapter of {settings['init_from']}, which has "
@@ -90,10 +92,26 @@ def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: fl
     return model.to(device).eval(), tokenizer
 
 
+def with_head(model: GPT, state: dict[str, Any]) -> GPT | Classifier:
+    """The model as a Classifier, where a checkpoint is one's."""
+    head = state["model"].get("head.weight")                        # (K, C)
+    return model if head is None else Classifier(model, len(head), state["config"]["pooling"])
+
+
+def load_writer(name: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0
+                ) -> tuple[GPT, Tokenizer | None]:
+    """`load_model`, of a model that writes: a classifier is refused."""
+    model, tokenizer = load_model(name, device, dropout)
+    if isinstance(model, Classifier):
+        raise ValueError(f"{name} is a classifier, and this needs a model that writes; python -m "
+                         f"eval.loss and eval.imdb evaluate it")
+    return model, tokenizer
+
+
 def load_base(name: str | Path, dropout: float = 0.0, block_size: int | None = None
               ) -> tuple[GPT, Tokenizer | None]:
     """A model to train on, and its tokenizer; an adapter is merged, a longer context cropped."""
-    model, tokenizer = load_model(name, dropout=dropout)
+    model, tokenizer = load_writer(name, dropout=dropout)
     if hasattr(model, "lora"):
         lora.merge_lora(model)
         lora.unload_lora(model)
@@ -336,7 +354,7 @@ def main(words: list[str]) -> None:
         raise ValueError(f"{words[0]} was not trained on conversations; say how to write them with "
                          f"--template=alpaca, plain, chatml, llama3 or none")
     device = pick_device(config.device)
-    model, tokenizer = load_model(words[0], device)
+    model, tokenizer = load_writer(words[0], device)
     if tokenizer is None:
         raise ValueError(f"{words[0]} has no tokenizer.json; put its tokenizer there")
     with autocast(device, pick_dtype(config.dtype, device)):

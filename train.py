@@ -31,6 +31,7 @@ import faults
 import lora
 import report
 import sample
+from classifier import Classifier, Pooling
 from config import flatten, option, parse, run_command
 from data import chat, sets, shards
 from device import autocast, pick_dtype
@@ -46,14 +47,15 @@ from presets import DEFAULT_PRESET, PRESETS
 
 SMALL_DATA = ("corpus", "shakespeare", "pydocs")    # made within a minute when a run asks for them
 FIT_TOKENS = 20_000         # of each split that the fit report reads
-SAME = ("data", "seed", "batch_tokens", "init_from", "base", "packing", "model.", "lora.")
+SAME = ("data", "seed", "batch_tokens", "init_from", "base", "packing", "pooling", "model.",
+        "lora.")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     out: str = option("out/run", "folder of the run; a run that is there goes on")
-    data: str = option("corpus", "data set: a name under data/ or a folder, of token shards or of "
-                                 "conversations")
+    data: str = option("corpus", "data set: a name under data/ or a folder, of token shards, "
+                                 "conversations or texts with classes")
     init_from: str = option("scratch", "scratch, gpt2, gpt2-medium, ..., a Hugging Face folder or "
                                        "a run: where the weights of a new run come from")
     seed: int = option(0, "of weights, batch order and dropout")
@@ -83,6 +85,8 @@ class TrainConfig:
                                     "or none")
     labels: Literal["all", "last"] = option("all", "which answers of a conversation are learned")
     packing: bool = option(False, "several conversations in a row, instead of padding")
+    pooling: Pooling = option("last", "what a classifier reads: the last token's state, or the "
+                                      "mean")
     eval_every: int = option(250, "steps between evaluations; 0: only at the end")
     eval_tokens: int = option(0, "tokens of an evaluation, spread over the split; 0: all")
     patience: int = option(0, "evaluations without a lower loss before the run ends; 0: no end")
@@ -152,7 +156,7 @@ def prepared(name: str, world: Processes) -> Path:
             importlib.import_module(f"data.{name}").prepare()
     world.wait()
     folder = shards.find(name)
-    if world.rank == 0 and not sets.is_chat(folder):
+    if world.rank == 0 and sets.kind(folder) == "tokens":
         shards.verify(folder, cached=True)
     world.wait()
     return folder
@@ -161,10 +165,12 @@ def prepared(name: str, world: Processes) -> Path:
 def base_and_data(config: TrainConfig, world: Processes):
     """The network before training, the data, and the config with the shape that it really has."""
     folder, asked = prepared(config.data, world), config.model
+    kind = sets.kind(folder)
     if config.init_from == "scratch":
-        if sets.is_chat(folder):
-            raise ValueError(f"data={config.data} holds conversations, and init_from=scratch has "
-                             f"no words yet; name a model that writes, --init_from=RUN or gpt2")
+        if kind != "tokens":
+            what = {"chat": "conversations", "classes": "texts with classes"}[kind]
+            raise ValueError(f"data={config.data} holds {what}, and init_from=scratch has no words "
+                             f"yet; name a model that writes, --init_from=RUN or gpt2")
         data = sets.TokenSet(folder)
         if asked.vocab_size not in (data.vocab_size, GPTConfig.vocab_size):
             raise ValueError(f"model.vocab_size={asked.vocab_size}, but the tokenizer of "
@@ -182,10 +188,13 @@ def base_and_data(config: TrainConfig, world: Processes):
         if value not in (field.default, has):
             raise ValueError(f"model.{field.name}={value}, but {config.init_from} has {has}; "
                              f"leave it out, init_from brings the shape")
-    if sets.is_chat(folder):
-        if tokenizer is None:
-            raise ValueError(f"{config.init_from} has no tokenizer to read conversations with; put "
-                             f"its tokenizer.json there")
+    if kind != "tokens" and tokenizer is None:
+        raise ValueError(f"{config.init_from} has no tokenizer to read {config.data} with; put its "
+                         f"tokenizer.json there")
+    if kind == "classes":
+        data = sets.ClassSet(folder, tokenizer, model.config.block_size)
+        model, config = Classifier(model, data.classes, config.pooling), for_classes(config)
+    elif kind == "chat":
         tokenizer = chat.extend_tokenizer(tokenizer, config.template)
         chat.grow_embedding(model, tokenizer.vocab_size)
         data = sets.ChatSet(folder, tokenizer, config.template, model.config.block_size,
@@ -198,6 +207,17 @@ def base_and_data(config: TrainConfig, world: Processes):
                              f"{config.init_from}'s; prepare it with --tokenizer="
                              f"{config.init_from}")
     return model, data, dataclasses.replace(config, model=model.config, template=data.template)
+
+
+def for_classes(config: TrainConfig) -> TrainConfig:
+    """A classifier writes nothing. Its head is new, so it trains in full beside an adapter."""
+    if config.hellaswag_every:
+        raise ValueError(f"hellaswag_every={config.hellaswag_every} asks for a model that writes, "
+                         f"and {config.data} makes a classifier; leave it out")
+    adapter = config.lora
+    if adapter and "head" not in adapter.modules_to_save:
+        adapter = dataclasses.replace(adapter, modules_to_save=(*adapter.modules_to_save, "head"))
+    return dataclasses.replace(config, lora=adapter, sample_tokens=0)
 
 
 def hellaswag_items(config: TrainConfig, data: Any) -> list[hellaswag.Item]:
@@ -288,7 +308,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
         lora.add_lora(model, config.lora)
         base = model.lora.base_hash
     if config.dry_run:
-        return report.dry_run(config, model, batches, data.tokenizer, world.rank, world.size, dtype)
+        return report.dry_run(config, model, batches, data, world.rank, world.size, dtype)
     items = hellaswag_items(config, data)               # now, so that it cannot fail days later
     claim(out, config.keep_last, world, held)
     state = open_run(out, config, data, base, world)

@@ -20,7 +20,7 @@ from bench.machine import write_results
 from config import option, parse, run_command
 from device import pick_device
 from eval.hellaswag import Scores, load_items, score, wilson_interval
-from sample import load_model
+from sample import load_writer
 
 TASK = """include: {hellaswag}
 task: hellaswag_file
@@ -82,7 +82,7 @@ def measure(config: LMEvalConfig) -> dict[str, Any]:
     if not config.file:
         raise ValueError("file is empty; give --file=HELLASWAG.jsonl, as the harness is offline")
     items = load_items(config.file)[:config.limit or None]
-    model, tokenizer = load_model(config.model, pick_device(config.device))
+    model, tokenizer = load_writer(config.model, pick_device(config.device))
     with tempfile.TemporaryDirectory() as name:
         model_files.export(config.model, name)
         sums, right = harness_scores(Path(name), config, len(items))

@@ -104,9 +104,5 @@ def kind(folder: Path) -> str:
     return meta.exists() and shards.read_json(meta).get("kind") or "tokens"
 
 
-def is_chat(folder: Path) -> bool:
-    return kind(folder) == "chat"
-
-
 def _at_once(config: Any) -> int:
     return max(config.micro_batch, EVALUATION_TOKENS // config.model.block_size)

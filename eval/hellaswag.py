@@ -251,13 +251,13 @@ def wilson_interval(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def main(words: list[str]) -> None:
-    from sample import load_model
+    from sample import load_writer
     config = parse(HellaSwagConfig, words, "python -m eval.hellaswag", about=__doc__)
     device = pick_device(config.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                    # started by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     items = load_items(config.file or None)[:config.limit or None]
-    model, tokenizer = load_model(config.model, device)
+    model, tokenizer = load_writer(config.model, device)
     result = evaluate(model, tokenizer, items, config.style, config.batch_tokens,
                       pick_dtype(config.dtype, device), progress=True)
     if dist.is_initialized():

@@ -70,11 +70,11 @@ def evaluate(model: nn.Module, tokenizer: Any, passages: Sequence[tuple[str, str
 
 
 def main(words: list[str]) -> None:
-    from sample import load_model
+    from sample import load_writer
     config = parse(LambadaConfig, words, "python -m eval.lambada", about=__doc__)
     passages = load_passages(config.file)[:config.limit or None]
     device = pick_device(config.device)
-    model, tokenizer = load_model(config.model, device)
+    model, tokenizer = load_writer(config.model, device)
     if tokenizer is None:
         raise ValueError(f"{config.model} has no tokenizer.json; put its tokenizer there")
     r = evaluate(model, tokenizer, passages, config.batch_size, pick_dtype(config.dtype, device))

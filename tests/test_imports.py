@@ -10,7 +10,7 @@ ALLOWED = {         # module or folder -> what of ours it may import when it is 
     "model": {"config"}, "optim": {"config"}, "launch": {"device"},
     "model_files": {"config", "model"}, "faults": {"launch"}, "parallel": {"device", "launch"},
     "report": {"device", "faults", "launch", "optim"},
-    "sample": {"model", "bpe", "checkpoint", "config", "data", "device", "lora"},
+    "sample": {"bpe", "checkpoint", "classifier", "config", "data", "device", "lora", "model"},
     "quant": set(), "lora_targets": {"quant"}, "lora_layer": {"config", "lora_targets", "quant"},
     "lora_adapters": {"lora_layer", "lora_targets", "quant"},
     "lora_files": {"lora_adapters", "lora_layer", "lora_targets"},
@@ -19,8 +19,8 @@ ALLOWED = {         # module or folder -> what of ours it may import when it is 
     "data/shards": set(), "data/texts": set(), "data/loader": {"data"},
     "data": {"bpe", "config", "data", "download"},
     "eval": {"data", "config", "device", "download", "eval"},
-    "train": {"bpe", "checkpoint", "config", "data", "device", "eval", "faults", "launch", "model",
-              "lora", "optim", "parallel", "presets", "report", "sample"},
+    "train": {"bpe", "checkpoint", "classifier", "config", "data", "device", "eval", "faults",
+              "launch", "lora", "model", "optim", "parallel", "presets", "report", "sample"},
 }
 OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {"data", "eval", "experiments", "bench"}
 

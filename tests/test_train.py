@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -350,7 +351,8 @@ def test_unlabelled_text_of_the_example_stands_in_brackets():
     ids = torch.tensor(tokenizer.encode("ask:yes!"))
     x, y = ids[:-1], ids[1:].clone()
     y[:3] = IGNORE                                      # "ask:" is the prompt
-    assert report.marked_example(x, y, tokenizer).strip() == "[ask:]yes!"
+    data = SimpleNamespace(tokenizer=tokenizer, classes=0)
+    assert report.marked_example(x, y, data).strip() == "[ask:]yes!"
 
 
 def test_a_failing_compiler_costs_a_warning_and_nothing_else(dataset, tmp_path, monkeypatch,
