@@ -1,0 +1,273 @@
+"""Training steps and generation of ours and of the peers, alike in shape, tokens and settings.
+
+    contestant = STEPS["nanoGPT"](GPTConfig(...), x, y, device, dtype, "eager", checkout)
+    contestant.step()                       # forward, backward, clipping, AdamW; returns the loss
+    row = measure_step("oneloop", GPTConfig(...), (2, 4), "bfloat16", "compiled", device, repeats=3)
+
+Peers: github.com/karpathy/nanoGPT and karpathy/build-nanogpt, from a checkout, and transformers.
+Each has the optimizer that it makes itself; bench/versus_peers.py compares them.
+"""
+import ast
+import contextlib
+import gc
+import importlib.util
+import math
+import statistics
+import sys
+import time
+import types
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+import torch.nn as nn
+
+from bench.machine import matmul_peak, seconds
+from device import DTYPES, autocast, peak_memory, synchronize
+from model import GPT, GPTConfig
+
+SHAPES = {          # name: shape, its micro-batch on a CPU; all have biases, as build-nanogpt does
+    "tiny": (GPTConfig(64, 256, n_layer=2, n_head=2, n_embd=32), 2),        # to try the benchmark
+    "recipe": (GPTConfig(64, 65, n_layer=4, n_head=4, n_embd=128), 12),     # nanoGPT's for a CPU
+    "small": (GPTConfig(256, 50304, n_layer=6, n_head=6, n_embd=384), 8),
+    "124M": (GPTConfig(1024, 50304), 2),
+    "350M": (GPTConfig(1024, 50304, n_layer=24, n_head=16, n_embd=1024), 1),
+    "1558M": (GPTConfig(1024, 50304, n_layer=48, n_head=25, n_embd=1600), 1),
+}
+GENERATE = {"generate": SHAPES["124M"][0],
+            "generate-tiny": GPTConfig(256, 256, n_layer=2, n_head=2, n_embd=32)}
+OURS, LOOSE = "oneloop", "oneloop --deterministic=off"
+WHO = (OURS, LOOSE, "nanoGPT", "build-nanogpt", "transformers")
+PROMPT, NEW_TOKENS = 16, 128            # of a generation, greedy, batch 1
+LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 6e-4, 0.1, (0.9, 0.95), 1e-8      # the AdamW of all
+
+
+@dataclass
+class Contestant:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[], torch.Tensor]        # takes a training step, returns its loss
+    compiled: bool = False
+
+
+def our_step(config: GPTConfig, x: torch.Tensor, y: torch.Tensor, device: torch.device,
+             dtype: torch.dtype, mode: str, checkout: str = "") -> Contestant:
+    """What train.py does with a batch of one micro-batch."""
+    from launch import Processes        # here: the memory of peers is without what these import
+    from optim import OptimConfig, make_optimizer
+    from parallel import Parallel, compiled, full
+    from train import update
+    with device:
+        model = GPT(config)
+    world = Processes(0, 1, device)
+    parallel = Parallel(model, world, "none", dtype)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(model, OptimConfig(beta1=BETAS[0], beta2=BETAS[1], eps=EPS),
+                               LEARNING_RATE, WEIGHT_DECAY)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    loader = types.SimpleNamespace(one_shape=True, batches=lambda step: iter([(x, y)]))
+    network = compiled(parallel, "on" if mode == "compiled" else "off", loader, 0, world, dtype)
+    labels = y.numel()
+
+    def step() -> torch.Tensor:
+        loss = torch.zeros((), device=device)
+        with autocast(device, dtype):
+            _, nats = network(x, y, reduction="sum")
+        nats.backward(scaler.scale(torch.where(nats.isfinite(), 1 / labels, math.nan)))
+        loss += nats.detach() / labels
+        norm = full(torch.nn.utils.clip_grad_norm_(trainable, 1.0))
+        update(optimizer, scaler, ~norm.isfinite())
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+    return Contestant(model, optimizer, step, network is not model)
+
+
+def peer_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable,
+              device: torch.device, dtype: torch.dtype, mode: str) -> Contestant:
+    """The step of the peers' training loops; their torch.compile is without options."""
+    network = torch.compile(model) if mode == "compiled" else model
+
+    def step() -> torch.Tensor:
+        with autocast(device, dtype):
+            loss = loss_of(network)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+    return Contestant(model, optimizer, step, network is not model)
+
+
+def nanogpt_model(config: GPTConfig, checkout: str) -> nn.Module:
+    spec = importlib.util.spec_from_file_location("peer_nanogpt", Path(checkout) / "model.py")
+    sys.modules["peer_nanogpt"] = peer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(peer)
+    return peer.GPT(peer.GPTConfig(
+        block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
+        n_head=config.n_head, n_embd=config.n_embd, dropout=0.0, bias=True))
+
+
+def nanogpt_step(config, x, y, device, dtype, mode, checkout) -> Contestant:
+    with device:
+        model = nanogpt_model(config, checkout)
+    optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, device.type)
+    return peer_step(model, optimizer, lambda network: network(x, y)[1], device, dtype, mode)
+
+
+def build_nanogpt_step(config, x, y, device, dtype, mode, checkout) -> Contestant:
+    """Its file trains when it is imported, so only its imports and classes are executed; of these,
+    not its HellaSwag, which wants packages of its own."""
+    path = Path(checkout) / "train_gpt2.py"
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body
+                 if isinstance(node, (ast.Import, ast.ClassDef))
+                 or isinstance(node, ast.ImportFrom) and node.module != "hellaswag"]
+    sys.modules["peer_build_nanogpt"] = peer = types.ModuleType("peer_build_nanogpt")
+    peer.master_process = False                         # a global of its script: who prints
+    exec(compile(tree, str(path), "exec"), peer.__dict__)
+    with device:
+        model = peer.GPT(peer.GPTConfig(
+            block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
+            n_head=config.n_head, n_embd=config.n_embd))
+    optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, device.type)
+    return peer_step(model, optimizer, lambda network: network(x, y)[1], device, dtype, mode)
+
+
+def transformers_model(config: GPTConfig, use_cache: bool) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
+        n_layer=config.n_layer, n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0,
+        attn_pdrop=0.0, use_cache=use_cache, bos_token_id=None, eos_token_id=None))
+
+
+def transformers_step(config, x, y, device, dtype, mode, checkout) -> Contestant:
+    """With what its Trainer takes by default: AdamW, fused since PyTorch 2.8, and no cache."""
+    with device:
+        model = transformers_model(config, use_cache=False).train()
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
+        lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
+    return peer_step(model, optimizer, lambda network: network(input_ids=x, labels=y,
+                                                               shift_labels=y).loss,
+                     device, dtype, mode)
+
+
+STEPS = {OURS: our_step, LOOSE: our_step, "nanoGPT": nanogpt_step,
+         "build-nanogpt": build_nanogpt_step, "transformers": transformers_step}
+
+
+def step_time(step: Callable[[], Any], device: torch.device, repeats: int,
+              least: float = 2.0) -> float:
+    """Median seconds of a step: of `repeats`, or of as many as fill `least` seconds, at most 100.
+
+    A GPU is timed by its own events, without waiting between steps, as in training.
+    """
+    once = lasting(step, device)
+    count = min(100, max(repeats, math.ceil(least / once)))
+    if device.type != "cuda":
+        return statistics.median(lasting(step, device) for _ in range(count))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    for event in events[:-1]:
+        event.record()
+        step()
+    events[-1].record()
+    torch.cuda.synchronize(device)
+    return statistics.median(a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:]))
+
+
+def lasting(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def measure_step(who: str, config: GPTConfig, micro_batches: tuple[int, ...], dtype: str, mode: str,
+                 device: torch.device, repeats: int, checkout: str = "") -> dict[str, Any]:
+    """The row of the fastest micro-batch: the largest first, until one is slower."""
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+    with torch.device("meta"):                          # counted without memory for weights
+        flops = GPT(config).flops_per_token()
+    if device.type == "cuda" and who in (OURS, LOOSE) and config.vocab_size == 50304:
+        config = replace(config, vocab_size=50257, vocab_multiple=128)      # as the presets have it
+    best, tried = None, {}
+    for micro_batch in sorted(micro_batches, reverse=True):
+        torch.manual_seed(0)
+        ids = torch.randint(min(50257, config.vocab_size), (micro_batch, config.block_size + 1))
+        x, y = ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
+        torch._dynamo.reset()           # or the next size would be compiled for sizes that vary
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            contestant = STEPS[who](config, x, y, device, DTYPES[dtype], mode, checkout)
+            loss = contestant.step().item()             # compiles, and makes the optimizer's state
+            if contestant.compiled != (mode == "compiled"):         # ours goes on without it
+                raise RuntimeError(f"{who} could not be compiled")
+            taken = step_time(contestant.step, device, repeats)
+        except torch.OutOfMemoryError:
+            tried[micro_batch] = "out of memory"
+            contestant = None
+            continue
+        speed = tried[micro_batch] = micro_batch * config.block_size / taken
+        if best and speed < best["tokens_per_s"]:
+            break
+        best = {"micro_batch": micro_batch, "ms": 1000 * taken, "tokens_per_s": speed,
+                "memory_mib": peak_memory(device) / 2**20, "first_loss": loss,
+                "parameters": sum(p.numel() for p in contestant.model.parameters())}
+        contestant = None
+    if best is None:
+        raise ValueError(f"no micro-batch of {micro_batches} fits into the device's memory")
+    return {**best, "tried": tried, "work": flops, "limit_of": f"matrix products in {dtype}",
+            "limit": matmul_peak(device, DTYPES[dtype])}
+
+
+def measure_generation(who: str, config: GPTConfig, dtype: str, mode: str, device: torch.device,
+                       repeats: int, checkout: str = "",
+                       new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
+    """Greedy generation, batch 1. eager: weights in dtype; autocast: in float32, as sample.py."""
+    torch.manual_seed(0)
+    ids = torch.randint(min(50257, config.vocab_size), (1, PROMPT), device=device)
+    with device:
+        model = (transformers_model(config, use_cache=True) if who == "transformers" else
+                 nanogpt_model(config, checkout) if who == "nanoGPT" else GPT(config))
+    precision = DTYPES["float32"] if mode == "autocast" else DTYPES[dtype]
+    model = model.to(precision).eval()
+
+    def generate() -> torch.Tensor:
+        with autocast(device, DTYPES[dtype]) if mode == "autocast" else contextlib.nullcontext():
+            if who == OURS:
+                return model.generate(ids, new_tokens, temperature=0)
+            if who == "nanoGPT":                        # top_k=1 is its way to be greedy
+                return model.generate(ids, new_tokens, temperature=1.0, top_k=1)
+            return model.generate(ids, max_new_tokens=new_tokens, do_sample=False,
+                                  attention_mask=torch.ones_like(ids), pad_token_id=0)
+
+    found = generate().size(1)
+    if found != PROMPT + new_tokens:
+        raise ValueError(f"{who} made {found - PROMPT} tokens of {new_tokens}")
+    taken, memory = seconds(generate, device, repeats), peak_memory(device) / 2**20
+    read = sum(p.numel() * DTYPES[dtype].itemsize for p in model.parameters()
+               if p.shape != (config.block_size, config.n_embd))    # of positions, one row is read
+    return {"micro_batch": 1, "ms": 1000 * taken, "tokens_per_s": new_tokens / taken,
+            "memory_mib": memory, "work": read, "limit_of": "reading memory",
+            "limit": memory_bandwidth(device)}
+
+
+def memory_bandwidth(device: torch.device, mib: int = 1024) -> float:
+    """Bytes/s that large tensors are read with: the best of a sum and of a matrix-vector product,
+    or read and written with by a copy."""
+    side = math.isqrt(mib * 2**20 // 4)
+    a = torch.ones(side, side, device=device)
+    b, row = torch.empty_like(a), torch.ones(side, device=device)
+    size = a.numel() * a.element_size()
+    return max(size / seconds(lambda: a.sum(), device), size / seconds(lambda: a @ row, device),
+               2 * size / seconds(lambda: b.copy_(a), device))
+
+

@@ -1,0 +1,120 @@
+"""How long training stands still for a checkpoint, and what writing it costs the steps after it.
+
+    python -m bench.saves [--shape=124M] [--folder=out] [--save]
+
+Ours: checkpoint.Saver.save, which copies the state and leaves the file to a thread. Beside it, in
+the same process: checkpoint.save, which returns when the file is on the disk, and a plain copy of
+as many bytes to host memory. The steps are train.py's; those that run while a file is written are
+compared with those before. Medians.
+"""
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import checkpoint
+from bench.machine import write_results
+from bench.peers import SHAPES, lasting, our_step
+from config import option, parse, run_command
+from device import has_compiler, pick_device, pick_dtype
+from launch import repeatable
+
+
+@dataclass(frozen=True)
+class SavesConfig:
+    shape: str = option("124M", "which of " + ", ".join(SHAPES))
+    folder: str = option("out", "where the files go, on the disk that is to be measured")
+    repeats: int = option(5, "saves of each kind; steps timed before them")
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile for the steps")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "precision of the steps")
+    device: str = option("auto", "auto, cpu, cuda")
+    save: bool = option(False, "write bench/results/saves-DEVICE.json")
+
+    def __post_init__(self):
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape={self.shape} is unknown; choose {', '.join(SHAPES)}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats} must be at least 1")
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """The tensors of a state, one that has two names once."""
+    found: dict[tuple, torch.Tensor] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[value.data_ptr(), value.shape] = value
+        elif isinstance(value, (dict, list, tuple)):
+            for item in value.values() if isinstance(value, dict) else value:
+                walk(item)
+    walk(value)
+    return list(found.values())
+
+
+def measure(config: SavesConfig, device: torch.device, folder: Path) -> dict[str, Any]:
+    """One row: seconds of each, and the ratios."""
+    torch.manual_seed(0)
+    shape, micro_batch = SHAPES[config.shape]
+    ids = torch.randint(shape.vocab_size, (micro_batch, shape.block_size + 1), device=device)
+    compile = config.compile == "on" or config.compile == "auto" and has_compiler(device)
+    dtype = pick_dtype(config.dtype, device)
+    run = our_step(shape, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), device, dtype,
+                   "compiled" if compile else "eager")
+    for _ in range(2):
+        run.step()
+    quiet = statistics.median(lasting(run.step, device) for _ in range(config.repeats))
+
+    state = {"step": 2, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
+    saver = checkpoint.Saver(folder, max_failed=0)
+    copies, during, extra = [], [], []
+    for _ in range(config.repeats + 1):                 # the first has to find memory for the copy
+        copies.append(lasting(lambda: saver.save(state), device))
+        steps = [lasting(run.step, device)]
+        while saver.thread.is_alive():
+            steps.append(lasting(run.step, device))
+        during += steps
+        extra.append(sum(steps) - quiet * len(steps))
+        saver.wait()
+    saver.close()
+    foreground = statistics.median(
+        lasting(lambda: checkpoint.save(folder / "foreground.pt", state), device)
+        for _ in range(config.repeats))
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    plain = statistics.median(lasting(lambda: target.copy_(source), device)
+                              for _ in range(config.repeats))
+    copy, slowed = statistics.median(copies[1:]), statistics.median(extra[1:])
+    return {
+        "shape": config.shape, "dtype": str(dtype).removeprefix("torch."),
+        "compiled": run.compiled, "bytes": size,
+        "seconds": {"copy": copy, "first copy": copies[0], "foreground": foreground,
+                    "plain copy": plain, "step": quiet,
+                    "step while writing": statistics.mean(during),
+                    "steps lose": slowed},
+        "ratios": {"copy / foreground": copy / foreground, "copy / plain copy": copy / plain,
+                   "(copy + steps lose) / foreground": (copy + slowed) / foreground,
+                   "step while writing / step": statistics.mean(during) / quiet}}
+
+
+def main(words: list[str]) -> None:
+    config = parse(SavesConfig, words, "python -m bench.saves", about=__doc__)
+    device = pick_device(config.device)
+    Path(config.folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=config.folder) as folder, repeatable(True):
+        row = measure(config, device, Path(folder))
+    print(f"{config.shape}: a state of {row['bytes'] / 1e9:.2f} GB")
+    for name, taken in row["seconds"].items():
+        print(f"{name:34}{1000 * taken:12,.1f} ms")
+    for name, ratio in row["ratios"].items():
+        print(f"{name:34}{ratio:12.3f}")
+    if config.save:
+        print("written:", write_results(f"saves-{device.type}", device, [row],
+                                        repeats=config.repeats).name)
+
+
+if __name__ == "__main__":
+    run_command(main)

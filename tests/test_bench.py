@@ -1,0 +1,204 @@
+"""The comparison with peers: all contestants take the same step, and the table is formed right."""
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import peers, saves, versus_peers
+from bench.peers import LOOSE, OURS, STEPS
+from bench.versus_peers import PeersConfig
+from model import GPTConfig
+
+CPU = torch.device("cpu")
+TINY = GPTConfig(block_size=32, vocab_size=101, n_layer=2, n_head=2, n_embd=16)
+CHECKOUTS = {"nanoGPT": "nanoGPT", "build-nanogpt": "build-nanogpt"}
+
+
+def checkout(who):
+    """ONELOOP_PEERS is a folder that holds checkouts of the peers; without one they are skipped."""
+    if who not in CHECKOUTS:
+        if who == "transformers":
+            pytest.importorskip("transformers")
+        return ""
+    path = Path(os.environ.get("ONELOOP_PEERS", "peers")) / CHECKOUTS[who]
+    if not path.is_dir():
+        pytest.skip(f"no checkout of {who} in ONELOOP_PEERS")
+    return str(path)
+
+
+def tokens(config, micro_batch=2):
+    ids = torch.randint(config.vocab_size, (micro_batch, config.block_size + 1))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def settings_of(contestant):
+    """Name of a parameter -> what AdamW does with it."""
+    names = {id(p): name for name, p in contestant.model.named_parameters()}
+    return {names[id(p)]: tuple(group[key] for key in ("lr", "weight_decay", "betas", "eps"))
+            for group in contestant.optimizer.param_groups for p in group["params"]}
+
+
+def row(what="small", who=OURS, dtype="float32", mode="eager", tokens_per_s=100.0, **changes):
+    return {"what": what, "who": who, "dtype": dtype, "mode": mode, "micro_batch": 2, "ms": 10.0,
+            "tokens_per_s": tokens_per_s, "memory_mib": 50.0, "work": 3, "limit": 1000.0,
+            "limit_of": f"matrix products in {dtype}", **changes}
+
+
+@pytest.mark.parametrize("who", [LOOSE, "build-nanogpt", "transformers", "nanoGPT"])
+def test_contestants_take_the_same_step(who, monkeypatch):
+    """From the same weights the same losses and gradient norms, step after step, clipped alike and
+    with the same AdamW for each parameter.
+
+    1e-5: float32 sums in another order. nanoGPT's GELU is exact, GPT-2's the tanh approximation;
+    they differ by less than 5e-4, and the losses by less.
+    """
+    clipped, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def recorded(parameters, most):
+        norm = clip(parameters, most)
+        clipped.append((norm.item(), most))
+        return norm
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recorded)
+    x, y = tokens(TINY)
+    ours = STEPS[OURS](TINY, x, y, CPU, torch.float32, "eager", "")
+    theirs = STEPS[who](TINY, x, y, CPU, torch.float32, "eager", checkout(who))
+    state = ours.model.state_dict()
+    with torch.no_grad():
+        for name, p in theirs.model.named_parameters():
+            value = state[name]
+            conv = who == "transformers" and name.split(".")[-2] in ("c_attn", "c_proj", "c_fc")
+            p.copy_(value.t() if conv and value.dim() == 2 else value)
+    tolerance = 1e-3 if who == "nanoGPT" else 1e-5
+    for _ in range(4):
+        assert theirs.step().item() == pytest.approx(ours.step().item(), abs=tolerance)
+    assert [most for _, most in clipped] == 8 * [1.0]
+    norms = [norm for norm, _ in clipped]
+    assert norms[::2] == pytest.approx(norms[1::2], abs=tolerance)
+    assert settings_of(theirs) == settings_of(ours)
+
+
+def test_a_step_is_measured_with_its_loss_and_parameters(monkeypatch):
+    monkeypatch.setattr(peers, "matmul_peak", lambda *_: 1.0)           # seconds
+    config = GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=1, n_embd=8)
+    found = peers.measure_step(OURS, config, (3,), "float32", "eager", CPU, repeats=1)
+    assert found["first_loss"] == pytest.approx(math.log(50), abs=0.3)      # of untrained weights
+    assert found["parameters"] == 50 * 8 + 8 * 8 + 12 * 8 * 8 + 13 * 8 + 2 * 8
+    assert found["tokens_per_s"] * found["ms"] == pytest.approx(1000 * 3 * 8)
+    assert found["work"] == 6 * (found["parameters"] - 8 * 8) + 12 * 8 * 8  # PaLM's formula
+
+
+@pytest.mark.parametrize("who", [OURS, "nanoGPT", "transformers"])
+def test_generation_counts_the_weights_that_a_token_reads(who, monkeypatch):
+    monkeypatch.setattr(peers, "memory_bandwidth", lambda *_: 1.0)      # seconds
+    config = GPTConfig(block_size=40, vocab_size=101, n_layer=1, n_head=2, n_embd=16)
+    found = peers.measure_generation(who, config, "bfloat16", "eager", CPU, 1, checkout(who), 20)
+    weights = 101 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16        # without positions
+    assert found["work"] == 2 * weights
+    assert found["tokens_per_s"] * found["ms"] == pytest.approx(1000 * 20)
+
+
+def test_the_sweep_ends_with_the_first_slower_micro_batch(monkeypatch):
+    """16 is too large, 8 takes 4 s, 4 takes 1 s, 2 takes 1 s: 4 is the fastest, 1 is not tried."""
+    made = []
+
+    def contestant(config, x, *_):
+        if len(x) == 16:
+            raise torch.OutOfMemoryError("too large")
+        made.append(len(x))
+        return peers.Contestant(torch.nn.Linear(1, 1), None, lambda: torch.tensor(1.0))
+
+    monkeypatch.setitem(STEPS, "nanoGPT", contestant)
+    monkeypatch.setattr(peers, "step_time", lambda *_: {8: 4.0, 4: 1.0, 2: 1.0}[made[-1]])
+    monkeypatch.setattr(peers, "matmul_peak", lambda *_: 1.0)
+    found = peers.measure_step("nanoGPT", TINY, (1, 2, 4, 8, 16), "float32", "eager", CPU, 1)
+    assert made == [8, 4, 2]
+    assert found["micro_batch"] == 4 and found["tokens_per_s"] == 4 * 32
+    assert found["tried"] == {16: "out of memory", 8: 2 * 32, 4: 4 * 32, 2: 2 * 32}
+    with pytest.raises(ValueError, match="fits"):
+        peers.measure_step("nanoGPT", TINY, (16,), "float32", "eager", CPU, 1)
+
+
+def test_rounds_take_turns_and_keep_the_best_micro_batch(monkeypatch):
+    asked = []
+
+    def measured(words):
+        given = dict(word[2:].split("=", 1) for word in words)
+        asked.append((given["who"], given["micro_batches"]))
+        if given["who"] == LOOSE:
+            return "RuntimeError: broken"
+        return row(who=given["who"], micro_batch=4, tokens_per_s=10.0 * len(asked))
+
+    monkeypatch.setattr(versus_peers, "in_process", measured)
+    monkeypatch.setattr(versus_peers, "has_compiler", lambda device: True)
+    config = PeersConfig(who=(OURS, LOOSE, "nanoGPT"), dtypes=("float32",), modes=("compiled",),
+                         micro_batches=(4, 8))
+    rows, missing = versus_peers.rounds_of(config, "small", CPU, math.inf)
+    assert asked == [(OURS, "4,8"), (LOOSE, "4,8"), (OURS, "4"), (OURS, "4")]   # no checkout: out
+    assert missing == [f"small {LOOSE} float32 compiled: RuntimeError: broken"]
+    assert [row["tokens_per_s"] for row in rows] == [30.0]
+    assert rows[0]["tokens_per_s_rounds"] == [10.0, 30.0, 40.0]
+
+
+def test_what_time_did_not_allow_is_named():
+    config = PeersConfig(who=(OURS,), modes=("eager",), dtypes=("float32",), minutes=1)
+    assert versus_peers.rounds_of(config, "small", CPU, until=0.0) == (
+        [], [f"small {OURS} float32 eager: round 1 was not begun after 1 minutes"])
+
+
+def test_the_table_of_hand_made_numbers():
+    """Ours 100 and 150 tokens/s, peers 120 and 80: 150 / 120. Memory 60 over the least, 40. Not
+    deterministic is no mode of ours, and no peer."""
+    rounds = [row(tokens_per_s=speed) for speed in (90.0, 100.0, 130.0)]
+    ours = versus_peers.median_row(rounds)
+    assert ours["tokens_per_s"] == 100.0 and ours["tokens_per_s_rounds"] == [90.0, 100.0, 130.0]
+    rows = versus_peers.with_shares([ours, *(versus_peers.median_row([one]) for one in (
+        row(mode="compiled", tokens_per_s=150.0, memory_mib=60.0, limit=2000.0),
+        row(who=LOOSE, mode="compiled", tokens_per_s=500.0, memory_mib=1.0),
+        row(who="nanoGPT", tokens_per_s=80.0, memory_mib=40.0),
+        row(who="transformers", mode="compiled", tokens_per_s=120.0),
+        row(dtype="bfloat16", tokens_per_s=300.0, limit=5000.0)))])
+    assert versus_peers.ratios(rows) == [{
+        "what": "small", "dtype": "float32", "mode": "compiled", "speed": 1.25, "memory": 1.5,
+        "best_peer": "transformers, compiled"}]             # bfloat16 has no peer
+    assert [row["share"] for row in rows] == [0.15, 0.225, 0.75, 0.12, 0.18, 0.18]
+    lines = versus_peers.table(rows)
+    assert lines[1].split() == ["small", "float32", OURS, "eager", "2", "10.0", "100.0", "40.0%",
+                                "15.0%", "50"]
+    assert "limit of matrix products in float32: 0.0 GFLOP/s" in lines
+    assert lines[-1] == ("small, float32: ours (compiled) has 1.25 of the tokens/s of the best "
+                         "peer (transformers, compiled), and 1.50 of the least memory")
+
+
+def test_the_command_measures_in_processes_and_prints_the_table(capsys):
+    versus_peers.main(["--only=tiny", f"--who={OURS}", "--modes=eager", "--dtypes=float32",
+                       "--rounds=1", "--repeats=1", "--device=cpu"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].split()[:4] == ["tiny", "float32", OURS, "eager"]
+
+
+def test_a_measurement_that_fails_tells_why():
+    assert "no_such" in versus_peers.in_process(["--only=no_such"])
+
+
+def test_wrong_settings_are_named(tmp_path):
+    with pytest.raises(ValueError, match="who=minGPT is unknown"):
+        PeersConfig(who=("minGPT",))
+    with pytest.raises(FileNotFoundError, match="train_gpt2.py"):
+        PeersConfig(build_nanogpt=str(tmp_path))
+
+
+def test_saves_counts_the_bytes_of_weights_and_moments(tmp_path):
+    """Three tensors for each parameter, float32, and a step number for each of their tensors; tied
+    weights once. The files are the whole state."""
+    config = saves.SavesConfig(shape="tiny", repeats=1, compile="off", dtype="float32")
+    found = saves.measure(config, CPU, tmp_path)
+    parameters = 256 * 32 + 64 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 2 * 32
+    tensors = 2 + 2 * 12 + 2
+    assert found["bytes"] == 4 * (3 * parameters + tensors)
+    for name in ("last.pt", "last.1.pt", "foreground.pt"):
+        assert found["bytes"] < (tmp_path / name).stat().st_size < 2 * found["bytes"]
+    seconds, ratios = found["seconds"], found["ratios"]
+    assert ratios["copy / foreground"] * seconds["foreground"] == pytest.approx(seconds["copy"])
