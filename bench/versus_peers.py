@@ -58,6 +58,9 @@ class PeersConfig:
             for value in getattr(self, name):
                 if value not in allowed:
                     raise ValueError(f"{name}={value} is unknown; choose {', '.join(allowed)}")
+        for name in ("rounds", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name, file in (("nanogpt", "model.py"), ("build_nanogpt", "train_gpt2.py")):
             folder = getattr(self, name)
             if folder and not (Path(folder) / file).is_file():

@@ -186,6 +186,8 @@ def test_a_measurement_that_fails_tells_why():
 def test_wrong_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="who=minGPT is unknown"):
         PeersConfig(who=("minGPT",))
+    with pytest.raises(ValueError, match="rounds=0 must be at least 1"):
+        PeersConfig(rounds=0)
     with pytest.raises(FileNotFoundError, match="train_gpt2.py"):
         PeersConfig(build_nanogpt=str(tmp_path))
 
