@@ -150,6 +150,12 @@ class SampleLoader:
         """Labelled tokens of a step over all ranks, known without reading or communicating."""
         return int(self.row_labels[self.order(step)].sum())
 
+    def where(self, step: int) -> str:
+        """The samples that a step reads, by their number, for a person to look at."""
+        found = [i for row in self.order(step) for i in self.rows[row]]
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        return f"samples {', '.join(map(str, found[:8]))}{more} of the training split"
+
     def batches(self, step: int) -> Iterator[Batch]:
         """This rank's micro-batches of a step: (x, y), or (x, y, positions) when packed."""
         mine = self.order(step).reshape(self.accumulation, self.world, self.micro_batch)

@@ -221,6 +221,12 @@ def test_steps_that_stay_bad_stop_the_run_and_name_what_they_read(settings):
     assert state["step"] == 6 and all(t.isfinite().all() for t in state["model"].values())
 
 
+def test_bad_steps_of_a_chat_run_name_the_samples(tmp_path):
+    settings = {**settings_of("sft", tmp_path), "out": str(tmp_path / "run"), "max_bad_steps": 2}
+    assert finish(start(ranks.with_a_bad_loss, 1, settings, range(3, 99), 0)) == [2]
+    assert "read samples " in printed(settings).splitlines()[-1]
+
+
 def test_a_spike_is_marked_and_with_skip_spikes_not_applied(settings, monkeypatch, capsys):
     from model import GPT
     forward, calls = GPT.forward, []
