@@ -94,11 +94,48 @@ def kills_table() -> str:
             "|---|---|---|---|---|---|\n" + "\n".join(rows)) if rows else ""
 
 
+def lora_table() -> str:
+    """bench/results/lora-*.json as a table."""
+    parts = []
+    for path in sorted(RESULTS.glob("lora-*.json")):
+        found = json.loads(path.read_text())
+        rows = {(r["variant"], r["side"]): r for r in found["rows"]}
+        lines = []
+        for name in dict.fromkeys(r["variant"] for r in found["rows"]):
+            ours, peft = rows[name, "ours"], rows[name, "peft"]
+            lines.append(f"| {name} | {ours['ms']:,.0f} / {peft['ms']:,.0f} | "
+                         f"{ours['ms'] / peft['ms']:.2f} | {ours['mib']:,.0f} / "
+                         f"{peft['mib']:,.0f} | {ours['mib'] / peft['mib']:.2f} |")
+        parts.append(f"A fine-tuning step beside PEFT on transformers (`python -m bench.lora`; "
+                     f"{found['date']}, {found['processor']}, GPT-2 124M, batch 4 x 256, bf16, "
+                     f"eager, adapters of rank 8 on c_attn):\n\n"
+                     "| | ms, ours / PEFT | ratio | MiB, ours / PEFT | ratio |\n"
+                     "|---|---|---|---|---|\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def saves_line() -> str:
+    """bench/results/saves-*.json as a sentence."""
+    parts = []
+    for path in sorted(RESULTS.glob("saves-*.json")):
+        found = json.loads(path.read_text())
+        row = found["rows"][0]
+        s, r = row["seconds"], row["ratios"]
+        parts.append(f"A checkpoint of {row['shape']} stops training for "
+                     f"{1000 * s['copy']:.0f} ms, {r['copy / plain copy']:.2f} of a plain copy of "
+                     f"its bytes and {r['copy / foreground']:.1%} of writing it in the foreground "
+                     f"(`python -m bench.saves`; {found['date']}, {found['processor']}). A step "
+                     f"beside the writing takes {r['step while writing / step']:.2f} of its time.")
+    return "\n\n".join(parts)
+
+
 def main(words: list[str]) -> None:
     text = README.read_text()
-    tables = "\n\n".join(part for part in (shakespeare_table(), step_table()) if part)
+    tables = "\n\n".join(part for part in (shakespeare_table(), step_table(), lora_table())
+                         if part)
     for name, content in (("tokenizer", tokenizer_table()), ("measured", tables),
-                          ("kills", kills_table()), ("map", file_map())):
+                          ("kills", "\n\n".join(part for part in (kills_table(), saves_line())
+                                                if part)), ("map", file_map())):
         text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
                       lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.S)
     README.write_text(text)

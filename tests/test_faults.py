@@ -76,7 +76,7 @@ def test_a_run_killed_at_any_call_goes_on_as_if_nothing_had_been(peace, tmp_path
     assert differences(Path(peace["out"]), Path(cut["out"])) == []
 
 
-@pytest.mark.parametrize("kind,number", [("pretraining", 2), ("sft", 1), ("lora", 1)])
+@pytest.mark.parametrize("kind,number", [("pretraining", 2), ("lora", 1)])
 def test_runs_killed_at_random_moments_equal_one_that_was_not(tmp_path, kind, number):
     counts = campaign(tmp_path, settings_of(kind, tmp_path), number, 3, random.Random())
     assert counts["exact"] == counts["kills"] >= 3 and counts["lost"] == 0, line(counts)
@@ -384,7 +384,7 @@ def survive_the_loss_of_a_host(settings, tmp_path, hosts):
 
 # ---- parts instead of copies
 
-@pytest.mark.parametrize("shard", ["fsdp", "zero2"])
+@pytest.mark.parametrize("shard", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_sharded_run_equals_one_with_copies_and_either_continues_the_other(settings, tmp_path,
                                                                              shard):
     settings.update(schedule="constant", model={**MODEL, "dropout": 0.0})
