@@ -60,7 +60,7 @@ IMDB_DEMO = dict(
 PRESETS = {
     "demo": Preset(
         "a small GPT on the documentation that Python carries; offline, for a first look",
-        "validation loss 4.7 (2.1 bits per byte; Python 3.11) in about 80 seconds on 2 CPU cores "
+        "validation loss 4.7 (2.1 bits per byte; Python 3.11) in about 100 seconds on 2 CPU cores "
         "with bf16",
         dict(data="corpus", max_steps=800, batch_tokens=16 * 128, micro_batch=16,
              learning_rate=5e-3, min_learning_rate=3e-4, warmup_steps=50, eval_every=200,
