@@ -7,9 +7,6 @@ Records are {"instruction", "input", "output"}; those with an empty output are d
 The download is checked by the id that git gives the file in the authors' repository. CC BY-NC 4.0.
 Source: github.com/tatsu-lab/stanford_alpaca (Taori et al. 2023).
 """
-import hashlib
-import os
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +14,7 @@ from typing import Literal
 from config import option, parse, run_command
 from data import conversations
 from data.shards import DATA
+from download import download
 
 COMMIT = "761dc5bfbdeeffa89b8bff5d038781a4055f796a"
 URL = f"https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/{COMMIT}/alpaca_data.json"
@@ -36,8 +34,8 @@ class AlpacaConfig:
 
 def prepare(config: AlpacaConfig = AlpacaConfig()) -> Path:
     folder = Path(config.out or DATA / "alpaca")
-    files = conversations.find_files([config.source] if config.source
-                                     else [download(folder / "alpaca_data.json")])
+    files = conversations.find_files([config.source or download(
+        URL, folder / "alpaca_data.json", GIT_BLOB, "python -m data.alpaca --from=FILE")])
     found, dropped = conversations.read(files, "alpaca", config.on_error)
     records = len(found) + sum(dropped.values())
     if records != RECORDS:
@@ -46,31 +44,6 @@ def prepare(config: AlpacaConfig = AlpacaConfig()) -> Path:
     if config.tokenizer:
         conversations.count_tokens(folder, config.tokenizer)
     return folder
-
-
-def download(path: Path) -> Path:
-    """Fetch the file once. ValueError if it is not the one in the authors' repository."""
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urllib.request.urlopen(URL, timeout=30) as answer:
-            data = answer.read()
-    except OSError as error:
-        raise FileNotFoundError(f"cannot download {URL} ({error}); get the file elsewhere and use: "
-                                f"python -m data.alpaca --from=FILE") from None
-    found = git_blob(data)
-    if found != GIT_BLOB:
-        raise ValueError(f"{URL} gave a file with git id {found}, expected {GIT_BLOB}; try again")
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-    return path
-
-
-def git_blob(data: bytes) -> str:
-    """The id that git gives a file of this content."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def main(words: list[str]) -> None:

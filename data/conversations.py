@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
 from bpe import find_tokenizer
-from data.shards import write_file, write_json
+from data.shards import read_json, write_file, write_json
 
 Message = dict[str, str]
 FORMAT_VERSION = 1
@@ -301,16 +301,17 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no prepared chat data in {folder}; make it with: "
                                 f"python -m data.chat prepare FILE... --out={folder}")
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; prepare the data again") from None
-    if not isinstance(meta, dict) or meta.get("kind") != "chat":
+    meta = read_json(path)
+    if meta.get("kind") != "chat":
         raise ValueError(f"{folder} holds no chat data (meta.json has no kind \"chat\"); "
                          f"conversations are prepared with: python -m data.chat prepare")
     if meta.get("version") != FORMAT_VERSION:
         raise ValueError(f"{path} has version {meta.get('version')!r}, this code reads "
                          f"{FORMAT_VERSION}; prepare the data again")
+    splits = meta.get("splits")
+    if not isinstance(splits, dict) or not all(isinstance(facts, dict) and "sha256" in facts
+                                               for facts in splits.values()):
+        raise ValueError(f"{path} is damaged: its splits have no checksums; prepare the data again")
     return meta
 
 

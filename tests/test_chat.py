@@ -470,3 +470,11 @@ def test_real_conversations_prepare_and_say_what_was_dropped(shared, tmp_path):
         chat.main([str(shared / name), f"--out={out}"])
         meta = conversations.read_meta(out)
         assert meta["dropped"] == dropped and meta["read"] == records
+
+
+@pytest.mark.parametrize("damage", ["[" * 100_000, "{", "[]", '{"kind": "chat", "version": 1}',
+                                    '{"kind": "chat", "version": 1, "splits": {"train": 3}}'])
+def test_a_damaged_meta_of_chat_data_is_one_clear_line(tmp_path, damage):
+    (tmp_path / "meta.json").write_text(damage)
+    with pytest.raises(ValueError, match="damaged|no chat data"):
+        conversations.read_split(tmp_path, "train")
