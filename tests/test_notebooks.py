@@ -1,4 +1,8 @@
-"""Every notebook runs from its first cell to its last, where a reader would run it."""
+"""Every notebook runs from its first cell to its last, where a reader would run it.
+
+The solutions of its exercises, folded into `<details>` of text cells, run in their places too.
+"""
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +16,22 @@ pytest.importorskip("ipykernel", reason="ipykernel is a development extra")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
+def with_solutions(notebook):
+    """The notebook with each folded block of Python as a code cell behind its text."""
+    cells = []
+    for cell in notebook.cells:
+        cells.append(cell)
+        if cell.cell_type == "markdown":
+            for folded in re.findall("<details>.*?</details>", cell.source, re.DOTALL):
+                cells += [nbformat.v4.new_code_cell(code)
+                          for code in re.findall("```python\n(.*?)```", folded, re.DOTALL)]
+    notebook.cells = cells
+    return notebook
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
-def test_the_notebook_runs(path):
-    notebook = nbformat.read(path, as_version=4)
+def test_the_notebook_runs_with_its_solutions(path):
+    notebook = with_solutions(nbformat.read(path, as_version=4))
     if "Tokenizer.gpt2()" in str(notebook) and not bpe.has_gpt2():
         pytest.skip("GPT-2's vocabulary files are not here, and tests download nothing")
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",
