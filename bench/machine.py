@@ -6,6 +6,8 @@ import datetime
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -36,6 +38,17 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         best = max(best, 2 * size**3 / seconds(lambda: a @ b, device, 9))
     return best
+
+
+def in_process(module: str, words: list[str]) -> dict[str, Any]:
+    """The JSON that `python -m bench.MODULE WORDS` prints last: a row measured in a process of its
+    own. RuntimeError with its last words where it dies."""
+    done = subprocess.run([sys.executable, "-m", f"bench.{module}", *words], text=True,
+                          capture_output=True, cwd=Path(__file__).parent.parent)
+    if done.returncode:
+        died = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
+        raise RuntimeError(f"bench.{module} {' '.join(words)}: {died}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def processor() -> str:
