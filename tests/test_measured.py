@@ -1,15 +1,18 @@
-"""What the benchmarks measure around a training step: data, start-up."""
+"""What the benchmarks measure around a training step: data, start-up, ranks."""
 import json
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from bench import loading, startup
+from bench import loading, ranks, startup
 from bench.loading import LoadingConfig
+from bench.ranks import RanksConfig
 from config import parse
 from data.loader import WindowLoader
 from data.sets import TokenSet
+from model import GPT, GPTConfig
 
 
 # ---------------------------------------------------------------------------- data and start-up
@@ -118,3 +121,47 @@ def test_start_up_is_the_median_of_rounds_after_one(monkeypatch):
     row = startup.measure(3)
     assert row["seconds"]["import torch"] == 3.0 and row["seconds"]["train.py --help"] == 3.4
     assert row["train_beyond_torch"] == pytest.approx(0.4) and row["bpe_imports_torch"]
+
+
+# ---------------------------------------------------------------------------------------- ranks
+
+def test_ranks_and_threads_train_the_same_steps(tmp_path, monkeypatch):
+    """The two runs that are compared log the same losses (1e-5: float32 sums over 2 ranks in
+    another order), and the ratio is of what they logged."""
+    logs, run = [], ranks.run
+
+    def noted(folder, settings, count, threads, notes=""):
+        logs.append((count, threads, run(folder, settings, count, threads, notes)))
+        return logs[-1][2]
+    monkeypatch.setattr(ranks, "run", noted)
+    config = RanksConfig(shapes=("tiny",), rounds=1, looks=2, dtype="float32", compile="off")
+    row = ranks.compare_speed("tiny", config, tmp_path)
+    assert [log[:2] for log in logs] == [(1, 2), (2, 1)]
+    one, two = ([line["loss"] for line in lines] for *_, lines in logs)
+    assert len(one) == 4 and one == pytest.approx(two, abs=1e-5)
+    assert row["of_threads"] == logs[1][2][-1]["tokens_per_s"] / logs[0][2][-1]["tokens_per_s"]
+
+
+def test_accumulation_reduces_once_a_step_and_takes_the_memory_of_a_micro_batch(
+        tmp_path, monkeypatch):
+    """One bucket holds all gradients, float32. Memory of 2 and 4 micro-batches is that of one, but
+    for less than a third of what a fourfold micro-batch takes more; some is noise of the heap."""
+    shape = GPTConfig(256, 2000, n_layer=2, n_head=2, n_embd=64)
+    monkeypatch.setitem(ranks.SHAPES, "test", (shape, 16, 2))
+    config = RanksConfig(dtype="float32", compile="off")
+    rows = ranks.compare_accumulation("test", config, tmp_path)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(shape).parameters())
+    assert [(row["micro_batch"], row["accumulation"]) for row in rows] == [
+        (4, 1), (4, 2), (4, 4), (16, 1)]
+    assert [row["reductions_per_step"] for row in rows] == [1, 1, 1, 1]
+    assert {row["reduced_bytes_per_step"] for row in rows} == {4 * parameters}
+    one, two, four, larger = (row["memory_mib"] for row in rows)
+    assert max(two, four) - one < (larger - one) / 3, rows
+
+
+def test_a_run_of_ranks_that_fails_tells_why(tmp_path):
+    config = RanksConfig(dtype="float32", compile="off")
+    settings = {**ranks.settings_of("tiny", tmp_path, config), "micro_batch": 3}
+    with pytest.raises(RuntimeError, match="no multiple of micro_batch"):
+        ranks.run(tmp_path, settings, 1, 1)
