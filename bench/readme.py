@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from bench.machine import RESULTS
+from bench.peers import OURS
 from config import run_command
 
 REPOSITORY = Path(__file__).parent.parent
@@ -26,6 +27,101 @@ def file_map() -> str:
                 name = path.relative_to(REPOSITORY).as_posix()
                 rows.append(f"| `{name}` | {len(text.splitlines())} | {what.replace('|', '/')} |")
     return "\n".join(rows)
+
+
+def versus_table() -> str:
+    """All bench/results/versus-peers-*.json as a table for each device; of a shape and precision
+    that several have measured, the newest."""
+    newest, heads = {}, {}
+    for found in sorted((json.loads(path.read_text())
+                         for path in sorted(RESULTS.glob("versus-peers-*.json"))),
+                        key=lambda found: found["date"]):
+        machine = found["processor"], found["device"]
+        heads[machine] = f"{found['date']}, {', '.join(machine)}, PyTorch {found['torch']}"
+        for ratio in found["ratios"]:
+            newest[machine, ratio["what"], ratio["dtype"]] = ratio, found["rows"]
+    parts = []
+    for machine, head in heads.items():
+        lines = []
+        for (place, what, dtype), (ratio, rows) in newest.items():
+            if place == machine:
+                ours, peer = (next(
+                    row for row in rows if (row["what"], row["dtype"]) == (what, dtype)
+                    and f"{row['who']}, {row['mode']}" == name)
+                    for name in (f"{OURS}, {ratio['mode']}", ratio["best_peer"]))
+                lines.append(
+                    f"| {what} | {dtype} | {ours['tokens_per_s']:,.0f} ({ours['mode']}) | "
+                    f"{ours['share']:.0%} | {peer['tokens_per_s']:,.0f} ({ratio['best_peer']}) | "
+                    f"{ratio['speed']:.2f} | {ratio['memory']:.2f} |")
+        parts.append(
+            f"Training steps, and greedy generation, beside nanoGPT, build-nanogpt and "
+            f"transformers, each at its fastest (`python -m bench.versus_peers`; {head}). The "
+            f"limit is that of matrix products, for generation that of reading memory; ratios are "
+            f"ours over theirs:\n\n"
+            "| what | precision | tokens/s | of the limit | best peer, tokens/s | speed | memory "
+            "|\n|---|---|---|---|---|---|---|\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def ladder_table() -> str:
+    """bench/results/ladder-*.json as tables, with their pictures."""
+    parts = []
+    for path in sorted(RESULTS.glob("ladder-*.json")):
+        found = json.loads(path.read_text())
+        rows, picture = found["rows"], path.with_suffix(".png")
+        skipped = "".join(f"; without {rung}: {why}" for rung, why in found["skipped"].items())
+        parts.append(
+            f"The steps that make training fast, each on top of the ones before "
+            f"(`python -m bench.ladder`; {found['shape']}, {rows[0]['micro_batch']} sequences; "
+            f"{found['date']}, {found['processor']}, {found['device']}, PyTorch {found['torch']}, "
+            f"medians of {found['rounds']}{skipped}):\n\n"
+            "| | ms | tokens/s | of the matmul peak | MiB | times faster in all |\n"
+            "|---|---|---|---|---|---|\n" + "\n".join(
+                f"| {row['rung']} | {row['ms']:,.0f} | {row['tokens_per_s']:,.0f} | "
+                f"{row['share']:.0%} | {row['memory_mib']:,.0f} | "
+                f"{rows[0]['ms'] / row['ms']:.2f} |" for row in rows))
+        if picture.exists():
+            parts.append(f"![ms and memory of each step]({picture.parent.parent.name}/"
+                         f"{picture.parent.name}/{picture.name})")
+    return "\n\n".join(parts)
+
+
+def around_the_step() -> str:
+    """bench/results/{loading,startup,ranks-cpu}.json as a list of sentences."""
+    lines = []
+    if (path := RESULTS / "loading.json").exists():
+        found = json.loads(path.read_text())
+        worst = max(found["rows"], key=lambda row: row["of_a_core"])
+        text = found["text"]
+        lines += [f"Loading 2,000,000 tokens/s takes {worst['of_a_core']:.1%} of a core "
+                  f"({worst['micro_batch']} x {worst['block_size']} tokens a batch; `python -m "
+                  f"bench.loading`).",
+                  f"Text to shards: {text['bytes'] / 1e6 / text['seconds']['oneloop']:.1f} MB/s "
+                  f"with {text['threads']} threads, {text['of_tiktoken']:.2f} of the speed of "
+                  f"tiktoken's `encode_ordinary_batch` alone (the same)."]
+    if (path := RESULTS / "startup.json").exists():
+        row = json.loads(path.read_text())["rows"][0]
+        torch = "and imports torch" if row["bpe_imports_torch"] else "without importing torch"
+        lines.append(f"`train.py --help` takes {row['train_beyond_torch']:.2f} s more than `import "
+                     f"torch` ({row['seconds']['import torch']:.2f} s); `bpe.py --help` "
+                     f"{row['seconds']['bpe.py --help']:.2f} s, {torch} (`python -m "
+                     f"bench.startup`).")
+    if (path := RESULTS / "ranks-cpu.json").exists():
+        found = json.loads(path.read_text())
+        lines += [f"{row['shape']}: {row['ranks']} gloo ranks with a thread each have "
+                  f"{row['of_threads']:.2f} of the tokens/s of one process with {row['ranks']} "
+                  f"threads, with the same batch (`python -m bench.ranks`)."
+                  for row in found["rows"]]
+        if rows := found["accumulation"]:
+            *same, larger = rows
+            lines.append(
+                f"A step in {', '.join(str(row['accumulation']) for row in same)} micro-batches of "
+                f"{same[0]['micro_batch']} sequences reduces gradients "
+                f"{', '.join(format(row['reductions_per_step'], 'g') for row in same)} times (once "
+                f"for each of DDP's buckets) and takes "
+                f"{', '.join(format(row['memory_mib'], ',.0f') for row in same)} MiB; one of "
+                f"{larger['micro_batch']} sequences {larger['memory_mib']:,.0f} MiB.")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def step_table() -> str:
@@ -131,8 +227,9 @@ def saves_line() -> str:
 
 def main(words: list[str]) -> None:
     text = README.read_text()
-    tables = "\n\n".join(part for part in (shakespeare_table(), step_table(), lora_table())
-                         if part)
+    tables = "\n\n".join(part for part in (
+        versus_table() or step_table(), ladder_table(), around_the_step(), shakespeare_table(),
+        lora_table()) if part)
     for name, content in (("tokenizer", tokenizer_table()), ("measured", tables),
                           ("kills", "\n\n".join(part for part in (kills_table(), saves_line())
                                                 if part)), ("map", file_map())):

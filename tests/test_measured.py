@@ -1,18 +1,126 @@
-"""What the benchmarks measure around a training step: data, start-up, ranks."""
+"""What `make bench` measures, and what README.md says of it: steps, data, start-up, ranks."""
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from bench import loading, ranks, startup
+from bench import ladder, loading, machine, ranks, readme, startup
+from bench.ladder import FUSED, HEAD, PADDED, RUNGS, TF32, WrittenOutAttention
 from bench.loading import LoadingConfig
 from bench.ranks import RanksConfig
 from config import parse
 from data.loader import WindowLoader
 from data.sets import TokenSet
 from model import GPT, GPTConfig
+
+CPU = torch.device("cpu")
+TINY = GPTConfig(block_size=32, vocab_size=101, n_layer=2, n_head=2, n_embd=16)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty bench/results."""
+    folder = tmp_path / "bench" / "results"
+    folder.mkdir(parents=True)
+    for module in (machine, ladder, readme):
+        monkeypatch.setattr(module, "RESULTS", folder)
+    return folder
+
+
+def rung_row(rung, ms=100.0, **changes):
+    return {"rung": rung, "micro_batch": 2, "ms": ms, "first_loss": 4.6, "memory_mib": 300.0,
+            "tokens_per_s": 64000 / ms, "work": 1000, "limit": 1e6,
+            "limit_of": "matrix products in float32", **changes}
+
+
+# --------------------------------------------------------------------------------------- ladder
+
+def test_every_rung_takes_the_same_step(monkeypatch):
+    """Losses of five steps from the same weights, all rungs in float32 and eager; what differs is
+    how it is computed. 1e-5: sums in another order, over 101 rows of the embedding or 128."""
+    monkeypatch.setitem(ladder.DTYPES, "bfloat16", torch.float32)
+    monkeypatch.setattr(ladder, "has_compiler", lambda device: False)
+    ids = torch.randint(101, (3, 33))
+    runs = [ladder.contestant(rung, TINY, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), CPU)
+            for rung in RUNGS]
+    state = runs[0].model.state_dict()
+    with torch.no_grad():
+        for run in runs[1:]:
+            for name, p in run.model.named_parameters():
+                p[:len(state[name])].copy_(state[name])
+    for _ in range(5):
+        losses = [run.step().item() for run in runs]
+        assert losses == pytest.approx([losses[0]] * len(RUNGS), abs=1e-5)
+    assert losses[0] < math.log(101) - 0.05                         # it learns
+
+
+def test_each_rung_adds_its_own_to_those_below():
+    """The rungs at which a part changes, from the model and optimizer that they really have."""
+    ids = torch.randint(101, (1, 33))
+    runs = {rung: ladder.contestant(rung, TINY, ids[:, :-1], ids[:, 1:], CPU) for rung in RUNGS}
+
+    def since(part):
+        having = [rung for rung in RUNGS if part(runs[rung])]
+        assert having == list(RUNGS[-len(having):])                 # what came stays
+        return having[0]
+    assert since(lambda run: type(run.model) is GPT) == HEAD
+    assert since(lambda run: run.optimizer.defaults["fused"]) == FUSED
+    assert since(lambda run: len(run.model.transformer.wte.weight) == 128) == PADDED
+    assert since(lambda run: not any(isinstance(module, WrittenOutAttention)
+                                     for module in run.model.modules())) == ladder.FLASH
+
+
+def test_a_rung_is_measured_in_its_precision(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ladder, "matmul_peak", lambda device, dtype: asked.append(dtype) or 1.0)
+    monkeypatch.setattr(ladder, "step_time", lambda step, device, repeats: 0.5)
+    rows = [ladder.measure(rung, TINY, 2, CPU, 1) for rung in ("float32", TF32, "bfloat16")]
+    assert [row["limit_of"].split()[-1] for row in rows] == ["float32", "float32", "bfloat16"]
+    assert asked == [torch.float32, torch.float32, torch.bfloat16]
+    assert [row["tokens_per_s"] for row in rows] == [128.0] * 3     # 2 x 32 in half a second
+    assert rows[0]["first_loss"] == pytest.approx(math.log(101), abs=0.3)
+
+
+def test_the_ladder_is_measured_in_turn_and_drawn(results, monkeypatch, capsys):
+    """Two rounds of hand-made rows: medians, shares of the best peak of both, factors; a rung that
+    fails and one that is not for this machine are named. Table, JSON, picture and README agree."""
+    pytest.importorskip("matplotlib")
+    asked, ms = [], {"float32": [100.0, 300.0], "bfloat16": [50.0, 50.0], FUSED: [20.0, 20.0]}
+
+    def measured(module, words):
+        given = dict(word[2:].split("=", 1) for word in words)
+        asked.append(given["rungs"])
+        if given["rungs"] == HEAD:
+            raise RuntimeError("out of memory")
+        times = ms[given["rungs"]]
+        return rung_row(given["rungs"], times.pop(0), limit=1e6 * (1 + len(times)))
+
+    monkeypatch.setattr(ladder, "in_process", measured)
+    ladder.main([f"--rungs=float32,{TF32},bfloat16,{FUSED},{HEAD}", "--rounds=2", "--shape=tiny",
+                 "--device=cpu", "--save"])
+    said = capsys.readouterr().out
+    assert asked == ["float32", "bfloat16", FUSED, HEAD, "float32", "bfloat16", FUSED]
+    lines = {line[:20].strip(): line[20:].split() for line in said.splitlines()}
+    assert lines["float32"] == ["200.0", "427", "100.0%", "21.3%", "300", "1.00", "1.00"]
+    assert lines["bfloat16"] == ["50.0", "1,280", "0.0%", "64.0%", "300", "4.00", "4.00"]
+    assert lines[FUSED][-2:] == ["2.50", "10.00"]
+    assert "without TF32: cpu has no TF32" in said and f"without {HEAD}: out of memory" in said
+    found = json.loads((results / "ladder-cpu-tiny.json").read_text())
+    assert found["skipped"].keys() == {TF32, HEAD} and len(found["rows"]) == 3
+    assert (results / "ladder-cpu-tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert "| bfloat16 | 50 | 1,280 | 64% | 300 | 4.00 |" in readme.ladder_table()
+    assert "(bench/results/ladder-cpu-tiny.png)" in readme.ladder_table()
+
+
+def test_a_rung_is_measured_in_a_process_of_its_own(capsys):
+    ladder.main(["--shape=tiny", "--rounds=1", "--repeats=1", "--rungs=float32", "--device=cpu"])
+    title, head, row, peak = capsys.readouterr().out.splitlines()
+    assert title == "tiny, 2 sequences of 64 tokens" and row.split()[0] == "float32"
+    with pytest.raises(RuntimeError, match="rungs=no is unknown"):
+        machine.in_process("ladder", ["--rungs=no"])
 
 
 # ---------------------------------------------------------------------------- data and start-up
@@ -165,3 +273,49 @@ def test_a_run_of_ranks_that_fails_tells_why(tmp_path):
     settings = {**ranks.settings_of("tiny", tmp_path, config), "micro_batch": 3}
     with pytest.raises(RuntimeError, match="no multiple of micro_batch"):
         ranks.run(tmp_path, settings, 1, 1)
+
+
+# ------------------------------------------------------------------------------ all, and README
+
+def test_the_newest_comparison_with_peers_counts(results):
+    """Of two files that measured 124M, the later; the other's second shape stays."""
+    def rows(what, ours, theirs):
+        return [{"what": what, "who": who, "dtype": "float32", "mode": "eager", "share": 0.5,
+                 "tokens_per_s": speed} for who, speed in (("oneloop", ours), ("nanoGPT", theirs))]
+
+    def file(name, date, found):
+        ratios = [{"what": what, "dtype": "float32", "mode": "eager", "best_peer": "nanoGPT, eager",
+                   "speed": ours / theirs, "memory": 0.75} for what, ours, theirs in found]
+        (results / name).write_text(json.dumps({
+            "date": date, "processor": "A", "device": "cpu (2 threads)", "torch": "2.13",
+            "ratios": ratios, "rows": sum((rows(*one) for one in found), [])}))
+    file("versus-peers-cpu-124M.json", "2026-02-02", [("124M", 300.0, 200.0)])
+    file("versus-peers-cpu.json", "2026-01-01", [("124M", 100.0, 200.0), ("small", 90.0, 100.0)])
+    found = [line for line in readme.versus_table().splitlines() if "float32" in line]
+    assert found == [
+        "| 124M | float32 | 300 (eager) | 50% | 200 (nanoGPT, eager) | 1.50 | 0.75 |",
+        "| small | float32 | 90 (eager) | 50% | 100 (nanoGPT, eager) | 0.90 | 0.75 |"]
+
+
+def test_readme_says_what_was_measured_around_the_step(results):
+    assert readme.around_the_step() == "" == readme.versus_table() == readme.ladder_table()
+    machine.write_results("loading", CPU, [
+        {"micro_batch": 32, "block_size": 1024, "of_a_core": 0.03},
+        {"micro_batch": 64, "block_size": 1024, "of_a_core": 0.041}],
+        text={"bytes": 5_000_000, "threads": 2, "of_tiktoken": 1.1,
+              "seconds": {"oneloop": 0.5, "tiktoken": 0.55}})
+    machine.write_results("startup", CPU, [{
+        "train_beyond_torch": 0.31, "bpe_imports_torch": False,
+        "seconds": {"import torch": 1.5, "bpe.py --help": 0.2}}])
+    row = {"micro_batch": 2, "reductions_per_step": 3.0, "memory_mib": 700.0}
+    machine.write_results("ranks-cpu", CPU, [{"shape": "demo", "ranks": 2, "of_threads": 1.05}],
+                          accumulation=[{**row, "accumulation": 1}, {**row, "accumulation": 2},
+                                        {**row, "accumulation": 1, "micro_batch": 8,
+                                         "memory_mib": 1900.0}])
+    text = readme.around_the_step()
+    for part in ("4.1% of a core (64 x 1024", "10.0 MB/s with 2 threads, 1.10 of the speed",
+                 "0.31 s more than `import torch` (1.50 s)", "0.20 s, without importing torch",
+                 "demo: 2 gloo ranks with a thread each have 1.05",
+                 "in 1, 2 micro-batches of 2 sequences reduces gradients 3, 3 times",
+                 "takes 700, 700 MiB; one of 8 sequences 1,900 MiB"):
+        assert part in text, part

@@ -1,0 +1,230 @@
+"""The steps that make training fast, one after the other, on this machine.
+
+    python -m bench.ladder [--shape=small] [--rounds=3] [--device=auto] [--save]
+
+Each rung keeps what the ones below it added, in the order of Karpathy's lecture (build-nanogpt,
+2024), with one rung more. What a rung replaces is written here, what it puts there is the model's:
+
+    float32              attention and head written out, 50257 tokens, AdamW in PyTorch's default
+    TF32                 float32 products in fewer bits; only GPUs have it
+    bfloat16             products in bfloat16, weights and sums in float32
+    torch.compile        kernels of several operations
+    flash attention      one kernel instead of softmax(Q K^T) V with its (B, H, T, T) scores
+    vocabulary 50304     rows of the embedding to a multiple of 128
+    fused AdamW          one kernel for all parameters
+    the model's head     GPT.forward as it is, instead of logits (B, T, V) and F.cross_entropy
+
+A step is forward, backward, clipping and AdamW. Every (rung, round) has a process of its own, so
+that memory is its own; rounds take turns, medians count. The share is that of the matrix products
+in the same precision, measured in the same processes. --save writes bench/results/ladder-DEVICE
+.json and .png (with the shape in the name where it is not "small"); the picture needs the extra
+"plots".
+"""
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from bench.machine import RESULTS, in_process, matmul_peak, write_results
+from bench.peers import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, peer_step, step_time
+from bench.versus_peers import median_row, with_shares
+from config import option, parse, run_command
+from device import DTYPES, has_compiler, peak_memory, pick_device
+from experiments.plots import GREY, STYLE
+from experiments.runs import PALETTE
+from model import GPT, IGNORE, CausalSelfAttention, GPTConfig
+from optim import parameter_groups
+
+SHAPES = {          # name: shape, its micro-batch on a CPU, on a GPU
+    "tiny": (GPTConfig(64, 250, n_layer=2, n_head=2, n_embd=32), 2, 2),     # to try the benchmark
+    "small": (GPTConfig(256, n_layer=6, n_head=6, n_embd=384), 8, 64),
+    "124M": (GPTConfig(), 2, 16),
+}
+TF32, COMPILE, FLASH, PADDED, FUSED, HEAD = (
+    "TF32", "torch.compile", "flash attention", "vocabulary 50304", "fused AdamW",
+    "the model's head")
+RUNGS = ("float32", TF32, "bfloat16", COMPILE, FLASH, PADDED, FUSED, HEAD)
+
+
+@dataclass(frozen=True)
+class LadderConfig:
+    shape: str = option("small", "which of " + ", ".join(SHAPES))
+    micro_batch: int = option(0, "sequences of a step; 0: the shape's own")
+    rungs: tuple[str, ...] = option((), "which of " + ", ".join(RUNGS) + "; empty: all")
+    rounds: int = option(3, "processes for each rung; the median counts")
+    repeats: int = option(3, "steps timed in each after two that warm up, more of short ones")
+    device: str = option("auto", "auto, cpu, cuda")
+    save: bool = option(False, "write table and picture to bench/results")
+    row: bool = option(False, "print one measurement as JSON (used inside)")
+
+    def __post_init__(self):
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape={self.shape} is unknown; choose {', '.join(SHAPES)}")
+        for name in self.rungs:
+            if name not in RUNGS:
+                raise ValueError(f"rungs={name} is unknown; choose among {', '.join(RUNGS)}")
+        for name, least in (("rounds", 1), ("repeats", 1), ("micro_batch", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+
+
+class WrittenOutAttention(CausalSelfAttention):
+    """softmax(Q K^T / sqrt(D)) V with the scores of all pairs in memory."""
+
+    def forward(self, x: torch.Tensor, mask: Any = None, cache: Any = None) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+                   for part in self.c_attn(x).split(C, dim=2))      # (B, H, T, D) each
+        scores = q @ k.transpose(-2, -1) * (C // self.n_head) ** -0.5           # (B, H, T, T)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        y = scores.masked_fill(future, float("-inf")).softmax(dim=-1) @ v       # (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class PlainHead(GPT):
+    """All logits at once, and the cross-entropy of them."""
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor):
+        logits = self.lm_head(self.features(idx))[..., :self.config.vocab_size]     # (B, T, V)
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
+                                     ignore_index=IGNORE)
+
+
+def contestant(rung: str, config: GPTConfig, x: torch.Tensor, y: torch.Tensor,
+               device: torch.device) -> Contestant:
+    """A model that has all of the ladder up to a rung, and its step."""
+    has = set(RUNGS[:RUNGS.index(rung) + 1])
+    if PADDED in has:
+        config = replace(config, vocab_multiple=128)
+    with device:
+        model = (GPT if HEAD in has else PlainHead)(config)
+    if FLASH not in has:
+        for block in model.transformer.h:
+            block.attn.__class__ = WrittenOutAttention
+    optimizer = torch.optim.AdamW(parameter_groups(model, WEIGHT_DECAY), LEARNING_RATE, BETAS, EPS,
+                                  fused=FUSED in has)
+    torch.set_float32_matmul_precision("high" if TF32 in has and device.type == "cuda"
+                                       else "highest")
+    dtype = DTYPES["bfloat16" if "bfloat16" in has else "float32"]
+    return peer_step(model, optimizer, lambda network: network(x, y)[1], device, dtype,
+                     "compiled" if COMPILE in has and has_compiler(device) else "eager")
+
+
+def measure(rung: str, config: GPTConfig, micro_batch: int, device: torch.device,
+            repeats: int) -> dict[str, Any]:
+    """What --row prints."""
+    torch.manual_seed(0)
+    ids = torch.randint(config.vocab_size, (micro_batch, config.block_size + 1), device=device)
+    run = contestant(rung, config, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), device)
+    loss = run.step().item()                            # compiles, makes the optimizer's state
+    taken, memory = step_time(run.step, device, repeats), peak_memory(device)
+    reached = RUNGS[:RUNGS.index(rung) + 1]
+    precision = [name for name in reached if name in (*DTYPES, TF32)][-1]
+    if precision == TF32 and device.type != "cuda":
+        precision = "float32"
+    return {"rung": rung, "micro_batch": micro_batch, "ms": 1000 * taken, "first_loss": loss,
+            "tokens_per_s": micro_batch * config.block_size / taken, "memory_mib": memory / 2**20,
+            "work": run.model.flops_per_token(), "limit_of": f"matrix products in {precision}",
+            "limit": matmul_peak(device, DTYPES["bfloat16" if precision == "bfloat16"
+                                                else "float32"])}
+
+
+def left_out(rung: str, device: torch.device) -> str:
+    """Why a rung is not measured here; "" where it is."""
+    if rung == TF32 and (device.type != "cuda"
+                         or torch.cuda.get_device_capability(device) < (8, 0)):
+        return f"{device.type} has no TF32" if device.type != "cuda" else "a GPU before Ampere"
+    if rung == COMPILE and not has_compiler(device):
+        return "no compiler here; the rungs above it are eager"
+    return ""
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines; `faster` is over the rung before and over the first, `spread` the rounds' range."""
+    lines = [f"{'rung':20}{'ms':>11}{'tokens/s':>12}{'spread':>8}{'of peak':>9}{'MiB':>9}"
+             f"{'faster':>9}{'in all':>8}"]
+    for before, row in zip([rows[0], *rows], rows):
+        speeds = row["tokens_per_s_rounds"]
+        spread = (max(speeds) - min(speeds)) / row["tokens_per_s"]
+        lines.append(f"{row['rung']:20}{row['ms']:11,.1f}{row['tokens_per_s']:12,.0f}{spread:8.1%}"
+                     f"{row['share']:9.1%}{row['memory_mib']:9,.0f}"
+                     f"{before['ms'] / row['ms']:9.2f}{rows[0]['ms'] / row['ms']:8.2f}")
+    for name, limit in {row["limit_of"]: row["limit"] for row in rows}.items():
+        lines.append(f"peak of {name}: {limit / 1e9:,.0f} GFLOP/s")
+    return lines
+
+
+def picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Two panels of bars, time and memory; the numbers stand beside them, so that no colour has
+    to be told from another."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('the picture needs the extra "plots": pip install -c '
+                                  'constraints.txt -e ".[plots]"') from None
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(10, 0.7 + 0.36 * len(rows)), dpi=150, layout="constrained")
+        left, right = drawing.subplots(1, 2, sharey=True)
+        names = [row["rung"] for row in rows]
+        for ax, key, what, color in ((left, "ms", "ms a step", PALETTE[0]),
+                                     (right, "memory_mib", "peak memory, MiB", PALETTE[4])):
+            values = [row[key] for row in rows]
+            bars = ax.barh(names, values, color=color, height=0.62)
+            ax.bar_label(bars, [f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+                                for value in values], padding=3, color="black")
+            ax.set_xlim(0, 1.15 * max(values))
+            ax.set_title(what, loc="left")
+            ax.grid(axis="y", visible=False)
+        left.invert_yaxis()
+        drawing.suptitle(title, x=0.01, ha="left", fontsize=9, color=GREY)
+        drawing.savefig(path)
+
+
+def main(words: list[str]) -> None:
+    config = parse(LadderConfig, words, "python -m bench.ladder", about=__doc__)
+    device = pick_device(config.device)
+    shape, *usual = SHAPES[config.shape]
+    micro_batch = config.micro_batch or usual[device.type == "cuda"]
+    if config.row:
+        print(json.dumps(measure(config.rungs[0], shape, micro_batch, device, config.repeats)))
+        return
+    wanted = [rung for rung in RUNGS if rung in (config.rungs or RUNGS)]
+    skipped = {rung: why for rung in wanted if (why := left_out(rung, device))}
+    found: dict[str, list[dict[str, Any]]] = {rung: [] for rung in wanted if rung not in skipped}
+    for turn in range(config.rounds):
+        for rung, rounds in list(found.items()):
+            try:
+                rounds.append(in_process("ladder", [
+                    f"--rungs={rung}", f"--shape={config.shape}", f"--micro_batch={micro_batch}",
+                    f"--repeats={config.repeats}", f"--device={config.device}", "--row=true"]))
+            except RuntimeError as error:               # out of memory: the others are of use
+                skipped[rung] = str(error)
+                del found[rung]
+                continue
+            print(f"round {turn + 1}: {rung}: {rounds[-1]['ms']:,.1f} ms", file=sys.stderr,
+                  flush=True)
+    if not found:
+        raise ValueError(f"rungs={','.join(wanted)}: {'; '.join(skipped.values())}")
+    rows = with_shares([median_row(rounds) for rounds in found.values()])
+    print(f"{config.shape}, {micro_batch} sequences of {shape.block_size} tokens")
+    print(*table(rows), sep="\n")
+    for rung, why in skipped.items():
+        print(f"without {rung}: {why}")
+    if config.save:
+        name = f"ladder-{device.type}" + ("" if config.shape == "small" else f"-{config.shape}")
+        path = write_results(name, device, rows, shape=config.shape, rounds=config.rounds,
+                             skipped=skipped)
+        title = json.loads(path.read_text())
+        picture(rows, f"GPT-2 {config.shape}, {micro_batch} x {shape.block_size} tokens a step, "
+                      f"on {title['processor']}, {title['device']}, PyTorch {title['torch']}",
+                RESULTS / f"{name}.png")
+        print(f"written: {path.name}, {name}.png")
+
+
+if __name__ == "__main__":
+    run_command(main)
