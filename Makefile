@@ -1,6 +1,6 @@
 # make train   set up .venv, then train the demo: a small GPT, offline, in minutes
 # make test    set up .venv with the test packages, then run the tests
-# make bench   step time, tokens/s and share of the machine's peak
+# make bench   speed of training, data, start-up and ranks on this machine, in under 15 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

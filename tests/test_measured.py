@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
+from bench import __main__ as whole
 from bench import ladder, loading, machine, ranks, readme, startup
-from bench.ladder import FUSED, HEAD, PADDED, RUNGS, TF32, WrittenOutAttention
+from bench.ladder import FUSED, HEAD, PADDED, RUNGS, TF32, LadderConfig, WrittenOutAttention
 from bench.loading import LoadingConfig
 from bench.ranks import RanksConfig
 from config import parse
@@ -276,6 +277,43 @@ def test_a_run_of_ranks_that_fails_tells_why(tmp_path):
 
 
 # ------------------------------------------------------------------------------ all, and README
+
+def test_every_part_of_make_bench_has_a_command_line_that_is_understood(monkeypatch):
+    from bench import step
+    configs = {"ladder": LadderConfig, "step": step.StepConfig, "loading": LoadingConfig,
+               "startup": startup.StartupConfig, "ranks": RanksConfig}
+    assert configs.keys() == whole.PARTS.keys()
+    saving = {name: parse(configs[name], words, name).save
+              for name, words in whole.commands(whole.AllConfig()).items()}
+    assert saving == {name: name != "step" for name in configs}     # it would lose its other rows
+    dry = whole.commands(whole.AllConfig(save=False, only=("ranks", "loading")))
+    assert dry.keys() == {"ranks", "loading"}
+    assert not any(parse(configs[name], words, name).save for name, words in dry.items())
+
+
+def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys):
+    ran = []
+
+    def run(command, cwd):
+        ran.append(command[2])
+        return subprocess.CompletedProcess(command, int(command[2] == "bench.step"))
+    monkeypatch.setattr(whole.subprocess, "run", run)
+    with pytest.raises(ValueError, match="^step failed"):
+        whole.main([])
+    assert ran == [f"bench.{name}" for name in whole.PARTS]
+
+
+def test_wrong_settings_of_the_benchmarks_are_named():
+    for config, settings, message in (
+            (LadderConfig, {"shape": "huge"}, "shape=huge is unknown"),
+            (LadderConfig, {"rungs": ("fp8",)}, "rungs=fp8 is unknown"),
+            (LoadingConfig, {"rounds": 0}, "rounds=0 must be above 0"),
+            (RanksConfig, {"ranks": 1}, "ranks=1 must be at least 2"),
+            (RanksConfig, {"ranks": 3}, "ranks=3 do not divide the 16"),
+            (whole.AllConfig, {"only": ("bpe",)}, "only=bpe is unknown")):
+        with pytest.raises(ValueError, match=message):
+            config(**settings)
+
 
 def test_the_newest_comparison_with_peers_counts(results):
     """Of two files that measured 124M, the later; the other's second shape stays."""
