@@ -4,6 +4,7 @@
     with autocast(device, dtype): ...
 """
 import contextlib
+import ctypes
 import os
 import shutil
 
@@ -21,7 +22,10 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device that `name` says; "auto" is this process's GPU, else Apple's, else the CPU."""
+    """The device that `name` says; "auto" is this process's GPU, else Apple's, else the CPU.
+
+    Choosing the CPU also has this process keep freed memory, see `keep_memory`.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else \
                "mps" if torch.backends.mps.is_available() else "cpu"
@@ -38,7 +42,21 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda", number)
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device=mps is not available here; use --device=cpu")
+    if kind == "cpu":
+        keep_memory()
     return torch.device(kind)
+
+
+def keep_memory() -> None:
+    """Let freed tensors be allocated again without the system, where the C library is glibc.
+
+    It gives every block above 32 MB back at once, and the next one comes page by page, zeroed: a
+    quarter of a training step's time on a CPU. What tensors have freed stays with this process.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if tune:
+        tune(-4, 0)                                     # M_MMAP_MAX: no blocks outside the heap
+        tune(-1, 2**31 - 1)                             # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def native_bf16(device: torch.device) -> bool:

@@ -91,7 +91,9 @@ def theirs(shape: GPTConfig, variant: str, config: LoRABenchConfig) -> nn.Module
 def measure(side: str, variant: str, config: LoRABenchConfig) -> dict[str, Any]:
     """One process's row."""
     torch.manual_seed(0)
-    device, shape = pick_device(config.device), SHAPES[config.shape]
+    # PEFT runs as it is: pick_device has ours reuse memory.
+    device = torch.device(config.device) if side == "peft" else pick_device(config.device)
+    shape = SHAPES[config.shape]
     model = {"ours": ours, "peft": theirs}[side](shape, variant, config).to(device).train()
     network = torch.compile(model, dynamic=False) if config.compile else model
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -183,7 +183,7 @@ def rounds_of(config: PeersConfig, what: str, device: torch.device, until: float
             row = in_process([
                 f"--only={what}", f"--who={who}", f"--dtypes={dtype}", f"--modes={mode}",
                 f"--micro_batches={','.join(map(str, micro))}", f"--repeats={config.repeats}",
-                f"--device={config.device}", f"--nanogpt={config.nanogpt}",
+                f"--device={device.type}", f"--nanogpt={config.nanogpt}",
                 f"--build_nanogpt={config.build_nanogpt}"])
             if isinstance(row, str):
                 missing[key] = row
@@ -200,7 +200,9 @@ def main(words: list[str]) -> None:
     config = parse(PeersConfig, words, "python -m bench.versus_peers", about=__doc__)
     config = replace(config, **{name: str(Path(getattr(config, name)).resolve())
                                 for name in ("nanogpt", "build_nanogpt") if getattr(config, name)})
-    device = pick_device(config.device)
+    # Peers run as they are: pick_device has ours reuse memory.
+    peer = config.row and config.who[0] not in (OURS, LOOSE)
+    device = torch.device(config.device) if peer else pick_device(config.device)
     if config.row:
         print(json.dumps(measure(config, device)))
         return
