@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from config import option
+from cross_entropy import IGNORE, linear_cross_entropy
 
-IGNORE = -100           # the target of a position that has no label
 LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
 
@@ -208,9 +208,8 @@ class GPT(nn.Module):
         x = self.features(idx, positions, cache)
         if targets is None:
             return self.lm_head(x)[..., :self.config.vocab_size], None          # (B, T, V)
-        logits = self.lm_head(x)[..., :self.config.vocab_size]
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(),
-                               ignore_index=IGNORE, reduction="sum")
+        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head, targets.flatten(),
+                                    self.config.vocab_size)
         if reduction == "mean":
             loss = loss / (targets != IGNORE).sum().clamp(min=1)
         return None, loss

@@ -1,0 +1,79 @@
+"""The loss of a language model's head: hidden states and targets in, their cross-entropy out.
+
+    loss = linear_cross_entropy(x, model.lm_head, targets, vocab_size=50257)    # a sum, in nats
+
+Written plainly it is what `plain` does. But the logits are by far the largest tensor of a GPT-2:
+50,257 numbers a token, of which autograd keeps several copies. Their gradient, softmax - onehot, is
+known as soon as they are; so the products that need it are made at once, for some rows at a time,
+and no logits outlive their rows. The idea is Liger Kernel's (Hsu et al. 2024, 2410.10989).
+
+Shapes: N tokens, C channels, V rows of the head, of which the first vocab_size are tokens.
+"""
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+IGNORE = -100                       # the target of a position that has no label
+# A CPU wants logits that stay near its caches, a GPU enough rows to fill it.
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
+
+
+def plain(x: torch.Tensor, head: nn.Module, targets: torch.Tensor,
+          vocab_size: int) -> torch.Tensor:
+    logits = head(x)[:, :vocab_size].float()                        # (N, vocab_size)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+
+def linear_cross_entropy(x: torch.Tensor, head: nn.Module, targets: torch.Tensor,
+                         vocab_size: int) -> torch.Tensor:
+    """The sum of -log softmax(head(x))[target] over the labelled tokens: a float32 scalar.
+
+    x (N, C), targets (N,) int64, IGNORE where there is no label. Products are in autocast's dtype
+    where it is on, softmax and sum in float32. A head that is more than an nn.Linear without bias,
+    an adapted one for example, is computed plainly; and so is float16, whose range needs the
+    gradient scaled before it is rounded, by a factor that is known only later.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if type(head) is not nn.Linear or head.bias is not None or dtype == torch.float16:
+        return plain(x, head, targets, vocab_size)
+    wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, head.weight)]
+    return _LinearCrossEntropy.apply(x, head.weight, targets, vocab_size, dtype, *wants)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradients, but for their common factor, are made by the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, dtype, want_dx, want_dweight):
+        device, V = x.device, weight.size(0)
+        pieces = -(-x.size(0) * V // LOGITS_AT_ONCE.get(device.type, 2**25))
+        total, dx, dweight = torch.zeros((), device=device), [], None
+        with torch.autocast(device.type, enabled=False):
+            w = weight.to(dtype)
+            for rows, target in zip(x.to(dtype).chunk(pieces), targets.chunk(pieces)):
+                logits = (rows @ w.T).float()                       # (n, V)
+                if vocab_size < V:
+                    logits[:, vocab_size:] = -math.inf
+                nats = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
+                total = total + nats.sum()
+                if want_dx or want_dweight:
+                    # p - 1 at the target, by expm1: of a p near 1, bfloat16 would leave nothing.
+                    grad = logits.softmax(dim=1).scatter(
+                        1, target.clamp(min=0)[:, None], torch.expm1(-nats)[:, None]).to(dtype)
+                    labelled = (target != IGNORE)[:, None]
+                if want_dx:
+                    dx.append(grad @ w * labelled)                  # (n, C)
+                if want_dweight:
+                    part = grad.T @ (rows * labelled)               # (V, C)
+                    dweight = part.float() if dweight is None else dweight + part
+        ctx.save_for_backward(torch.cat(dx).to(x.dtype) if want_dx else None,
+                              dweight.to(weight.dtype) if want_dweight else None)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        dx, dweight = (None if grad is None else grad * upstream for grad in ctx.saved_tensors)
+        return dx, dweight, None, None, None, None, None

@@ -1,0 +1,103 @@
+"""The head's loss in pieces against the same written out in float64."""
+import pytest
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import cross_entropy
+from cross_entropy import IGNORE, linear_cross_entropy, plain
+
+BFLOAT16 = torch.bfloat16
+
+
+def case(rows=96, channels=32, width=70, vocab_size=65, ignored=slice(5, 9)):
+    torch.manual_seed(0)
+    head = nn.Linear(channels, width, bias=False)
+    nn.init.normal_(head.weight, std=0.5)
+    x = torch.randn(rows, channels, requires_grad=True)
+    targets = torch.randint(vocab_size, (rows,))
+    targets[ignored] = IGNORE
+    return x, head, targets, vocab_size
+
+
+def results(function, x, head, targets, vocab_size, dtype=torch.float32, factor=0.3):
+    """The loss and both gradients."""
+    with torch.autocast("cpu", dtype=BFLOAT16, enabled=dtype == BFLOAT16):
+        loss = function(x, head, targets, vocab_size)
+    return loss, *torch.autograd.grad(loss * factor, (x, head.weight))
+
+
+def written_out(x, head, targets, vocab_size, factor=0.3):
+    x, weight = (tensor.detach().double().requires_grad_() for tensor in (x, head.weight))
+    loss = F.cross_entropy((x @ weight.T)[:, :vocab_size], targets, ignore_index=IGNORE,
+                           reduction="sum")
+    return loss, *torch.autograd.grad(loss * factor, (x, weight))
+
+
+def error(found, reference):
+    return ((found.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("at_once", [2**25, 3000], ids=["one piece", "three pieces"])
+def test_loss_and_gradients_equal_the_formula(at_once, compiled, monkeypatch):
+    monkeypatch.setitem(cross_entropy.LOGITS_AT_ONCE, "cpu", at_once)
+    torch._dynamo.reset()
+    function = torch.compile(linear_cross_entropy) if compiled else linear_cross_entropy
+    for found, reference in zip(results(function, *case()), written_out(*case())):
+        assert error(found, reference) < 2e-6           # float32 sums of 96 x 65 terms
+
+
+@pytest.mark.parametrize("at_once", [2**25, 3000], ids=["one piece", "three pieces"])
+def test_bfloat16_is_as_exact_as_the_plain_form(at_once, monkeypatch):
+    monkeypatch.setitem(cross_entropy.LOGITS_AT_ONCE, "cpu", at_once)
+    exact = written_out(*case())
+    pieces, whole = (results(f, *case(), BFLOAT16) for f in (linear_cross_entropy, plain))
+    for ours, theirs, reference in zip(pieces, whole, exact):
+        assert error(ours, reference) < 1.2 * error(theirs, reference)  # other roundings, as large
+
+
+def test_the_gradient_of_a_sure_prediction_is_not_rounded_away():
+    head = nn.Linear(2, 2, bias=False)
+    head.weight.data = torch.tensor([[8.0, 0.0], [0.0, 0.0]])
+    x = torch.tensor([[1.0, 0.0]], requires_grad=True)  # p = sigmoid(8), 1 in bfloat16
+    _, dx, _ = results(linear_cross_entropy, x, head, torch.tensor([0]), 2, BFLOAT16, factor=1.0)
+    assert dx[0, 0].item() == pytest.approx(-8 / (1 + torch.tensor(8.0).exp().item()), rel=0.01)
+
+
+def test_rows_without_a_label_and_padded_columns_have_no_gradient():
+    _, dx, dweight = results(linear_cross_entropy, *case())
+    assert not dx[5:9].any() and dx[[4, 9]].any(dim=1).all()
+    assert not dweight[65:].any() and dweight[:65].any(dim=1).all()
+
+
+def test_without_any_label_loss_and_gradients_are_zero():
+    for found in results(linear_cross_entropy, *case(ignored=slice(None))):
+        assert not found.any()
+
+
+@pytest.mark.parametrize("frozen", ["x", "head"])
+def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen):
+    x, head, targets, vocab_size = case()
+    (x if frozen == "x" else head.weight).requires_grad_(False)
+    with torch.profiler.profile() as profile:
+        loss = linear_cross_entropy(x, head, targets, vocab_size)
+    products = sum(event.count for event in profile.key_averages() if event.key == "aten::mm")
+    assert products == 2                                # logits, and one gradient
+    loss.backward()
+    assert (x.grad is None) == (frozen == "x") and (head.weight.grad is None) == (frozen == "head")
+
+
+def test_without_gradients_only_the_logits_are_computed():
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        linear_cross_entropy(*case())
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::mm") == 1
+
+
+def test_a_head_that_is_more_than_a_weight_is_computed_as_it_is():
+    x, head, targets, vocab_size = case()
+    tempered = nn.Sequential(head, nn.Tanh())
+    found = linear_cross_entropy(x, tempered, targets, vocab_size)
+    reference = F.cross_entropy(torch.tanh(F.linear(x, head.weight))[:, :vocab_size], targets,
+                                reduction="sum", ignore_index=IGNORE)
+    assert error(found, reference.double()) < 1e-6
