@@ -12,10 +12,11 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vo
 References: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's
 code for it (github.com/openai/gpt-2); tensors are named as there and in Hugging Face's GPT2LMHead.
 """
+import contextlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import option
 from cross_entropy import IGNORE, linear_cross_entropy
+from device import Matvec
 
 LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
@@ -65,10 +67,24 @@ class GPTConfig:
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
 
+class LayerCache(NamedTuple):
+    """The part of one layer in a KVCache."""
+    keys: torch.Tensor                                              # (B, H, capacity, D)
+    values: torch.Tensor
+    length: int                                                     # tokens that are in it
+
+    def append(self, k: torch.Tensor, v: torch.Tensor):
+        """Add k, v (B, H, T, D) of the new tokens; return those of all tokens so far."""
+        end = self.length + k.size(2)
+        self.keys[:, :, self.length:end] = k
+        self.values[:, :, self.length:end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
 class KVCache:
     """Keys and values of the tokens that a model has read, so that each is computed once.
 
-    `length` tokens are held, of at most `capacity`; `append` is called by every attention layer,
+    `length` tokens are held, of at most `capacity`; every attention layer appends to its own part,
     `GPT.features` advances `length` when all of them have.
     """
 
@@ -79,29 +95,25 @@ class KVCache:
         self.values = like.new_empty(shape)
         self.length = 0
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """Add k, v (B, H, T, D) of the new tokens; return those of all tokens so far."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def __getitem__(self, layer: int) -> LayerCache:
+        return LayerCache(self.keys[layer], self.values[layer], self.length)
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
-                cache: KVCache | None = None) -> torch.Tensor:
+                cache: LayerCache | None = None) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))      # (B, H, T, D) each
         past = cache.length if cache else 0
         if cache:
-            k, v = cache.append(self.layer, k, v)                   # (B, H, past + T, D)
+            k, v = cache.append(k, v)                               # (B, H, past + T, D)
         # Without a mask, token i sees those up to itself; one new token after a past sees it all.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
                                            is_causal=mask is None and not past,
@@ -123,15 +135,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
-                cache: KVCache | None = None) -> torch.Tensor:
+                cache: LayerCache | None = None) -> torch.Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)                # (B, T, C)
         return x + self.mlp(self.ln_2(x))
 
@@ -142,11 +154,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.recompute_activations = False
+        self.recompute_activations = self.generation_compiled = False
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
-            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -186,11 +198,11 @@ class GPT(nn.Module):
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=idx.device).tril(past)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)         # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.transformer.h:
+        for layer, block in enumerate(self.transformer.h):
             if self.recompute_activations and self.training:
                 x = checkpoint(block, x, mask, use_reentrant=False)
             else:
-                x = block(x, mask, cache)
+                x = block(x, mask, cache[layer] if cache else None)
         if cache:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -221,6 +233,19 @@ class GPT(nn.Module):
             weight = weight.new_empty(0, dtype=torch.get_autocast_dtype(weight.device.type))
         return KVCache(self.config, batch_size, capacity or self.config.block_size, weight)
 
+    def next_logits(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Logits of the token that follows idx (B, T), in float32: (B, V)."""
+        with Matvec() if self.generation_compiled else contextlib.nullcontext():
+            x = self.features(idx, cache=cache)[:, -1]              # (B, C): only the last token
+            return self.lm_head(x)[:, :self.config.vocab_size].float()
+
+    def compile_generation(self) -> None:
+        """Compile what `generate` calls for each token, in place. It takes seconds, at the first
+        tokens; the blocks share their code."""
+        self.generation_compiled = True
+        for module in (*self.transformer.h, self.lm_head):
+            module.compile()
+
     @torch.no_grad()
     def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float | None = None,
@@ -250,9 +275,8 @@ class GPT(nn.Module):
                 cache = None
             if cache is None:
                 unread = out[:, max(0, end - block_size):end]
-            x = self.features(unread, cache=cache)[:, -1]           # (B, C): only the last token
-            logits = self.lm_head(x)[:, :self.config.vocab_size]
-            new = sample_token(logits.float(), temperature, top_k, top_p, generator)
+            logits = self.next_logits(unread, cache)                # (B, V)
+            new = sample_token(logits, temperature, top_k, top_p, generator)
             new = torch.where(ended, out[:, end - 1], new)          # (B,)
             out[:, end] = new
             unread = new[:, None]

@@ -52,6 +52,7 @@ class SampleConfig:
     out: str = option("", "where the answers to --prompts go, as JSON lines; empty: the screen")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+    compile: bool = option(False, "compile first: some seconds, then about twice as fast")
 
 
 def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0,
@@ -238,9 +239,8 @@ class Chat:
         while len(self.known) + len(unread) <= config.block_size:
             self.cache.length = len(self.known)
             idx = torch.tensor([unread], device=self.device)
-            x = self.model.features(idx, cache=self.cache)[:, -1]               # (1, C)
+            logits = self.model.next_logits(idx, self.cache)                    # (1, V)
             self.known = self.known + unread
-            logits = self.model.lm_head(x)[:, :config.vocab_size].float()
             unread = sample_token(logits, self.temperature, self.top_k, self.top_p,
                                   self.generator).tolist()
             yield unread[0]
@@ -357,6 +357,8 @@ def main(words: list[str]) -> None:
     model, tokenizer = load_writer(words[0], device)
     if tokenizer is None:
         raise ValueError(f"{words[0]} has no tokenizer.json; put its tokenizer there")
+    if config.compile:
+        model.compile_generation()
     with autocast(device, pick_dtype(config.dtype, device)):
         if config.chat:
             chat = Chat(model, tokenizer, template, config.max_new_tokens, config.temperature,

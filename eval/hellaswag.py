@@ -25,7 +25,7 @@ by len(ending), that is characters, without the space before it.
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Iterator, Literal, Sequence, get_args
+from typing import Any, Iterator, Literal, NamedTuple, Sequence, get_args
 
 import torch
 import torch.distributed as dist
@@ -92,6 +92,19 @@ class Question:
         return len(self.context) + max(map(len, self.endings))
 
 
+class SharedLayer(NamedTuple):
+    """Stands in for a model.LayerCache."""
+    keys: torch.Tensor                                              # (B, H, L, D) of the contexts
+    values: torch.Tensor
+    rows: torch.Tensor
+    length: int
+
+    def append(self, k: torch.Tensor, v: torch.Tensor):
+        """k, v (R, H, T, D) of the endings -> (R, H, L + T, D) with those of their contexts."""
+        return (torch.cat([self.keys[self.rows], k], dim=2),
+                torch.cat([self.values[self.rows], v], dim=2))
+
+
 class SharedContext:
     """Stands in for a model.KVCache: many endings read the keys and values of few contexts.
 
@@ -102,10 +115,8 @@ class SharedContext:
     def __init__(self, cache: Any, rows: torch.Tensor):
         self.cache, self.rows, self.length = cache, rows, cache.length
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor):
-        """k, v (R, H, T, D) of the endings -> (R, H, L + T, D) with those of their contexts."""
-        return (torch.cat([self.cache.keys[layer][self.rows], k], dim=2),
-                torch.cat([self.cache.values[layer][self.rows], v], dim=2))
+    def __getitem__(self, layer: int) -> SharedLayer:
+        return SharedLayer(self.cache.keys[layer], self.cache.values[layer], self.rows, self.length)
 
 
 def questions_of(n: int, context: list[int], endings: list[list[int]],

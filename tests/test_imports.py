@@ -7,7 +7,7 @@ ALLOWED = {         # module or folder -> what of ours it may import when it is 
     "config": set(), "device": set(), "checkpoint": set(), "presets": set(),
     "bpe": {"bpe_train", "bpe_files"}, "bpe_train": set(),
     "download": set(), "bpe_files": {"download"},
-    "cross_entropy": set(), "model": {"config", "cross_entropy"}, "optim": {"config"},
+    "cross_entropy": set(), "model": {"config", "cross_entropy", "device"}, "optim": {"config"},
     "launch": {"device"},
     "model_files": {"config", "model"}, "faults": {"launch"}, "parallel": {"device", "launch"},
     "report": {"device", "faults", "launch", "optim"},
