@@ -35,11 +35,13 @@ SHAPES = {          # name: shape, its micro-batch on a CPU; all have biases, as
     "350M": (GPTConfig(1024, 50304, n_layer=24, n_head=16, n_embd=1024), 1),
     "1558M": (GPTConfig(1024, 50304, n_layer=48, n_head=25, n_embd=1600), 1),
 }
-GENERATE = {"generate": SHAPES["124M"][0],
-            "generate-tiny": GPTConfig(256, 256, n_layer=2, n_head=2, n_embd=32)}
+GENERATE = {        # name: shape, sequences at once
+    "generate": (SHAPES["124M"][0], 1), "generate-32": (SHAPES["124M"][0], 32),
+    "generate-tiny": (GPTConfig(256, 256, n_layer=2, n_head=2, n_embd=32), 1),
+}
 OURS, LOOSE = "oneloop", "oneloop --deterministic=off"
 WHO = (OURS, LOOSE, "nanoGPT", "build-nanogpt", "transformers")
-PROMPT, NEW_TOKENS = 16, 128            # of a generation, greedy, batch 1
+PROMPT, NEW_TOKENS = 16, 128            # of a generation, greedy
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 6e-4, 0.1, (0.9, 0.95), 1e-8      # the AdamW of all
 
 
@@ -228,17 +230,19 @@ def measure_step(who: str, config: GPTConfig, micro_batches: tuple[int, ...], dt
             "limit": matmul_peak(device, DTYPES[dtype])}
 
 
-def measure_generation(who: str, config: GPTConfig, dtype: str, mode: str, device: torch.device,
-                       repeats: int, checkout: str = "",
+def measure_generation(who: str, config: GPTConfig, batch: int, dtype: str, mode: str,
+                       device: torch.device, repeats: int, checkout: str = "",
                        new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
-    """Greedy generation, batch 1. eager: weights in dtype; autocast: in float32, as sample.py."""
+    """Greedy generation. eager, compiled: weights in dtype; autocast: in float32, as sample.py."""
     torch.manual_seed(0)
-    ids = torch.randint(min(50257, config.vocab_size), (1, PROMPT), device=device)
+    ids = torch.randint(min(50257, config.vocab_size), (batch, PROMPT), device=device)
     with device:
         model = (transformers_model(config, use_cache=True) if who == "transformers" else
                  nanogpt_model(config, checkout) if who == "nanoGPT" else GPT(config))
     precision = DTYPES["float32"] if mode == "autocast" else DTYPES[dtype]
     model = model.to(precision).eval()
+    if mode == "compiled":
+        model.compile_generation()
 
     def generate() -> torch.Tensor:
         with autocast(device, DTYPES[dtype]) if mode == "autocast" else contextlib.nullcontext():
@@ -255,8 +259,8 @@ def measure_generation(who: str, config: GPTConfig, dtype: str, mode: str, devic
     taken, memory = seconds(generate, device, repeats), peak_memory(device) / 2**20
     read = sum(p.numel() * DTYPES[dtype].itemsize for p in model.parameters()
                if p.shape != (config.block_size, config.n_embd))    # of positions, one row is read
-    return {"micro_batch": 1, "ms": 1000 * taken, "tokens_per_s": new_tokens / taken,
-            "memory_mib": memory, "work": read, "limit_of": "reading memory",
+    return {"micro_batch": batch, "ms": 1000 * taken, "tokens_per_s": batch * new_tokens / taken,
+            "memory_mib": memory, "work": read / batch, "limit_of": "reading memory",
             "limit": memory_bandwidth(device)}
 
 

@@ -35,7 +35,7 @@ from launch import repeatable
 @dataclass(frozen=True)
 class PeersConfig:
     only: tuple[str, ...] = option((), f"which of {', '.join([*SHAPES, *GENERATE])}; empty: recipe,"
-                                       " small, 124M and generate, on a GPU 124M")
+                                       " small, 124M and both generations, on a GPU 124M")
     nanogpt: str = option("", "a checkout of nanoGPT; empty: without it")
     build_nanogpt: str = option("", "a checkout of build-nanogpt; empty: without it")
     who: tuple[str, ...] = option((), f"which of {', '.join(WHO)}; empty: all that are here")
@@ -72,7 +72,8 @@ def measure(config: PeersConfig, device: torch.device) -> dict[str, Any]:
     what, who, dtype, mode = config.only[0], config.who[0], config.dtypes[0], config.modes[0]
     checkout = {"nanoGPT": config.nanogpt, "build-nanogpt": config.build_nanogpt}.get(who, "")
     if what in GENERATE:
-        row = measure_generation(who, GENERATE[what], dtype, mode, device, config.repeats, checkout)
+        row = measure_generation(who, *GENERATE[what], dtype, mode, device, config.repeats,
+                                 checkout)
     else:
         with repeatable(who == OURS) if who in (OURS, LOOSE) else contextlib.nullcontext():
             row = measure_step(who, SHAPES[what][0], config.micro_batches, dtype, mode, device,
@@ -89,9 +90,12 @@ def plan(config: PeersConfig, what: str, device: torch.device) -> list[tuple[str
             and not (who == "transformers" and not importlib.util.find_spec("transformers"))]
     dtypes = config.dtypes or (("bfloat16",) if on_gpu else ("float32", "bfloat16"))
     if what in GENERATE:                # build-nanogpt has no function for it
-        return [(who, dtype, mode) for dtype in dtypes for mode in ("eager", "autocast")
+        return [(who, dtype, mode) for dtype in dtypes
+                for mode in config.modes or ("eager", "compiled", "autocast")
                 for who in here if who in (OURS, "nanoGPT", "transformers")
-                and (mode == "eager" or who == OURS and dtype != "float32")]
+                and (mode == "eager" or who == OURS)
+                and (mode != "compiled" or has_compiler(device))
+                and (mode != "autocast" or dtype != "float32")]
     modes = config.modes or (("compiled",) if on_gpu else ("eager", "compiled"))
     return [(who, dtype, mode) for dtype in dtypes for mode in modes for who in here
             if (mode == "eager" and who != LOOSE) or (mode == "compiled" and has_compiler(device))]
@@ -208,7 +212,8 @@ def main(words: list[str]) -> None:
         return
     until = time.monotonic() + 60 * (config.minutes or math.inf)
     rows, missing = [], []
-    usual = ("124M",) if device.type == "cuda" else ("recipe", "small", "124M", "generate")
+    usual = ("124M",) if device.type == "cuda" else ("recipe", "small", "124M", "generate",
+                                                      "generate-32")
     for what in config.only or usual:
         more, gone = rounds_of(config, what, device, until)
         rows, missing = rows + more, missing + gone

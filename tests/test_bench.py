@@ -94,7 +94,7 @@ def test_a_step_is_measured_with_its_loss_and_parameters(monkeypatch):
 def test_generation_counts_the_weights_that_a_token_reads(who, monkeypatch):
     monkeypatch.setattr(peers, "memory_bandwidth", lambda *_: 1.0)      # seconds
     config = GPTConfig(block_size=40, vocab_size=101, n_layer=1, n_head=2, n_embd=16)
-    found = peers.measure_generation(who, config, "bfloat16", "eager", CPU, 1, checkout(who), 20)
+    found = peers.measure_generation(who, config, 1, "bfloat16", "eager", CPU, 1, checkout(who), 20)
     weights = 101 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16        # without positions
     assert found["work"] == 2 * weights
     assert found["tokens_per_s"] * found["ms"] == pytest.approx(1000 * 20)
