@@ -568,10 +568,12 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line, as all of ours are."""
 
     def error(self, message: str) -> None:
+        """One line on stderr, exit code 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The words of a command line; `run` is the function of its command."""
     parser = Parser(prog="bpe.py", description=__doc__.split("\n")[0],
                     epilog="all options: python bpe.py COMMAND --help")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

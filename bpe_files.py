@@ -233,6 +233,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """A file in UTF-8, written whole or not at all."""
     write_bytes(path, text.encode())
 
 

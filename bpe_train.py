@@ -261,6 +261,7 @@ def count_pieces(texts: Iterable[str], pattern: str, num_proc: int | None = None
 
 
 def count_batches(batches: Iterable[list[str]], pattern: str) -> Counter:
+    """How often each piece occurs in batches of texts."""
     counts = Counter()
     compiled = regex.compile(pattern)
     for batch in batches:
@@ -311,6 +312,7 @@ def wait_for(call, workers, *args):
 
 
 def count_worker(pattern, tasks, results):
+    """A counting process: batches from `tasks`, up to a None; counts, or an error, to `results`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for the parent, which ends us
     try:
         results.put(count_batches(iter(tasks.get, None), pattern))
@@ -531,6 +533,7 @@ class Corpus:
 
 
 def few_or_many(at):
+    """Positions as a list where they are few, which Python walks faster than an array."""
     return at.tolist() if len(at) <= FEW else at
 
 

@@ -29,6 +29,8 @@ Pooling = Literal["last", "mean"]
 
 
 class Classifier(nn.Module):
+    """A GPT and K scores for each sample. It has what a GPT has for train.py and eval/."""
+
     def __init__(self, gpt: GPT, classes: int = 2, pooling: Pooling = "last"):
         if classes < 2:
             raise ValueError(f"classes={classes} must be at least 2")
@@ -67,10 +69,12 @@ class Classifier(nn.Module):
 
     @property
     def transformer(self) -> nn.ModuleDict:
+        """The GPT's."""
         return self.gpt.transformer
 
     @property
     def recompute_activations(self) -> bool:
+        """The GPT's."""
         return self.gpt.recompute_activations
 
     @recompute_activations.setter
@@ -78,6 +82,7 @@ class Classifier(nn.Module):
         self.gpt.recompute_activations = value
 
     def num_params(self) -> int:
+        """Parameters: the GPT's and the head's."""
         return self.gpt.num_params() + self.head.weight.numel()
 
     def flops_per_token(self) -> int:

@@ -22,6 +22,7 @@ LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
 
 def plain(x: torch.Tensor, head: nn.Module, targets: torch.Tensor,
           vocab_size: int) -> torch.Tensor:
+    """The same sum, by all logits at once; see `linear_cross_entropy`."""
     logits = head(x)[:, :vocab_size].float()                        # (N, vocab_size)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 

@@ -99,6 +99,7 @@ def has_compiler(device: torch.device) -> bool:
 
 
 def device_name(device: torch.device) -> str:
+    """What a device calls itself; a CPU by its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else "mps"

@@ -80,6 +80,7 @@ class Spikes:
         self.recent = list(recent)          # saved with the run, so that a resumed one judges alike
 
     def add(self, loss: float) -> None:
+        """A loss that counts as usual from now on."""
         self.recent = [*self.recent, loss][-self.WINDOW:]
 
     def score(self, loss: float) -> float:

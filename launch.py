@@ -29,6 +29,7 @@ class Processes:
     store: Callable[[], dist.Store] | None = None       # a new connection to what all can read
 
     def wait(self) -> None:
+        """Until all processes are here; returns at once where there is one."""
         if self.size > 1:
             dist.barrier()
 

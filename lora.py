@@ -50,7 +50,11 @@ __all__ = ["LoRAConfig", "add_lora", "merge_lora", "unmerge_lora", "unload_lora"
 
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
              quiet: bool = False) -> nn.Module:
-    """Give the model an adapter, in place: it computes and trains, everything else is frozen."""
+    """Give the model an adapter, in place: it computes and trains, everything else is frozen.
+
+    Returns the model. ValueError where no layer matches, the name is taken, or a layer cannot have
+    one; then nothing has changed.
+    """
     _attach(model, config, name)
     if not quiet:
         say(describe(model))
@@ -212,7 +216,11 @@ def unload_lora(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
               trainable: bool = False) -> nn.Module:
-    """Add an adapter from a file, ours or PEFT's, and let it compute; frozen unless `trainable`."""
+    """Add an adapter from a folder, ours or PEFT's, and let it compute; frozen unless `trainable`.
+
+    Returns the model. FileNotFoundError without the two files; ValueError for an adapter of another
+    base, of other shapes, or of a kind that is not here.
+    """
     settings, layers, others, notes = lora_files.read(folder)
     here = model.lora.base_hash if getattr(model, "lora", None) else base_hash(model)
     if here and notes.get("base_hash", here) != here:
@@ -267,7 +275,7 @@ class MergeConfig:
 
 
 def load_run(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Give a base the adapter of a run's best checkpoint, or its last one."""
+    """Give a base the adapter of a run's best checkpoint, or its last one; returns the model."""
     import checkpoint
     folder = Path(folder)
     state = (checkpoint.load(folder / "best.pt") if (folder / "best.pt").exists()

@@ -51,6 +51,7 @@ def base_hash(model: nn.Module) -> str:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """{name: layer} of all layers with an adapter."""
     return {name: module for name, module in model.named_modules()
             if isinstance(module, LoRALinear)}
 
@@ -67,11 +68,13 @@ def adapters_of(model: nn.Module, names: Iterable[str] = ()) -> Adapters:
 
 
 def refuse_if_merged(model: nn.Module, what: str) -> None:
+    """ValueError where adapters are merged; `what` says what was to be done."""
     if any(layer.lora_unmerged is not None for layer in adapted_layers(model).values()):
         raise ValueError(f"adapters are merged into the base; unmerge_lora before you {what}")
 
 
 def as_shares(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+    """One name, several, or {name: share} as {name: share}."""
     if isinstance(names, Mapping):
         return dict(names)
     return dict.fromkeys(as_tuple(names), 1.0)
@@ -169,6 +172,7 @@ def describe(model: nn.Module) -> str:
 
 
 def say(text: str) -> None:
+    """Print, on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
 

@@ -49,6 +49,7 @@ def is_conv1d(name: str) -> bool:
 
 def write(folder: str | Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor],
           notes: dict[str, Any]) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; `notes` are ours, in its header."""
     safetensors, folder = _safetensors(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous().clone()

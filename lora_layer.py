@@ -31,6 +31,7 @@ def _dict(help: str) -> Any:
 
 @dataclass(frozen=True)
 class LoRAConfig:
+    """What an adapter is, and which layers it goes to. ValueError for what cannot be."""
     r: int = option(8, "rank of the change")
     alpha: float = option(16.0, "the change is multiplied by alpha / r")
     dropout: float = option(0.0, "share of the adapter's inputs that are dropped")
@@ -70,9 +71,11 @@ class LoRAConfig:
                              "take init=pissa")
 
     def rank(self, name: str) -> int:
+        """R of a layer: that of the rank_pattern that matches its name, or r."""
         return self.rank_pattern.get(matching_pattern(self.rank_pattern, name), self.r)
 
     def scale(self, name: str) -> float:
+        """s of a layer: alpha / R, or alpha / sqrt(R) with rsLoRA (2312.03732)."""
         rank = self.rank(name)
         alpha = self.alpha_pattern.get(matching_pattern(self.alpha_pattern, name), self.alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -140,6 +143,7 @@ class LowRank(nn.Module):
         self.weight_square = weight_of(base)[self.rows()].square().sum(dim=1)
 
     def rows(self) -> slice:
+        """The rows of the layer's weight that this part changes."""
         return slice(self.start, self.start + len(self.lora_B))
 
     def whole(self, B: torch.Tensor, value: float = 0.0) -> torch.Tensor:
@@ -208,6 +212,7 @@ class LoRALinear(nn.Module):
         self.active: tuple[tuple[str, float], ...] = ()     # adapters that compute, their shares
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out): the base, and the change of each active adapter."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):                 # once, for base and adapters
             x = x.to(torch.get_autocast_dtype(kind))

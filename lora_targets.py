@@ -34,10 +34,12 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
 
 
 def as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    """A name as a tuple of one."""
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def matches(target: str, name: str) -> bool:
+    """Whether a target is a module's name, the end of it after a dot, or a regex of all of it."""
     if name == target or name.endswith("." + target):
         return True
     try:
@@ -107,14 +109,17 @@ def saved_modules(model: nn.Module, config: Any, found: Iterable[str] = ()) -> l
 
 
 def is_head(name: str, tied: dict[str, str]) -> bool:
+    """Whether a layer is the output head, or shares its weight with another."""
     return name in tied or name.rpartition(".")[2] in HEADS
 
 
 def full_names(name: str, parts: tuple[str, ...]) -> list[str]:
+    """Names of a layer's parts, such as h.0.attn.c_attn.q; of a whole layer its own."""
     return [name if part == "whole" else f"{name}.{part}" for part in parts]
 
 
 def tied_error(name: str, other: str) -> str:
+    """Why a layer that shares its weight is refused."""
     return (f"{name} shares its weight with {other}: training or merging one would change the "
             f"other; leave {name} out, or untie the two first")
 

@@ -27,6 +27,9 @@ from config import option
 from cross_entropy import IGNORE, linear_cross_entropy
 from device import Matvec
 
+# The front; of each block, `python -m pydoc model` would add a thousand lines of nn.Module's.
+__all__ = ["GPT", "GPTConfig", "KVCache", "SIZES", "sample_token"]
+
 LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
 
@@ -40,6 +43,7 @@ SIZES = {               # parameters: 124,439,808  354,823,168  774,030,080  1,5
 
 @dataclass(frozen=True)
 class GPTConfig:
+    """The shape of a GPT. ValueError, with the nearest that fits, for one that cannot be."""
     block_size: int = option(1024, "the longest context, in tokens")
     vocab_size: int = option(50257, "number of tokens; training takes it from the data's tokenizer")
     n_layer: int = option(12, "number of blocks")
@@ -64,6 +68,7 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up to vocab_multiple."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
 
@@ -100,6 +105,9 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
+    """Each token takes a mix of the values of those up to itself, weighted by how its query fits
+    their keys: softmax(q k^T / sqrt(D)) v, in each head."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
@@ -108,6 +116,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
                 cache: LayerCache | None = None) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C). mask: bool, True where row may see column; (B, 1, T, T), or
+        (T, past + T) with a cache, which the new keys and values are added to."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))      # (B, H, T, D) each
@@ -123,6 +133,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Each token on its own, through 4 C channels: c_proj(gelu(c_fc(x)))."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -130,11 +142,14 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C)."""
         x = F.gelu(self.c_fc(x), approximate="tanh")                # (B, T, 4C); GPT-2 used tanh
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
+    """Attention, then the MLP, each added to its input and reading it through a LayerNorm."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias)
@@ -144,6 +159,7 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
                 cache: LayerCache | None = None) -> torch.Tensor:
+        """x (B, T, C) -> (B, T, C); mask and cache as in CausalSelfAttention."""
         x = x + self.attn(self.ln_1(x), mask, cache)                # (B, T, C)
         return x + self.mlp(self.ln_2(x))
 

@@ -116,6 +116,8 @@ def shape(path: Path, **sizes: int) -> GPTConfig:
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's .safetensors files. FileNotFoundError without one, ValueError for a
+    damaged one."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no .safetensors file")
@@ -188,14 +190,17 @@ def save(model: GPT, folder: str | Path, end: int | None = None) -> None:
 
 
 def is_conv1d(name: str) -> bool:
+    """Whether GPT-2's files hold this weight transposed, (in, out)."""
     return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
 
 
 def has_bias(name: str) -> bool:
+    """Whether the layer of this weight has a bias, in models with biases."""
     return is_conv1d(name) or name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
 
 
 def safetensors():
+    """The package, or an error that names the extra."""
     try:
         import safetensors.torch
     except ModuleNotFoundError:
@@ -262,6 +267,7 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
 # Export.
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """An object as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -23,6 +23,7 @@ from config import option
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """How gradients become updates. ValueError for a number out of its range."""
     optimizer: Literal["adamw", "galore", "muon"] = option("adamw", "how matrices are updated")
     beta1: float = option(0.9, "AdamW: decay of the mean of gradients")
     beta2: float = option(0.95, "AdamW: decay of their mean square (GPT-3's; PyTorch has 0.999)")
@@ -71,7 +72,10 @@ def parameter_groups(model: nn.Module, weight_decay: float,
 
 def make_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float,
                    weight_decay: float) -> torch.optim.Optimizer:
-    """The optimizer of a model's trainable parameters."""
+    """The optimizer of a model's trainable parameters: PyTorch's AdamW, or `ByRule`.
+
+    Its `lr` are to be set before every step, as at the head of this file.
+    """
     groups = parameter_groups(model, weight_decay, config.lora_plus_ratio)
     for group in groups:
         group["lr"] = learning_rate * group["lr_scale"]
@@ -103,6 +107,7 @@ class ByRule(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
+        """p -= lr * (weight_decay * p + update), for each parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -112,7 +117,8 @@ class ByRule(torch.optim.Optimizer):
 
 
 def adamw(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig) -> torch.Tensor:
-    """The mean of gradients over the root of their mean square, both without bias."""
+    """The mean of gradients over the root of their mean square, both without bias: an update of
+    the gradient's shape, of size 1 or so."""
     if "mean" not in state:
         state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
     state["step"] = step = state.get("step", 0) + 1

@@ -10,6 +10,7 @@ DEFAULT_PRESET = "demo"
 
 @dataclass(frozen=True)
 class Preset:
+    """A recipe: what it is, what to expect (result, time, machine), its settings."""
     what: str
     expect: str
     settings: dict[str, Any] = field(default_factory=dict)

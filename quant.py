@@ -82,6 +82,7 @@ class NF4Linear(nn.Module):
         self.register_buffer("scale_levels", scale_levels, persistent=False)
 
     def packed(self) -> tuple[torch.Tensor, ...]:
+        """All that `unpack` makes the weight from."""
         return (self.codes, self.scale_codes, self.scale_scales, self.scale_mean, self.pairs,
                 self.scale_levels)
 
@@ -91,6 +92,7 @@ class NF4Linear(nn.Module):
         return weight if self.low_A is None else weight + self.low_B @ self.low_A
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out), in x's dtype, or autocast's."""
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
@@ -100,6 +102,7 @@ class NF4Linear(nn.Module):
         return out
 
     def extra_repr(self) -> str:
+        """What print(model) says of the layer."""
         return f"in_features={self.in_features}, out_features={self.out_features}, nf4"
 
 

@@ -126,6 +126,7 @@ class RunLog:
             for key, value in figures.items() if key != "tokens"))
 
     def sample(self, step: int, text: str) -> None:
+        """Log a text of the model, and show it."""
         self.write({"step": step, "sample": text})
         self.say(f"----- sample at step {step} " + "-" * 50 + f"\n{text}\n" + "-" * 75)
 
@@ -136,6 +137,7 @@ class RunLog:
             sys.stdout.flush()
 
     def close(self) -> None:
+        """End the bar and the files."""
         if self.active:
             self.bar.close()
             self.file.close()

@@ -190,6 +190,7 @@ class Chat:
         self.messages = [{"role": "system", "content": text}] * bool(text.strip()) + rest
 
     def reset(self) -> None:
+        """Forget what was said; the system message stays."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
 
     def reply(self, messages: list[Message]) -> Iterator[str]:

@@ -53,6 +53,8 @@ SAME = ("data", "seed", "batch_tokens", "init_from", "base", "packing", "pooling
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """Every setting of a run, as `python train.py --help` lists it. ValueError for what cannot be.
+    """
     out: str = option("out/run", "folder of the run; a run that is there goes on")
     data: str = option("corpus", "data set: a name under data/ or a folder, of token shards, "
                                  "conversations or texts with classes")
@@ -278,11 +280,16 @@ def open_run(out: Path, config: TrainConfig, data: Any, base: str, world: Proces
 
 
 def finished(state: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether a run has taken its steps, or has not improved for `patience` evaluations."""
     return state["step"] >= config.max_steps or 0 < config.patience <= state["stale"]
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train, or go on with the run in config.out. Returns the run's summary, as in run.json."""
+    """Train, or go on with the run in config.out. Returns the run's summary, as in run.json.
+
+    Losses in it are in nats per token. ValueError for settings that do not fit each other, the data
+    or the run that is there; before anything is written.
+    """
     with (processes(config.device, 1.2 * config.timeout_minutes) as world, stop_signals() as stop,
           repeatable(config.deterministic), contextlib.ExitStack() as held):
         return _train(config, world, stop, held)

@@ -33,6 +33,7 @@ class AlpacaConfig:
 
 
 def prepare(config: AlpacaConfig = AlpacaConfig()) -> Path:
+    """Alpaca as a set of conversations; returns its folder."""
     folder = Path(config.out or DATA / "alpaca")
     files = conversations.find_files([config.source or download(
         URL, folder / "alpaca_data.json", GIT_BLOB, "python -m data.alpaca --from=FILE")])

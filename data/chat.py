@@ -59,6 +59,7 @@ class Template:
 
     @cached_property
     def special_tokens(self) -> list[str]:
+        """Its <|...|>, each once, in order."""
         text = "".join(dataclasses.astuple(self))
         return list(dict.fromkeys(SPECIAL.findall(text)))
 
@@ -91,6 +92,7 @@ TEMPLATES = {
 
 
 def find_template(name: str) -> Template:
+    """A template by its name. ValueError lists the names."""
     if name not in TEMPLATES:
         raise ValueError(f"template={name!r} is unknown; choose {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
@@ -119,6 +121,7 @@ def render_prompt(messages: list[Message], tokenizer: Tokenizer, template: str) 
 
 
 def chosen_spans(spans: list[tuple[int, int]], labels: Labels) -> list[tuple[int, int]]:
+    """The answers to learn: all, or the last."""
     if labels not in ("all", "last"):
         raise ValueError(f"labels={labels!r} is unknown; choose all or last")
     return spans if labels == "all" else spans[-1:]
@@ -184,6 +187,7 @@ def pieces(messages: list[Message], t: Template, prompt: bool
 
 def filled(pattern: str, content: str = "", more: str = "", answer: bool = False
            ) -> Iterator[tuple[str, bool, bool]]:
+    """A pattern with a message's text in its places; triples as in `pieces`."""
     for part, is_special in parts_of(pattern):
         if part == "{content}":
             yield content, False, answer

@@ -65,12 +65,14 @@ def check_messages(messages: Any) -> None:
 # ---------------------------------------------------------------------------- formats to messages
 
 def from_messages(record: dict[str, Any]) -> list[Message]:
+    """{messages: [{role, content}]}, the form that all are brought into."""
     return [{key: message[key] for key in ("role", "content", "input") if message.get(key)
              is not None} if isinstance(message, dict) else message for message in
             _list(record, "messages")]
 
 
 def from_alpaca(record: dict[str, Any]) -> list[Message]:
+    """{instruction, input, output}: one question, one answer."""
     question, more = record["instruction"], record.get("input") or ""
     user = {"role": "user", "content": question}
     if isinstance(question, str) and isinstance(more, str) and more.strip():
@@ -81,6 +83,7 @@ def from_alpaca(record: dict[str, Any]) -> list[Message]:
 
 
 def from_conversation(record: dict[str, Any]) -> list[Message]:
+    """{conversation: [{system, input, output}]}: a question and its answer a turn."""
     messages: list[Message] = []
     for turn in _list(record, "conversation"):
         if not messages:
@@ -94,6 +97,7 @@ def from_conversation(record: dict[str, Any]) -> list[Message]:
 
 
 def from_sharegpt(record: dict[str, Any]) -> list[Message]:
+    """{conversations: [{from, value}]}, with the speakers' names of ShareGPT."""
     return [*_system(record), *({"role": SPEAKERS.get(turn["from"], turn["from"]),
                                  "content": turn["value"]}
                                 for turn in _list(record, "conversations"))]
@@ -234,6 +238,7 @@ def read(files: Iterable[Path], format: str = "auto", on_error: str = "skip"
 # ------------------------------------------------------------------------------ records to a folder
 
 def spell(conversation: dict[str, Any]) -> str:
+    """A conversation as a line of JSON."""
     return json.dumps(conversation, ensure_ascii=False)
 
 

@@ -90,6 +90,7 @@ def sources() -> list[str]:
 
 
 def library() -> Path:
+    """The folder of Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 

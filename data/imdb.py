@@ -46,6 +46,7 @@ Review = tuple[str, str, int]           # "train" or "test", the text, 1 for pos
 
 
 def reviews_of_folder(folder: Path) -> Iterator[Review]:
+    """The reviews of the unpacked archive: train/pos/*.txt and so on."""
     for half in ("train", "test"):
         for label, kind in enumerate(("neg", "pos")):
             for path in sorted((folder / half / kind).glob("*.txt")):
@@ -62,6 +63,7 @@ def reviews_of_archive(path: Path) -> Iterator[Review]:
 
 
 def reviews_of_file(path: Path) -> Iterator[Review]:
+    """The reviews of a .jsonl file; "test" in its name means the test half."""
     half = "test" if "test" in path.stem else "train"
     for line, record in read_records(path):
         text, label = (record.get(key) for key in ("text", "label")) \
@@ -72,6 +74,7 @@ def reviews_of_file(path: Path) -> Iterator[Review]:
 
 
 def read_reviews(source: str, folder: Path) -> list[Review]:
+    """All reviews of a source, or of the download. ValueError where there is none."""
     path = Path(source) if source else download(URL, folder / "aclImdb_v1.tar.gz", SHA256,
                                                 "python -m data.imdb --from=FOLDER")
     if not path.exists():
@@ -88,6 +91,7 @@ def read_reviews(source: str, folder: Path) -> list[Review]:
 
 
 def as_conversation(review: Review) -> dict[str, Any]:
+    """A review as a question about it and its answer."""
     _, text, label = review
     return {"messages": [
         {"role": "user", "content": f"{QUESTION}\n\n{text}", "input": text},
@@ -95,11 +99,13 @@ def as_conversation(review: Review) -> dict[str, Any]:
 
 
 def as_examples(talks: list[dict[str, Any]]) -> list[labels.Example]:
+    """Such conversations as (text, class)."""
     return [(question["input"], ANSWERS.index(answer["content"]))
             for question, answer in (talk["messages"] for talk in talks)]
 
 
 def prepare(config: ImdbConfig = ImdbConfig()) -> Path:
+    """IMDB as the data set that `config.task` names; returns its folder."""
     home = DATA / "imdb"
     folder = Path(config.out or (home if config.task == "text" else DATA / f"imdb_{config.task}"))
     reviews = read_reviews(config.source, home)

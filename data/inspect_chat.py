@@ -102,6 +102,7 @@ def histogram(title: str, values: list[int]) -> None:
 
 
 def shares(title: str, counts: Counter[str], total: int, most: int = 8) -> None:
+    """Print the most frequent names and their shares of `total`."""
     listed = [f"{name} {count / total:.1%}" for name, count in counts.most_common(most)]
     rest = total - sum(count for _, count in counts.most_common(most))
     print(f"{title}: " + ", ".join(listed + [f"others {rest / total:.1%}"] * (rest > 0)))

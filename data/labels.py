@@ -62,6 +62,7 @@ def read_examples(path: Path) -> list[tuple[str, str | int]]:
 
 
 def check_text(text: Any, place: str) -> None:
+    """ValueError, with the place, for what is no text."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{place} has no text")
     try:

@@ -81,6 +81,7 @@ def conversation(module: str, head: str, paragraphs: tuple[str, ...]) -> list[di
 
 
 def prepare(config: PydocsConfig = PydocsConfig()) -> Path:
+    """Questions on Python's documentation as a set of conversations; returns its folder."""
     folder = Path(config.out or DATA / "pydocs")
     print("asking about the documentation of this Python")
     source = f"documentation of Python {sys.version.split()[0]}"

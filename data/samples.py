@@ -191,6 +191,7 @@ class SampleLoader:
 
 
 def padded_length(length: np.ndarray, block_size: int) -> np.ndarray:
+    """The length of a row that holds so many tokens: a multiple of MULTIPLE."""
     return np.minimum(-(-length // MULTIPLE) * MULTIPLE, block_size)
 
 

@@ -42,6 +42,7 @@ class TokenSet:
         self.val = shards.open_split(folder, "val")
 
     def loader(self, config: Any, world: Any, pin: bool = False) -> loader.WindowLoader:
+        """Training batches, as the config and the rank ask for them."""
         return loader.WindowLoader(self.train, config.model.block_size, config.batch_tokens,
                                    config.micro_batch, config.seed, world.rank, world.size, pin)
 

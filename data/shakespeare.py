@@ -28,6 +28,7 @@ class ShakespeareConfig:
 
 
 def prepare(config: ShakespeareConfig = ShakespeareConfig()) -> Path:
+    """Tiny shakespeare as token shards, 90% to train on; returns their folder."""
     folder = Path(config.out or DATA / "shakespeare")
     path = Path(config.source) if config.source else download(
         URL, folder / "input.txt", SHA256, "python -m data.shakespeare --from=FILE")

@@ -99,6 +99,7 @@ def check_meta(meta: dict[str, Any], path: Path) -> None:
 
 
 def shard_name(split: str, number: int) -> str:
+    """train_0000.npy and so on."""
     return f"{split}_{number:04d}.npy"
 
 
@@ -264,6 +265,7 @@ def _read_stamp(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError says that it is damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:                   # nested too deep is no JSON
@@ -274,6 +276,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """An object as a JSON file, whole or not at all."""
     write_file(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 

@@ -48,6 +48,7 @@ class Tasks:
 
 
 def load_tasks(config: EvalConfig) -> Tasks:
+    """The items of each evaluation; without a file, HellaSwag is left out, which is said."""
     end = None if config.all else config.limit
     try:
         items = hellaswag.load_items(config.hellaswag or None)

@@ -49,6 +49,7 @@ def fit_report(model: nn.Module, train: Any, val: Any, batch_size: int = 8, limi
 
 
 def verdict(train_loss: float, val_loss: float, exact_match: float) -> str:
+    """What losses (nats per token) and the share of answers given word for word say."""
     gap = val_loss - train_loss
     if exact_match < LEARNED:
         return (f"has not learned the training set: it answers {exact_match:.0%} of it word for "

@@ -89,6 +89,7 @@ class Question:
 
     @property
     def length(self) -> int:
+        """Tokens of the context and the longest ending."""
         return len(self.context) + max(map(len, self.endings))
 
 

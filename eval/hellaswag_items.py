@@ -35,6 +35,7 @@ Style = Literal["completion", "harness"]
 
 @dataclass(frozen=True)
 class Item:
+    """A context and four endings; `label` is the right one's index."""
     context: str                # of the style "completion"
     harness_context: str        # of the style "harness", still with its marks
     endings: tuple[str, ...]

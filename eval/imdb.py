@@ -47,11 +47,13 @@ class IMDBConfig:
 
 
 class Review(NamedTuple):
+    """A film review; label 0 is negative, 1 positive."""
     text: str
     label: int
 
 
 def load_reviews(path: str) -> list[Review]:
+    """The reviews of a .jsonl file. ValueError names the line that is none."""
     reviews = []
     for place, record in read_records(path, "IMDB"):
         if record.get("label") not in (0, 1) or isinstance(record["label"], bool):
@@ -120,6 +122,8 @@ def evaluate_classifier(model: nn.Module, samples: Samples, batch_size: int = 16
 
 
 def counted(labels: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:
+    """Accuracy of classes `found` for `labels`, both (N,), with its 95% interval; `confusion` has a
+    row for each true class."""
     n, right = len(labels), int((labels == found).sum())
     return {"n": n, "acc": right / n, "correct": right, "acc_interval": wilson_interval(right, n),
             "confusion": torch.bincount(2 * labels + found, minlength=4).view(2, 2).tolist()}

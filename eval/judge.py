@@ -217,6 +217,7 @@ def tally(sheet: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(sheet: dict[str, Any], result: dict[str, Any]) -> None:
+    """Print what a tally found."""
     for run in "ab":
         points = result.get(f"points_{run}", {})
         print(f"{run}: {sheet[run]}: wins {result[f'wins_{run}']:,}"
@@ -230,6 +231,7 @@ def show(sheet: dict[str, Any], result: dict[str, Any]) -> None:
 
 
 def read_sheet(path: Path) -> dict[str, Any]:
+    """A sheet from its file. ValueError where it is none."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no sheet {path}")
     try:

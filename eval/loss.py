@@ -145,6 +145,7 @@ def text_tokens(source: str, tokenizer: Any) -> shards.Tokens:
 
 
 def is_text(data: str) -> bool:
+    """Whether `data` names text files rather than a data set."""
     return any(Path(name).is_file() for name in data.split(","))
 
 
@@ -249,6 +250,7 @@ def main(words: list[str]) -> None:
 
 
 def line(figures: dict[str, float]) -> str:
+    """Figures as a line of text."""
     return "  ".join(f"{key} {value:,.4f}" if isinstance(value, float) else f"{key} {value:,}"
                      for key, value in figures.items())
 

@@ -19,6 +19,7 @@ def read_records(path: str | Path, what: str) -> Iterator[tuple[str, dict[str, A
 
 
 def parse_record(line: bytes, place: str) -> dict[str, Any]:
+    """A line as a JSON object; ValueError, with the place, where it is none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:                   # not JSON, or not UTF-8
