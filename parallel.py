@@ -18,9 +18,6 @@ from typing import Any, Callable
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from device import autocast, has_compiler
@@ -49,6 +46,9 @@ class Parallel:
         self.weights, self.load_weights = weights, load_weights
         self.network = model
         if shard != "none":
+            # Here, not above: it takes as long as half of PyTorch, and every command would wait.
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
             self.hollow = _hollow(copy.deepcopy(model))                 # what whole() fills
             mesh = init_device_mesh(world.device.type, (world.size,))
             # Gathered in the dtype of the products, reduced in float32. Inputs keep their own:
@@ -92,7 +92,7 @@ class Parallel:
         gathered: dict[int, torch.Tensor] = {}
 
         def taken(value: Any) -> Any:
-            if not isinstance(value, DTensor):
+            if not is_split(value):
                 return value
             key = value.to_local().data_ptr()           # of two names of one tensor, the same
             if key not in gathered or not key:
@@ -159,13 +159,19 @@ def _hollow(model: nn.Module) -> nn.Module:
 
 def full(tensor: Any) -> Any:
     """A tensor that is split over the ranks, put together; anything else as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_split(tensor) else tensor
+
+
+def is_split(value: Any) -> bool:
+    """Whether it is a DTensor, of which a rank holds a part."""
+    return hasattr(value, "full_tensor")
 
 
 def _split(tensor: Any, like: torch.Tensor) -> Any:
     """A whole tensor, split over the ranks as `like` is; counters stay as they are."""
-    if not isinstance(like, DTensor) or not isinstance(tensor, torch.Tensor) or not tensor.dim():
+    if not is_split(like) or not isinstance(tensor, torch.Tensor) or not tensor.dim():
         return tensor
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
