@@ -166,22 +166,28 @@ def drawn(items: list[Any], count: int, name: str) -> list[Any]:
 
 def claim(config: SweepConfig, base: str) -> None:
     """Note in out/sweep.json what all runs share; ValueError where a sweep with other is there."""
-    path = Path(config.out) / "sweep.json"
     varied = ("study", "seeds", "out", "results", "processes", "learning_rate", "epochs", "batch",
               "init_from")                      # in the runs' names, or without effect on them
     facts = {**{name: value for name, value in dataclasses.asdict(config).items()
                 if name not in varied}, "base": base}
+    agree(Path(config.out), facts, {"init_from": config.init_from,
+                                    **report.provenance(pick_device(config.device), 1, "")})
+
+
+def agree(out: Path, facts: dict[str, Any], more: dict[str, Any]) -> None:
+    """Note facts, which all runs of a folder share, in its sweep.json, and more beside them;
+    ValueError where runs with other facts are there."""
+    path = out / "sweep.json"
+    facts = json.loads(json.dumps(facts))       # as they are read back: tuples are lists
     if path.exists():
         there = json.loads(path.read_text())["shared"]
         for name in facts:
             if there.get(name) != facts[name]:
-                raise ValueError(f"{config.out} holds a sweep with {name}={there.get(name)}, this "
-                                 f"one has {name}={facts[name]}; choose another --out, or delete "
-                                 f"{config.out}")
+                raise ValueError(f"{out} holds a sweep with {name}={there.get(name)}, this one has "
+                                 f"{name}={facts[name]}; choose another --out, or delete {out}")
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report.write_json(path, {"shared": facts, "init_from": config.init_from,
-                             **report.provenance(pick_device(config.device), 1, "")})
+    out.mkdir(parents=True, exist_ok=True)
+    report.write_json(path, {"shared": facts, **more})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -197,15 +203,20 @@ def done(folder: Path) -> bool:
 
 
 def perform(task: tuple[SweepConfig, Job]) -> Job:
-    """Train one run; what it prints goes into screen.txt of its folder."""
+    """Train one run."""
     config, job = task
-    folder = job.folder(config)
+    train_apart(train_config(job, config))
+    return job
+
+
+def train_apart(config: TrainConfig) -> None:
+    """Train; what is printed goes into screen.txt of the run's folder."""
+    folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "screen.txt", "a") as screen, contextlib.redirect_stdout(screen):
-        train(train_config(job, config))
+        train(config)
     if not done(folder):                        # stopped by a signal, which train() obeys quietly
         raise KeyboardInterrupt
-    return job
 
 
 def end_with_parent(threads: int) -> None:
