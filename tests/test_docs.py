@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -10,22 +11,30 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
 import train
 from bench import scaling
 from bench.kills import start
 from bench.scaling import ScalingConfig, shape_of
 from config import parse, settings_of
 from device import autocast
+from eval.judge import JudgeConfig
+from eval.loss import LossConfig
 from launch import processes
 from model import GPT, GPTConfig
 from parallel import Parallel
 from presets import PRESETS
 
 REPOSITORY = Path(__file__).parent.parent
-PAGES = {name: (REPOSITORY / "docs" / name).read_text() for name in ("scaling.md", "steps.md")}
+PAGES = {name: (REPOSITORY / "docs" / name).read_text() for name in ("finetuning.md", "scaling.md",
+                                                                   "steps.md")}
 STEPS = [[cell.strip() for cell in line.strip("| ").split(" | ")]
          for line in PAGES["steps.md"].splitlines() if line.startswith("| ")][1:]
 CODE = "".join(re.findall(r"```\n(.*?)```", PAGES["scaling.md"], flags=re.S)).replace("\\\n", "")
+TITLES = re.findall(r"^## \d{4}-\d\d-\d\d: (.+)$", (REPOSITORY / "LOG.md").read_text(), re.M)
+GUIDE = PAGES["finetuning.md"]
+TUNING = [line for block in re.findall(r"```\n(.*?)```", GUIDE, flags=re.S)
+          for line in block.splitlines()] + re.findall(r"`(python [^`]+)`", GUIDE)
 LAUNCHES = [line for line in CODE.splitlines() if re.match("(srun |torchrun |python )", line)]
 TINY = dict(block_size=16, vocab_size=128, n_layer=3, n_head=2, n_embd=32)
 
@@ -61,6 +70,8 @@ def check_command(command):
     elif words[1] == "train.py":
         preset = words[2]
         parse(train.TrainConfig, words[3:], "train.py", PRESETS[preset].settings)
+    elif words[1] == "sample.py":
+        parse(sample.SampleConfig, words[3:], "sample.py")
     elif words[2] == "timeit":
         for part in words[words.index("-s") + 1:]:
             ast.parse(part)
@@ -69,6 +80,10 @@ def check_command(command):
             path, _, name = test.partition("::")
             assert defined(REPOSITORY / path, name), test
     else:
+        if words[2] in ("data.chat", "eval.judge"):     # they take names before their settings
+            names = list(itertools.takewhile(lambda word: not word.startswith("-"), words[3:]))
+            name = "data.inspect_chat" if names[:1] == ["inspect"] else words[2]
+            words = ["python", "-m", name, *words[3 + len(names):]]
         module = importlib.import_module(words[2])
         configs = [value for value in vars(module).values() if dataclasses.is_dataclass(value)
                    and value.__module__ == module.__name__ and value.__name__.endswith("Config")]
@@ -86,12 +101,13 @@ def test_named_files_functions_and_settings_exist(page):
     for file in (span for span in spans if re.fullmatch(r"[\w/]+\.py|\w+/[\w/.-]+", span)):
         if not file.startswith("out/"):                 # what the commands make
             assert (REPOSITORY / file).exists(), file
-    settings = {**settings_of(train.TrainConfig), **settings_of(ScalingConfig)}
-    for flag in (span for span in spans if re.match(r"--\w+(=|$)", span)):
+    settings = {name for config in (train.TrainConfig, ScalingConfig, LossConfig, JudgeConfig)
+                for name in settings_of(config)}
+    for flag in (span for span in spans if re.match(r"--[\w.]+(=|$)", span)):
         assert flag[2:].partition("=")[0] in settings, flag
 
 
-@pytest.mark.parametrize("command", [step[3].strip("`") for step in STEPS] + LAUNCHES)
+@pytest.mark.parametrize("command", [step[3].strip("`") for step in STEPS] + LAUNCHES + TUNING)
 def test_commands_can_be_parsed(command):
     check_command(command)
 
@@ -99,7 +115,8 @@ def test_commands_can_be_parsed(command):
 @pytest.mark.parametrize("command", [
     "python train.py gpt2-125m", "python train.py demo --max_step=3",
     "python -m data.corpus --form=x", "python -m pytest -q tests/test_model.py::test_nothing",
-    "python -c 'from nowhere import *'", "python -c 'print('"])
+    "python -c 'from nowhere import *'", "python -c 'print('", "python sample.py out/a --prompt",
+    "python -m eval.judge a.jsonl b.jsonl --judg=x", "python -m data.chat inspect a --out=x"])
 def test_the_check_of_commands_finds_what_is_wrong(command):
     with pytest.raises((AssertionError, KeyError, ValueError, SyntaxError)):
         check_command(command)
@@ -111,6 +128,39 @@ def test_every_step_has_a_place_a_command_and_a_marked_effect():
         assert len(step) == 5, step
         assert step[3].startswith("`") and step[3].endswith("`")
         assert re.match("(measured|published): ", step[4]), step
+
+
+# ---- the guide to fine-tuning
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("| ").split(" | ")]
+
+
+def test_every_experiment_that_the_guide_names_is_in_the_log():
+    named = re.findall(r'LOG\s"([^"]+)"', GUIDE)
+    assert len(set(named)) >= 4
+    for title in named:
+        assert " ".join(title.split()) in TITLES, title
+
+
+def test_every_advice_in_the_guide_is_marked_with_what_it_rests_on():
+    settings = [cells(line) for line in GUIDE.split("## Settings")[1].split("\n## ")[0].splitlines()
+                if line.startswith("| ")][1:]
+    assert len(settings) >= 10
+    for row in settings:
+        assert len(row) in (3, 4), row                      # an empty last cell falls away
+        assert re.search(r"study|not varied|`[\w/]+\.(py|ipynb)`", row[2]), row
+    rows = [cells(line) for part in ("Advice in circulation", "Data")
+            for line in GUIDE.split(f"## {part}\n")[1].split("\n## ")[0].splitlines()
+            if line.startswith("| ")]
+    advice = [row for row in rows if row[0] not in ("advice", "question")]
+    assert len(advice) >= 15
+    for row in advice:
+        assert re.search(r"\*\*(measured|published|untested)\*\*", row[-1]), row
+        if "**measured**" in row[-1]:
+            assert re.search(r'study|LOG "', row[-1]), row
+        if "**published**" in row[-1]:
+            assert re.search(r"\d{4}\.\d{5}|et al\.", row[-1]), row
 
 
 # ---- the tables, and the formulas behind them
