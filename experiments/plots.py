@@ -2,6 +2,7 @@
 
     python -m experiments.plots out/demo                            draws out/demo/curve.png
     python -m experiments.plots out/a out/b --out=both.svg          several; .png, .svg or .html
+    python -m experiments.plots out/demo --sample                   the loss beside what it writes
     python -m experiments.plots out/demo --follow                   in the terminal while it trains
     python -m experiments.plots out/demo --follow --out=live.html   a page that reloads itself
 
@@ -16,6 +17,7 @@ import io
 import os
 import shutil
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 
 from config import option, parse, run_command
+from data import shards
 from experiments.runs import (PALETTE, Run, duration, limits, load_runs, moving_average, short,
                               status, text_plot, window_of)
 
@@ -33,6 +36,7 @@ GREY, DOTTED = "#555555", (0, (1, 1.5))
 GPT2_LOSS = {"fineweb": 3.2924, "openwebtext": 3.12}
 GPT2_VOCAB = 50257                  # losses compare for one tokenizer only
 GPT2_HELLASWAG, CHANCE = 0.2955, 0.25
+COLUMNS, ROWS = 64, 22               # of a sample that is drawn
 ENDINGS = (".png", ".svg", ".html")
 STYLE = {"path.simplify_threshold": 0.3, "svg.fonttype": "none", "svg.hashsalt": "oneloop",
          "font.size": 9, "axes.titlesize": 10,
@@ -48,6 +52,8 @@ class PlotConfig:
     x: Literal["tokens", "time", "steps"] = option("tokens", "what the curves are drawn against")
     smooth: int = option(0, "steps that a curve is averaged over; 1: none; 0: a fiftieth of the "
                             "longest run")
+    sample: bool = option(False, "of one run: its loss and the unigram entropy of the data, beside "
+                                 "its last text")
     follow: bool = option(False, "draw again whenever a log has grown, until the runs are finished")
     every: float = option(5.0, "seconds between two looks at the logs, with --follow")
 
@@ -68,8 +74,9 @@ def picture(runs: list[Run], config: PlotConfig, kind: Literal["png", "svg"]) ->
                                   '-e ".[plots]"; --follow without --out does without') from None
     file = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(10, 6.6), dpi=150, layout="constrained")
-        draw(drawing, runs, config)
+        drawing = Figure(figsize=(10, 3.9 if config.sample else 6.6),
+                         dpi=100 if config.sample else 150, layout="constrained")
+        (draw_with_sample if config.sample else draw)(drawing, runs, config)
         drawing.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return file.getvalue()
 
@@ -87,6 +94,35 @@ def draw(drawing: Any, runs: list[Run], config: PlotConfig) -> None:
     if scored:
         draw_hellaswag(lower[2], runs, config.x)
     drawing.suptitle(caption(runs), x=0.01, ha="left", fontsize=9, color=GREY)
+
+
+def draw_with_sample(drawing: Any, runs: list[Run], config: PlotConfig) -> None:
+    """The loss of one run, and the last text that it wrote."""
+    left, right = drawing.subplots(1, 2)
+    draw_loss(left, runs, config.x, config.smooth, legend=True)
+    if entropy := unigram_entropy(runs[0]):
+        left.axhline(entropy, color=GREY, linewidth=1.2, linestyle=DOTTED)
+        left.annotate(f"unigram entropy {entropy:.3f}", (0.98, entropy), (0, -3),
+                      ("axes fraction", "data"), "offset points", ha="right", va="top", color=GREY)
+        bottom, top = left.get_ylim()
+        left.set_ylim(min(bottom, entropy - 0.3), max(top, entropy + 0.3))
+    samples = [line for line in runs[0].evaluations if isinstance(line.get("sample"), str)]
+    last = samples[-1] if samples else {"step": 0, "sample": "(none so far)"}
+    right.set_axis_off()
+    right.set_title(f"what it writes at step {last['step']}", loc="left", fontweight="bold")
+    lines = [part for line in last["sample"].splitlines()
+             for part in textwrap.wrap(line, COLUMNS) or [""]]
+    right.text(0, 1, "\n".join(lines[:ROWS] + ["..."] * (len(lines) > ROWS)), va="top", fontsize=8,
+               family="monospace", transform=right.transAxes, parse_math=False)
+    drawing.suptitle(caption(runs), x=0.01, ha="left", fontsize=9, color=GREY)
+
+
+def unigram_entropy(run: Run) -> float | None:
+    """In nats a token, of the data that a run trained on; None where they are not here."""
+    try:
+        return shards.read_meta(shards.find(run.config.get("data", ""))).get("unigram_entropy")
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def draw_loss(ax: Any, runs: list[Run], axis: str, smooth: int, legend: bool) -> None:
@@ -268,6 +304,8 @@ def main(words: list[str]) -> None:
     folders = words[:first] or ["out/demo"]
     config = parse(PlotConfig, words[first:], "python -m experiments.plots RUN [RUN ...]",
                    about=__doc__)
+    if config.sample and len(folders) > 1:
+        raise ValueError(f"--sample draws one run, not {len(folders)}; name one")
     if config.follow:
         try:
             return follow(folders, config)

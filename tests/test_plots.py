@@ -136,6 +136,26 @@ def test_without_hellaswag_points_there_is_no_such_panel(tmp_path, run):
     assert "HellaSwag" not in svg_texts((tmp_path / "a.svg").read_text())
 
 
+def test_a_sample_stands_beside_the_loss_and_the_unigram_entropy(tmp_path, dataset):
+    folder = write_run(tmp_path / "demo", data=str(dataset))
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(json.dumps({"step": 100, "sample": "Return $x$ and $y\n" + "word " * 20}) + "\n")
+    main([str(folder), "--sample", f"--out={tmp_path / 'a.svg'}"])
+    entropy = json.loads((dataset / "meta.json").read_text())["unigram_entropy"]
+    texts = svg_texts((tmp_path / "a.svg").read_text())
+    for text in ("loss against tokens", f"unigram entropy {entropy:.3f}", "learning rate",
+                 "what it writes at step 100", "Return $x$ and $y"):
+        assert (text in texts) == (text != "learning rate"), text
+    assert max(map(len, texts)) < 80 and sum("word word" in text for text in texts) == 2
+
+
+def test_a_sample_of_data_that_are_gone_has_no_entropy_beside_it(tmp_path):
+    folder = write_run(tmp_path / "demo", data=str(tmp_path / "gone"))
+    main([str(folder), "--sample", f"--out={tmp_path / 'a.svg'}"])
+    texts = svg_texts((tmp_path / "a.svg").read_text())
+    assert "unigram" not in " ".join(texts) and {"what it writes at step 100", "text"} <= set(texts)
+
+
 @pytest.mark.parametrize("axis, titles, below", [
     ("tokens", ["loss against tokens", "loss against time"], "tokens"),
     ("time", ["loss against time", "loss against tokens"], "minutes of training"),
