@@ -1,8 +1,7 @@
-"""The pages of docs/ keep their word: tables, names, commands, the formulas behind the tables."""
+"""The pages of docs/ and README.md keep their word: tables, names, commands, formulas."""
 import ast
 import dataclasses
 import importlib
-import itertools
 import json
 import re
 import shlex
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import sample
+import bpe
 import train
 from bench import scaling
 from bench.kills import start
@@ -23,7 +22,7 @@ from eval.loss import LossConfig
 from launch import processes
 from model import GPT, GPTConfig
 from parallel import Parallel
-from presets import PRESETS
+from presets import DEFAULT_PRESET, PRESETS
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = {name: (REPOSITORY / "docs" / name).read_text() for name in ("finetuning.md", "scaling.md",
@@ -36,6 +35,14 @@ GUIDE = PAGES["finetuning.md"]
 TUNING = [line for block in re.findall(r"```\n(.*?)```", GUIDE, flags=re.S)
           for line in block.splitlines()] + re.findall(r"`(python [^`]+)`", GUIDE)
 LAUNCHES = [line for line in CODE.splitlines() if re.match("(srun |torchrun |python )", line)]
+README = (REPOSITORY / "README.md").read_text().split("<!-- map -->")[0]
+# Commands of README.md: the lines of its blocks, and spans in its text and tables.
+COMMANDS = [line.strip() for block in re.findall("```\n(.*?)```", README, flags=re.S)
+            for line in block.replace("\\\n", "").splitlines()
+            if re.match("(make|python|torchrun|[A-Z_]+=[0-9]+ torchrun) ", line)]
+COMMANDS += re.findall(r"`((?:python|make|pip) [^`]*)`", README)
+COMMANDS = list(dict.fromkeys(part.strip() for line in COMMANDS
+                              for part in line.partition("#")[0].split(";")))
 TINY = dict(block_size=16, vocab_size=128, n_layer=3, n_head=2, n_embd=32)
 
 
@@ -56,10 +63,21 @@ def defined(path, name):
 def check_command(command):
     """What is wrong in a command line raises; nothing is run."""
     words = shlex.split(command, comments=True)
-    words = words[words[:1] == ["srun"]:]
+    while words[0] == "srun" or "=" in words[0]:            # FOO=1 before a command
+        words = words[1:]
     if words[0] == "torchrun":
         words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")):]]
     if words[0] == "tail":
+        return
+    if words[0] == "make":
+        makefile = (REPOSITORY / "Makefile").read_text()
+        for word in words[1:]:
+            assert re.search(rf"^{re.escape(word.partition('=')[0])}( \?=|:)", makefile, re.M), word
+        return
+    if words[0] == "pip":
+        assert words[1] == "install" and (REPOSITORY / words[words.index("-c") + 1]).exists()
+        extra = re.fullmatch(r"\.\[(\w+)\]", words[-1])[1]
+        assert re.search(f"^{extra} = ", (REPOSITORY / "pyproject.toml").read_text(), re.M), extra
         return
     assert words[0] == "python", command
     if words[1] == "-c":
@@ -67,28 +85,54 @@ def check_command(command):
         for node in ast.walk(code):
             if isinstance(node, ast.ImportFrom):
                 assert (REPOSITORY / f"{node.module.replace('.', '/')}.py").exists(), command
-    elif words[1] == "train.py":
-        preset = words[2]
-        parse(train.TrainConfig, words[3:], "train.py", PRESETS[preset].settings)
-    elif words[1] == "sample.py":
-        parse(sample.SampleConfig, words[3:], "sample.py")
-    elif words[2] == "timeit":
+    elif words[1:3] == ["-m", "timeit"]:
         for part in words[words.index("-s") + 1:]:
             ast.parse(part)
-    elif words[2] == "pytest":
+    elif words[1:3] == ["-m", "pytest"]:
         for test in (word for word in words[3:] if not word.startswith("-")):
             path, _, name = test.partition("::")
             assert defined(REPOSITORY / path, name), test
+    elif words[1:3] == ["-m", "pydoc"]:
+        assert (REPOSITORY / f"{words[3]}.py").exists()
+    elif words[1] == "-m":
+        check_module(words[2], words[3:])
     else:
-        if words[2] in ("data.chat", "eval.judge"):     # they take names before their settings
-            names = list(itertools.takewhile(lambda word: not word.startswith("-"), words[3:]))
-            name = "data.inspect_chat" if names[:1] == ["inspect"] else words[2]
-            words = ["python", "-m", name, *words[3 + len(names):]]
-        module = importlib.import_module(words[2])
-        configs = [value for value in vars(module).values() if dataclasses.is_dataclass(value)
-                   and value.__module__ == module.__name__ and value.__name__.endswith("Config")]
-        assert len(configs) == 1 and module.main, words[2]
-        parse(configs[0], words[3:], words[2])
+        assert words[1].endswith(".py"), command
+        check_module(words[1].removesuffix(".py"), words[2:])
+
+
+def check_module(name, words):
+    """The words of one of our commands: RUNs and FILEs come first, then settings."""
+    path = REPOSITORY / name.replace(".", "/")
+    name += ".__main__" if (path / "__main__.py").exists() else ""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    names, flags = words[:count], [word for word in words[count:] if word != "--help"]
+    if name == "train":
+        base = PRESETS[names[0] if names else DEFAULT_PRESET].settings
+        parse(train.TrainConfig, names[1:] + flags, "train.py", base)
+        return
+    if name == "bpe":
+        bpe.parse(words)                                    # exits where a word is wrong
+        return
+    if name.startswith("tests."):                           # its flags are argparse's
+        source = path.with_suffix(".py").read_text()
+        assert all(f'"{flag.partition("=")[0]}"' in source for flag in flags), words
+        return
+    if (name, names[:1]) == ("data.chat", ["inspect"]):
+        name = "data.inspect_chat"
+    module = importlib.import_module(name)
+    assert module.main
+    if names and name in ("lora", "data.chat", "model_files"):
+        assert f'"{names[0]}"' in Path(module.__file__).read_text(), names[0]
+    configs = [value for value in vars(module).values() if dataclasses.is_dataclass(value)
+               and value.__module__ == module.__name__ and value.__name__.endswith("Config")]
+    assert len(configs) <= 1, name
+    for config in configs:
+        try:
+            parse(config, flags, name)
+        except ValueError as error:                         # a config may want what --help does not
+            assert words == ["--help"] or not flags and "missing" in str(error), error
+    assert configs or not flags, f"{name} takes no settings"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -107,7 +151,7 @@ def test_named_files_functions_and_settings_exist(page):
         assert flag[2:].partition("=")[0] in settings, flag
 
 
-@pytest.mark.parametrize("command", [step[3].strip("`") for step in STEPS] + LAUNCHES + TUNING)
+@pytest.mark.parametrize("command", [step[3].strip("`") for step in STEPS] + LAUNCHES + COMMANDS)
 def test_commands_can_be_parsed(command):
     check_command(command)
 
@@ -115,10 +159,17 @@ def test_commands_can_be_parsed(command):
 @pytest.mark.parametrize("command", [
     "python train.py gpt2-125m", "python train.py demo --max_step=3",
     "python -m data.corpus --form=x", "python -m pytest -q tests/test_model.py::test_nothing",
-    "python -c 'from nowhere import *'", "python -c 'print('", "python sample.py out/a --prompt",
-    "python -m eval.judge a.jsonl b.jsonl --judg=x", "python -m data.chat inspect a --out=x"])
+    "python -c 'from nowhere import *'", "python -c 'print('", "make trains",
+    "make PYTHONS=3 train",
+    'pip install -c constraints.txt -e ".[dataset]"', "python sample.py out/demo --chats",
+    "python bpe.py train FILE --vocabulary=300 --out=a", "python lora.py merges --base=gpt2",
+    "python -m data.chat inspect FILE --templates=chatml", "python -m eval out/demo --model=gpt2",
+    "python -m model_files export out/demo FOLDER --to=x", "python -m eval.nothing",
+    "python -m tests.test_fuzz --input=3",
+    "FOO=1 torchrun --nproc_per_node=8 train.py gpt2-124m --shards=fsdp"])
 def test_the_check_of_commands_finds_what_is_wrong(command):
-    with pytest.raises((AssertionError, KeyError, ValueError, SyntaxError)):
+    with pytest.raises((AssertionError, KeyError, ValueError, SyntaxError, ImportError,
+                        SystemExit)):
         check_command(command)
 
 
