@@ -74,8 +74,8 @@ def picture(runs: list[Run], config: PlotConfig, kind: Literal["png", "svg"]) ->
                                   '-e ".[plots]"; --follow without --out does without') from None
     file = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(10, 3.9 if config.sample else 6.6),
-                         dpi=100 if config.sample else 150, layout="constrained")
+        drawing = Figure(figsize=(10, 3.4 if config.sample else 6.6),
+                         dpi=80 if config.sample else 150, layout="constrained")
         (draw_with_sample if config.sample else draw)(drawing, runs, config)
         drawing.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return file.getvalue()
@@ -114,7 +114,6 @@ def draw_with_sample(drawing: Any, runs: list[Run], config: PlotConfig) -> None:
              for part in textwrap.wrap(line, COLUMNS) or [""]]
     right.text(0, 1, "\n".join(lines[:ROWS] + ["..."] * (len(lines) > ROWS)), va="top", fontsize=8,
                family="monospace", transform=right.transAxes, parse_math=False)
-    drawing.suptitle(caption(runs), x=0.01, ha="left", fontsize=9, color=GREY)
 
 
 def unigram_entropy(run: Run) -> float | None:
