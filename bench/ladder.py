@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from bench.machine import RESULTS, in_process, matmul_peak, write_results
 from bench.peers import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, peer_step, step_time
-from bench.versus_peers import median_row, with_shares
+from bench.versus_peers import median_row, spread, with_shares
 from config import option, parse, run_command
 from device import DTYPES, has_compiler, peak_memory, pick_device
 from experiments.plots import GREY, STYLE
@@ -148,10 +148,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"{'rung':20}{'ms':>11}{'tokens/s':>12}{'spread':>8}{'of peak':>9}{'MiB':>9}"
              f"{'faster':>9}{'in all':>8}"]
     for before, row in zip([rows[0], *rows], rows):
-        speeds = row["tokens_per_s_rounds"]
-        spread = (max(speeds) - min(speeds)) / row["tokens_per_s"]
-        lines.append(f"{row['rung']:20}{row['ms']:11,.1f}{row['tokens_per_s']:12,.0f}{spread:8.1%}"
-                     f"{row['share']:9.1%}{row['memory_mib']:9,.0f}"
+        lines.append(f"{row['rung']:20}{row['ms']:11,.1f}{row['tokens_per_s']:12,.0f}"
+                     f"{spread(row):8.1%}{row['share']:9.1%}{row['memory_mib']:9,.0f}"
                      f"{before['ms'] / row['ms']:9.2f}{rows[0]['ms'] / row['ms']:8.2f}")
     for name, limit in {row["limit_of"]: row["limit"] for row in rows}.items():
         lines.append(f"peak of {name}: {limit / 1e9:,.0f} GFLOP/s")

@@ -119,6 +119,12 @@ def median_row(rounds: list[dict[str, Any]]) -> dict[str, Any]:
             "tokens_per_s_rounds": [round(speed, 1) for speed in speeds]}
 
 
+def spread(row: dict[str, Any]) -> float:
+    """The range of the rounds' speeds over their median."""
+    speeds = row["tokens_per_s_rounds"]
+    return (max(speeds) - min(speeds)) / row["tokens_per_s"]
+
+
 def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows with their share of the machine's limit, the best that any of them measured: their
     processes ran at different moments."""
@@ -153,11 +159,9 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"{'what':14}{'dtype':10}{'who':29}{'mode':9}{'batch':>5}{'ms':>10}{'tokens/s':>12}"
              f"{'spread':>8}{'of limit':>9}{'MiB':>9}"]
     for row in rows:
-        speeds = row["tokens_per_s_rounds"]
-        spread = (max(speeds) - min(speeds)) / row["tokens_per_s"]
         lines.append(f"{row['what']:14}{row['dtype']:10}{row['who']:29}{row['mode']:9}"
                      f"{row['micro_batch']:5}{row['ms']:10,.1f}{row['tokens_per_s']:12,.1f}"
-                     f"{spread:8.1%}{row['share']:9.1%}{row['memory_mib']:9,.0f}")
+                     f"{spread(row):8.1%}{row['share']:9.1%}{row['memory_mib']:9,.0f}")
     for name, limit in {row["limit_of"]: row["limit"] for row in rows}.items():
         unit = "GB/s" if name == "reading memory" else "GFLOP/s"
         lines.append(f"limit of {name}: {limit / 1e9:,.1f} {unit}")

@@ -12,6 +12,21 @@ from config import build
 from model import GPT
 from train import TrainConfig, train
 
+# Source text to put before another: death by SIGKILL in the n-th training step, n = sys.argv[1].
+DEADLY = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+clip, steps = torch.nn.utils.clip_grad_norm_, 0
+def deadly(*arguments):
+    global steps
+    steps += 1
+    if steps == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(*arguments)
+torch.nn.utils.clip_grad_norm_ = deadly
+"""
+
 
 def quiet(out):
     """Both streams to a file beside the run, as one text."""

@@ -10,26 +10,15 @@ from pathlib import Path
 
 import pytest
 
+import ranks
 from data.corpus import CorpusConfig, prepare
 from experiments import optimizers
 from experiments.optimizers import (OptimizersConfig, Trial, best_rates, compare, steps_to, summary,
                                     table, train_config)
 
 REPOSITORY = Path(__file__).parent.parent
-# Death by SIGKILL in the n-th training step, in a process of its own.
-DEADLY = """
-import os, signal, sys
-import torch
+DEADLY = ranks.DEADLY + """
 from experiments import optimizers
-torch.set_num_threads(1)
-clip, steps = torch.nn.utils.clip_grad_norm_, 0
-def deadly(*arguments):
-    global steps
-    steps += 1
-    if steps == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return clip(*arguments)
-torch.nn.utils.clip_grad_norm_ = deadly
 optimizers.main(sys.argv[2:])
 """
 

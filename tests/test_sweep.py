@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lora
+import ranks
 from data.corpus import CorpusConfig, prepare
 from experiments import lora_pictures, lora_sweep
 from experiments.lora_results import (SETTING, best_rate, gains, grid_facts, knob, of, points_of,
@@ -80,23 +81,11 @@ def test_what_is_drawn_is_the_same_each_time_and_no_more_than_there_is():
 # ----------------------------------------------------------------------------- runs
 
 TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=1, n_head=2, n_embd=16)
-# What a test puts before a sweep in a process of its own: three settings instead of all, and death
-# by SIGKILL in the n-th training step.
-DEADLY = """
-import os, signal, sys
-import torch
+# A sweep of three settings instead of all, which dies.
+DEADLY = ranks.DEADLY + """
 from experiments import lora_studies, lora_sweep
-torch.set_num_threads(1)
 settings = lora_studies.STUDIES["ranks"]
 lora_studies.STUDIES["ranks"] = lambda base: list(settings(base))[:3]
-clip, steps = torch.nn.utils.clip_grad_norm_, 0
-def deadly(*arguments):
-    global steps
-    steps += 1
-    if steps == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return clip(*arguments)
-torch.nn.utils.clip_grad_norm_ = deadly
 lora_sweep.sweep(lora_sweep.parse(lora_sweep.SweepConfig, sys.argv[2:], "sweep"))
 """
 
