@@ -335,7 +335,8 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
         step, best_loss = state["step"], state["best_loss"]
         stale, recent = state["stale"], state["recent"]
         state = None                                    # as large as all the above
-    work = (config.max_steps - step) * config.batch_tokens / world.size * model.flops_per_token()
+    # Of the whole run, not of what is left: one that goes on has to compute as it did before.
+    work = config.max_steps * config.batch_tokens / world.size * model.flops_per_token()
     network = compiled(parallel, config.compile, batches, work, world, dtype)
 
     saver = checkpoint.Saver(out, config.keep_last, config.save_total_limit,

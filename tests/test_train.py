@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
 import checkpoint
 import launch
+import parallel
 import report
 from config import build
 from data import loader, shards
@@ -174,23 +176,42 @@ def test_training_learns_the_text(dataset, tmp_path):
 
 # ---- interruption
 
-@pytest.mark.parametrize("killed_after", [3, 5, 9])
-def test_a_run_that_died_and_goes_on_equals_one_that_did_not(dataset, tmp_path, monkeypatch,
-                                                              killed_after):
-    changes = dict(max_steps=12, model={**MODEL, "dropout": 0.1})
-    train(settings(dataset, tmp_path / "whole", **changes))
+def train_in_two(config, killed_after):
+    """A run that dies after so many steps, and goes on."""
     note = report.RunLog.step
 
     def dying(self, step, *figures):
         if step > killed_after:
             raise MemoryError                           # nothing in the loop may catch it
         note(self, step, *figures)
-    monkeypatch.setattr(report.RunLog, "step", dying)
-    with pytest.raises(MemoryError):
-        train(settings(dataset, tmp_path / "cut", **changes))
-    monkeypatch.setattr(report.RunLog, "step", note)
-    train(settings(dataset, tmp_path / "cut", **changes))
+    with mock.patch.object(report.RunLog, "step", dying), pytest.raises(MemoryError):
+        train(config)
+    train(config)
+
+
+@pytest.mark.parametrize("killed_after, compile", [
+    (3, "off"), (5, "off"), (9, "off"), pytest.param(9, "on", marks=pytest.mark.slow)])
+def test_a_run_that_died_and_goes_on_equals_one_that_did_not(dataset, tmp_path, killed_after,
+                                                             compile):
+    changes = dict(max_steps=12, compile=compile, model={**MODEL, "dropout": 0.1})
+    train(settings(dataset, tmp_path / "whole", **changes))
+    train_in_two(settings(dataset, tmp_path / "cut", **changes), killed_after)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("share, times", [(0.9, 2), (1.1, 0)])      # of the run's work
+def test_a_run_that_goes_on_is_compiled_if_the_whole_run_is(dataset, tmp_path, monkeypatch, share,
+                                                            times):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda network, **options: calls.append(1) or network)
+    monkeypatch.setattr(parallel, "has_compiler", lambda device: True)
+    config = settings(dataset, tmp_path, max_steps=12, compile="auto")
+    tokens = shards.read_meta(dataset)["vocab_size"]
+    model = GPT(dataclasses.replace(config.model, vocab_size=tokens))
+    work = config.max_steps * config.batch_tokens * model.flops_per_token()
+    monkeypatch.setitem(parallel.COMPILE_PAYS, "cpu", share * work)
+    train_in_two(config, killed_after=9)                # three steps are left
+    assert len(calls) == times
 
 
 def start(dataset, out, *words):
