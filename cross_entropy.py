@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from linear import Linear, linear
+
 IGNORE = -100                       # the target of a position that has no label
 # A CPU wants logits that stay near its caches, a GPU enough rows to fill it.
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
@@ -38,7 +40,7 @@ def linear_cross_entropy(x: torch.Tensor, head: nn.Module, targets: torch.Tensor
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if type(head) is not nn.Linear or head.bias is not None or dtype == torch.float16:
+    if type(head) not in (Linear, nn.Linear) or head.bias is not None or dtype == torch.float16:
         return plain(x, head, targets, vocab_size)
     wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, head.weight)]
     return _LinearCrossEntropy.apply(x, head.weight, targets, vocab_size, dtype, *wants)
@@ -55,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             w = weight.to(dtype)
             for rows, target in zip(x.to(dtype).chunk(pieces), targets.chunk(pieces)):
-                logits = (rows @ w.T).float()                       # (n, V)
+                logits = linear(rows, w).float()                       # (n, V)
                 if vocab_size < V:
                     logits[:, vocab_size:] = -math.inf
                 nats = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
@@ -66,9 +68,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         1, target.clamp(min=0)[:, None], torch.expm1(-nats)[:, None]).to(dtype)
                     labelled = (target != IGNORE)[:, None]
                 if want_dx:
-                    dx.append(grad @ w * labelled)                  # (n, C)
+                    dx.append(linear(grad, w.T) * labelled)         # (n, C)
                 if want_dweight:
-                    part = grad.T @ (rows * labelled)               # (V, C)
+                    part = linear(grad.T, (rows * labelled).T)      # (V, C)
                     dweight = part.float() if dweight is None else dweight + part
         ctx.save_for_backward(torch.cat(dx).to(x.dtype) if want_dx else None,
                               dweight.to(weight.dtype) if want_dweight else None)

@@ -9,8 +9,6 @@ import os
 import shutil
 
 import torch
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -127,21 +125,3 @@ def peak_memory(device: torch.device) -> int:
     import sys
     kib = 1 if sys.platform == "darwin" else 1024                   # macOS counts in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
-
-
-class Matvec(TorchFunctionMode):
-    """Has torch.compile write linear layers of one row as matrix-vector products of its own.
-
-    One token's pass reads each weight once and is as fast as that. MKL's and oneDNN's products read
-    at a third of a CPU's bandwidth then, the compiler's loop at all of it.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and torch.compiler.is_compiling() and args[0].device.type == "cpu":
-            x, weight, bias = (*args, *(kwargs or {}).values(), None)[:3]
-            if x.numel() == x.size(-1):
-                y = torch.mv(weight, x.flatten().to(weight.dtype))
-                y = (y if bias is None else y + bias).view(*x.shape[:-1], -1)
-                lower = torch.is_autocast_enabled("cpu")
-                return y.to(torch.get_autocast_dtype("cpu") if lower else x.dtype)
-        return function(*args, **(kwargs or {}))

@@ -79,7 +79,7 @@ def _attach(model: nn.Module, config: LoRAConfig, name: str) -> None:
     if config.quantize == "nf4":
         for layer, module in linear.items():
             inside = any((layer + ".").startswith(other + ".") for other in saved)
-            if type(module) is nn.Linear and not is_head(layer, tied) and not inside:
+            if isinstance(module, nn.Linear) and not is_head(layer, tied) and not inside:
                 model.set_submodule(layer, NF4Linear(module, _taken_off(module, made.get(layer))))
     for layer, parts in made.items():
         module = model.get_submodule(layer)

@@ -12,7 +12,6 @@ Shapes: B batch, T time, C channels (n_embd), H heads, D head size (C / H), V vo
 References: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and OpenAI's
 code for it (github.com/openai/gpt-2); tensors are named as there and in Hugging Face's GPT2LMHead.
 """
-import contextlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import option
 from cross_entropy import IGNORE, linear_cross_entropy
-from device import Matvec
+from linear import Linear
 
 # The front; of each block, `python -m pydoc model` would add a thousand lines of nn.Module's.
 __all__ = ["GPT", "GPTConfig", "KVCache", "SIZES", "sample_token"]
@@ -110,8 +109,8 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
@@ -137,8 +136,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,14 +169,14 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.recompute_activations = self.generation_compiled = False
+        self.recompute_activations = False
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight           # tied: one tensor, two uses
         self.apply(self._init_weights)
         # Every block adds two branches to the residual stream; scaled so, the sum of all keeps
@@ -251,14 +250,12 @@ class GPT(nn.Module):
 
     def next_logits(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """Logits of the token that follows idx (B, T), in float32: (B, V)."""
-        with Matvec() if self.generation_compiled else contextlib.nullcontext():
-            x = self.features(idx, cache=cache)[:, -1]              # (B, C): only the last token
-            return self.lm_head(x)[:, :self.config.vocab_size].float()
+        x = self.features(idx, cache=cache)[:, -1]                  # (B, C): only the last token
+        return self.lm_head(x)[:, :self.config.vocab_size].float()
 
     def compile_generation(self) -> None:
         """Compile what `generate` calls for each token, in place. It takes seconds, at the first
         tokens; the blocks share their code."""
-        self.generation_compiled = True
         for module in (*self.transformer.h, self.lm_head):
             module.compile()
 

@@ -3,10 +3,11 @@
     python -m bench.ladder [--shape=small] [--rounds=3] [--device=auto] [--save]
 
 Each rung keeps what the ones below it added, in the order of Karpathy's lecture (build-nanogpt,
-2024), with one rung more. What a rung replaces is written here, what it puts there is the model's:
+2024), with two rungs more. What a rung replaces is written here, what it puts there is the model's:
 
     float32              attention and head written out, 50257 tokens, AdamW in PyTorch's default
     TF32                 float32 products in fewer bits; only GPUs have it
+    oneDNN               float32 products by oneDNN instead of MKL; for CPUs which MKL half uses
     bfloat16             products in bfloat16, weights and sums in float32
     torch.compile        kernels of several operations
     flash attention      one kernel instead of softmax(Q K^T) V with its (B, H, T, T) scores
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from torch.nn import functional as F
 
 from bench.machine import RESULTS, in_process, matmul_peak, write_results
@@ -36,6 +38,7 @@ from config import option, parse, run_command
 from device import DTYPES, has_compiler, peak_memory, pick_device
 from experiments.plots import GREY, STYLE
 from experiments.runs import PALETTE
+from linear import Linear, mkl_is_slow
 from model import GPT, IGNORE, CausalSelfAttention, GPTConfig
 from optim import parameter_groups
 
@@ -44,10 +47,10 @@ SHAPES = {          # name: shape, its micro-batch on a CPU, on a GPU
     "small": (GPTConfig(256, n_layer=6, n_head=6, n_embd=384), 8, 64),
     "124M": (GPTConfig(), 2, 16),
 }
-TF32, COMPILE, FLASH, PADDED, FUSED, HEAD = (
-    "TF32", "torch.compile", "flash attention", "vocabulary 50304", "fused AdamW",
+TF32, ONEDNN, COMPILE, FLASH, PADDED, FUSED, HEAD = (
+    "TF32", "oneDNN", "torch.compile", "flash attention", "vocabulary 50304", "fused AdamW",
     "the model's head")
-RUNGS = ("float32", TF32, "bfloat16", COMPILE, FLASH, PADDED, FUSED, HEAD)
+RUNGS = ("float32", TF32, ONEDNN, "bfloat16", COMPILE, FLASH, PADDED, FUSED, HEAD)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,10 @@ def contestant(rung: str, config: GPTConfig, x: torch.Tensor, y: torch.Tensor,
         config = replace(config, vocab_multiple=128)
     with device:
         model = (GPT if HEAD in has else PlainHead)(config)
+    if ONEDNN not in has:
+        for module in model.modules():
+            if type(module) is Linear:
+                module.__class__ = nn.Linear
     if FLASH not in has:
         for block in model.transformer.h:
             block.attn.__class__ = WrittenOutAttention
@@ -138,6 +145,8 @@ def left_out(rung: str, device: torch.device) -> str:
     if rung == TF32 and (device.type != "cuda"
                          or torch.cuda.get_device_capability(device) < (8, 0)):
         return f"{device.type} has no TF32" if device.type != "cuda" else "a GPU before Ampere"
+    if rung == ONEDNN and (device.type != "cpu" or not mkl_is_slow()):
+        return "MKL uses all of this CPU" if device.type == "cpu" else "only CPUs have it"
     if rung == COMPILE and not has_compiler(device):
         return "no compiler here; the rungs above it are eager"
     return ""

@@ -507,7 +507,7 @@ def llama():
 
 def test_all_linear_and_nf4_leave_out_a_head_that_is_not_tied():
     model = add_lora(llama(), LoRAConfig(target_modules="all-linear", quantize="nf4"))
-    assert len(adapted_layers(model)) == 14 and type(model.lm_head) is nn.Linear
+    assert len(adapted_layers(model)) == 14 and isinstance(model.lm_head, nn.Linear)
     assert names(add_lora(llama(), LoRAConfig(target_modules=("lm_head",)))) == ["lm_head"]
 
 
@@ -633,7 +633,7 @@ def test_quantising_takes_all_linear_layers_but_the_head():
     model = add_lora(gpt(), LoRAConfig(quantize="nf4", modules_to_save=("h.1.mlp",)))
     packed = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
     assert len(packed) == 4 * SHAPE.n_layer - 2 and not any("h.1.mlp" in name for name in packed)
-    assert type(model.lm_head) is nn.Linear
+    assert isinstance(model.lm_head, nn.Linear)
     assert weight_of(model.transformer.h[0].mlp.c_fc).shape == (128, 32)
     with pytest.raises(ValueError, match="the base has adapters already"):
         add_lora(add_lora(gpt(), LoRAConfig()), LoRAConfig(quantize="nf4"), "b")

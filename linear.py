@@ -1,0 +1,65 @@
+"""Linear layers, by the product that is fastest where they run.
+
+    layer = Linear(768, 3072)           # nn.Linear in all but speed
+    y = linear(x, weight, bias)         # F.linear in all but speed
+
+On a GPU both are PyTorch's own. On a CPU PyTorch asks oneDNN for bfloat16 and MKL for float32, and
+two of their products are slow:
+- MKL takes AVX-512 on Intel's processors only; on others oneDNN is twice as fast. What PyTorch
+  gives oneDNN in float32 is convolutions, and a linear layer is one of width 1: OpenAI's code for
+  GPT-2 calls it conv1d.
+- The product of a single row, which writing text is made of, reads the weights once and computes
+  next to nothing. Both libraries read at a third of the memory's bandwidth then; a loop that
+  torch.compile writes itself reads at most of it.
+
+Shapes: N rows, C channels in, O channels out.
+"""
+import functools
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+FEW_ROWS = 64                           # below, both libraries wait for the weights
+
+
+class Linear(nn.Linear):
+    """An nn.Linear, its product as `linear` chooses it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C) -> x W^T + b (..., O)."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b as F.linear has it, up to rounding: x (..., C), weight (O, C), bias (O,) ->
+    (..., O), in autocast's dtype where it is on."""
+    if x.device.type == "cpu":
+        rows, lower = x.numel() // x.size(-1), torch.is_autocast_enabled("cpu")
+        if rows == 1 and torch.compiler.is_compiling():
+            y = torch.mv(weight, x.flatten().to(weight.dtype))
+            y = (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+            return y.to(torch.get_autocast_dtype("cpu") if lower else x.dtype)
+        if rows >= FEW_ROWS and x.dtype == weight.dtype == torch.float32 and not lower \
+                and mkl_is_slow():
+            image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)   # (1, C, 1, N), channels last
+            y = F.conv2d(image, weight[:, :, None, None], bias)     # (1, O, 1, N), likewise
+            return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
+@torch.compiler.assume_constant_result
+def mkl_is_slow() -> bool:
+    """Whether this is a processor with AVX-512 that is not Intel's."""
+    return _mkl_is_slow()
+
+
+@functools.cache
+def _mkl_is_slow() -> bool:
+    try:
+        about = Path("/proc/cpuinfo").read_text()
+    except OSError:                                                 # not Linux
+        return False
+    return ("avx512f" in about and "GenuineIntel" not in about
+            and torch.backends.mkldnn.is_available())

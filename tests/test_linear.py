@@ -1,0 +1,83 @@
+"""Linear layers: equal to F.linear whichever product is taken, and the fast one is taken."""
+import pytest
+import torch
+from torch.nn import functional as F
+
+import linear as module
+from linear import FEW_ROWS, Linear, linear
+
+SHAPES = [(1, 8), (FEW_ROWS - 1, 8), (FEW_ROWS, 8), (5, 30, 8)]         # of x
+
+
+@pytest.fixture(params=[True, False], ids=["slow MKL", "fast MKL"])
+def slow(request, monkeypatch):
+    monkeypatch.setattr(module, "mkl_is_slow", lambda: request.param)
+    return request.param
+
+
+def results(function, *tensors, dtype=torch.float32):
+    """y, and the gradients of a weighted sum of it."""
+    tensors = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    y = function(*tensors)
+    weights = torch.arange(y.numel(), device=y.device).view(y.shape).cos().to(y.dtype)
+    return y, *torch.autograd.grad((y * weights).sum(), tensors)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_are_those_of_float64(shape, compiled, slow):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    function = torch.compile(linear) if compiled else linear
+    for with_bias in (True, False):
+        tensors = [torch.randn(shape), torch.randn(8, 6).T, torch.randn(6)][:2 + with_bias]
+        reference = results(F.linear, *tensors, dtype=torch.float64)
+        for found, expected in zip(results(function, *tensors), reference):
+            assert found.shape == expected.shape and found.dtype == torch.float32
+            # float32 sums of up to 150 products
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_autocast_has_its_own_dtype(shape, slow):
+    x, layer = torch.randn(shape), Linear(8, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, F.linear(x, layer.weight, layer.bias))
+
+
+def calls(function, *arguments):
+    """How often which of PyTorch's products ran."""
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        function(*arguments)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    return counts.get("aten::addmm", 0), counts.get("aten::conv2d", 0)
+
+
+def test_many_rows_are_a_convolution_where_mkl_is_slow(slow):
+    layer = Linear(8, 6)
+    assert calls(layer, torch.randn(FEW_ROWS, 8)) == ((0, 1) if slow else (1, 0))
+    assert calls(layer, torch.randn(FEW_ROWS - 1, 8)) == (1, 0)
+    assert calls(layer.double(), torch.randn(FEW_ROWS, 8).double()) == (1, 0)
+
+
+def test_the_compiler_makes_its_own_product_for_one_row_and_leaves_more_rows_alone():
+    layer = Linear(8, 6)
+    for rows, expected in ((1, (0, 0)), (2, (1, 0))):
+        torch._dynamo.reset()
+        compiled, x = torch.compile(layer), torch.randn(rows, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), layer(x))
+        assert calls(compiled, x) == expected
+
+
+def test_a_processor_without_its_data_sheet_is_left_to_mkl(monkeypatch):
+    for about, slow in (("vendor_id: AuthenticAMD\nflags: avx2 avx512f", True),
+                        ("vendor_id: GenuineIntel\nflags: avx2 avx512f", False),
+                        ("vendor_id: AuthenticAMD\nflags: avx2", False), (None, False)):
+        def read(path, about=about):
+            if about is None:
+                raise FileNotFoundError(path)
+            return about
+        monkeypatch.setattr(module.Path, "read_text", read)
+        assert module._mkl_is_slow.__wrapped__() == (slow and torch.backends.mkldnn.is_available())
