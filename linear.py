@@ -14,14 +14,25 @@ two of their products are slow:
 
 Shapes: N rows, C channels in, O channels out.
 """
-import functools
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 FEW_ROWS = 64                           # below, both libraries wait for the weights
+
+
+def mkl_is_slow() -> bool:
+    """Whether this is a processor with AVX-512 that is not Intel's."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            about = file.read(4096)                                 # the first of its cores
+    except OSError:                                                 # not Linux
+        return False
+    return ("avx512f" in about and "GenuineIntel" not in about
+            and torch.backends.mkldnn.is_available())
+
+
+MKL_IS_SLOW = mkl_is_slow()             # a constant: torch.compile cannot read files
 
 
 class Linear(nn.Linear):
@@ -42,24 +53,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             y = (y if bias is None else y + bias).view(*x.shape[:-1], -1)
             return y.to(torch.get_autocast_dtype("cpu") if lower else x.dtype)
         if rows >= FEW_ROWS and x.dtype == weight.dtype == torch.float32 and not lower \
-                and mkl_is_slow():
+                and MKL_IS_SLOW:
             image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)   # (1, C, 1, N), channels last
             y = F.conv2d(image, weight[:, :, None, None], bias)     # (1, O, 1, N), likewise
             return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
-
-
-@torch.compiler.assume_constant_result
-def mkl_is_slow() -> bool:
-    """Whether this is a processor with AVX-512 that is not Intel's."""
-    return _mkl_is_slow()
-
-
-@functools.cache
-def _mkl_is_slow() -> bool:
-    try:
-        about = Path("/proc/cpuinfo").read_text()
-    except OSError:                                                 # not Linux
-        return False
-    return ("avx512f" in about and "GenuineIntel" not in about
-            and torch.backends.mkldnn.is_available())

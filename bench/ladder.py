@@ -38,7 +38,7 @@ from config import option, parse, run_command
 from device import DTYPES, has_compiler, peak_memory, pick_device
 from experiments.plots import GREY, STYLE
 from experiments.runs import PALETTE
-from linear import Linear, mkl_is_slow
+from linear import MKL_IS_SLOW, Linear
 from model import GPT, IGNORE, CausalSelfAttention, GPTConfig
 from optim import parameter_groups
 
@@ -145,7 +145,7 @@ def left_out(rung: str, device: torch.device) -> str:
     if rung == TF32 and (device.type != "cuda"
                          or torch.cuda.get_device_capability(device) < (8, 0)):
         return f"{device.type} has no TF32" if device.type != "cuda" else "a GPU before Ampere"
-    if rung == ONEDNN and (device.type != "cpu" or not mkl_is_slow()):
+    if rung == ONEDNN and (device.type != "cpu" or not MKL_IS_SLOW):
         return "MKL uses all of this CPU" if device.type == "cpu" else "only CPUs have it"
     if rung == COMPILE and not has_compiler(device):
         return "no compiler here; the rungs above it are eager"

@@ -69,7 +69,7 @@ def ladder_table() -> str:
     for path in sorted(RESULTS.glob("ladder-*.json")):
         found = json.loads(path.read_text())
         rows, picture = found["rows"], path.with_suffix(".png")
-        skipped = "".join(f"; without {rung}: {why}" for rung, why in found["skipped"].items())
+        skipped = "".join(f"; without {rung}, {why}" for rung, why in found["skipped"].items())
         parts.append(
             f"The steps that make training fast, each on top of the ones before "
             f"(`python -m bench.ladder`; {found['shape']}, {rows[0]['micro_batch']} sequences; "
@@ -116,9 +116,9 @@ def around_the_step() -> str:
             *same, larger = rows
             lines.append(
                 f"A step in {', '.join(str(row['accumulation']) for row in same)} micro-batches of "
-                f"{same[0]['micro_batch']} sequences reduces gradients "
-                f"{', '.join(format(row['reductions_per_step'], 'g') for row in same)} times (once "
-                f"for each of DDP's buckets) and takes "
+                f"{same[0]['micro_batch']} sequences reduces "
+                f"{', '.join(format(row['reduced_bytes_per_step'] / 1e6, '.0f') for row in same)} "
+                f"MB of gradients and takes "
                 f"{', '.join(format(row['memory_mib'], ',.0f') for row in same)} MiB; one of "
                 f"{larger['micro_batch']} sequences {larger['memory_mib']:,.0f} MiB.")
     return "\n".join(f"- {line}" for line in lines)

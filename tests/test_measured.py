@@ -216,6 +216,14 @@ def test_help_of_the_tokenizer_does_not_import_torch():
     assert "torch" not in startup.imported(["bpe.py", "--help"])
 
 
+def test_commands_begin_without_the_compiler():
+    """It takes as long to import as all of PyTorch."""
+    code = "import sys, lora, sample, train; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=startup.REPOSITORY, text=True,
+                          capture_output=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_start_up_is_the_median_of_rounds_after_one(monkeypatch):
     """Canned times: the first round is 100 times as long; train.py takes 0.3, 0.5 and 0.4 s more
     than torch did in the same round."""
@@ -347,7 +355,7 @@ def test_readme_says_what_was_measured_around_the_step(results):
     machine.write_results("startup", CPU, [{
         "train_beyond_torch": 0.31, "bpe_imports_torch": False,
         "seconds": {"import torch": 1.5, "bpe.py --help": 0.2}}])
-    row = {"micro_batch": 2, "reductions_per_step": 3.0, "memory_mib": 700.0}
+    row = {"micro_batch": 2, "reduced_bytes_per_step": 120.4e6, "memory_mib": 700.0}
     machine.write_results("ranks-cpu", CPU, [{"shape": "demo", "ranks": 2, "of_threads": 1.05}],
                           accumulation=[{**row, "accumulation": 1}, {**row, "accumulation": 2},
                                         {**row, "accumulation": 1, "micro_batch": 8,
@@ -356,6 +364,6 @@ def test_readme_says_what_was_measured_around_the_step(results):
     for part in ("4.1% of a core (64 x 1024", "10.0 MB/s with 2 threads, 1.10 of the speed",
                  "0.31 s more than `import torch` (1.50 s)", "0.20 s, without importing torch",
                  "demo: 2 gloo ranks with a thread each have 1.05",
-                 "in 1, 2 micro-batches of 2 sequences reduces gradients 3, 3 times",
+                 "in 1, 2 micro-batches of 2 sequences reduces 120, 120 MB of gradients and",
                  "takes 700, 700 MiB; one of 8 sequences 1,900 MiB"):
         assert part in text, part
