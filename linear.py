@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-FEW_ROWS = 64                           # below, both libraries wait for the weights
+FEW_ROWS = 32                           # below, both libraries wait for the weights
 
 
 def mkl_is_slow() -> bool:
