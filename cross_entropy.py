@@ -22,6 +22,13 @@ IGNORE = -100                       # the target of a position that has no label
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
 
 
+def head_memory(tokens: int, channels: int, rows: int, device: str) -> int:
+    """Bytes that `linear_cross_entropy` holds at its height, uncompiled, beside its inputs: 12 for
+    each logit that is there at once, and the gradient of the head's weight (rows, channels)."""
+    at_once = min(tokens * rows, LOGITS_AT_ONCE.get(device, 2**25))
+    return 12 * at_once + 4 * rows * channels
+
+
 def plain(x: torch.Tensor, head: nn.Module, targets: torch.Tensor,
           vocab_size: int) -> torch.Tensor:
     """The same sum, by all logits at once; see `linear_cross_entropy`."""
@@ -64,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total = total + nats.sum()
                 if want_dx or want_dweight:
                     # p - 1 at the target, by expm1: of a p near 1, bfloat16 would leave nothing.
-                    grad = logits.softmax(dim=1).scatter(
+                    grad = logits.softmax(dim=1).scatter_(
                         1, target.clamp(min=0)[:, None], torch.expm1(-nats)[:, None]).to(dtype)
                     labelled = (target != IGNORE)[:, None]
                 if want_dx:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cross_entropy import head_memory
 from device import device_name, peak_flops, peak_memory, synchronize
 from faults import Spikes
 from launch import Processes
@@ -300,7 +301,7 @@ def _tensorboard(folder: Path):
     return SummaryWriter(str(folder / "tensorboard"))
 
 
-def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, rank: int, world: int,
+def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, world: Processes,
             dtype: torch.dtype) -> dict[str, Any]:
     """Print what a run would do: its steps, memory, schedule, trained tensors and an example."""
     c, n = config.model, model.num_params()
@@ -309,18 +310,21 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, rank: 
     passes = config.max_steps * batches.per_step / batches.windows
     # Activations a token and layer: 34 C bytes with 2-byte numbers (Korthikanti et al. 2022,
     # 2205.05198, table 2, without the attention matrix, which flash attention does not keep) and 2
-    # more that autograd keeps; recomputed, its float32 input. Logits, their float32 and gradient.
+    # more that autograd keeps; recomputed, its float32 input.
     size = torch.finfo(dtype).bits // 8
     layers = 18 * size * c.n_embd * (1 if config.recompute_activations else c.n_layer)
     layers += 4 * c.n_embd * c.n_layer if config.recompute_activations else 0
-    live = batches.micro_batch * c.block_size * (layers + 12 * c.padded_vocab_size)
+    tokens = batches.micro_batch * c.block_size
+    live = tokens * layers
+    if not data.classes:
+        live += head_memory(tokens, c.n_embd, c.padded_vocab_size, world.device.type)
     state = 4 * n + 12 * trained + (size * n if size < 4 else 0)    # and autocast's copy
     rates = [learning_rate(round(i * (config.max_steps - 1) / 59), config.schedule,
                            config.max_steps, config.warmup_steps, config.learning_rate,
                            config.min_learning_rate, config.optim) for i in range(60)]
     x, y = next(batches.batches(0))[:2]
     lines = [
-        f"{config.max_steps} steps of {config.batch_tokens:,} tokens = {world} rank(s) x "
+        f"{config.max_steps} steps of {config.batch_tokens:,} tokens = {world.size} rank(s) x "
         f"{batches.accumulation} micro-batch(es) x {batches.micro_batch} sequences x "
         f"{c.block_size} tokens; {passes:.2f} passes over {batches.windows:,} rows of the data",
         f"parameters {n:,}, trained {trained:,}; "
@@ -336,7 +340,7 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, rank: 
           if ".h." not in name or ".h.0." in name),
         f"the first example of step 0, {int((y[0] >= 0).sum())} of {len(y[0])} positions labelled; "
         f"what has no label stands in [brackets]:", marked_example(x[0], y[0], data)]
-    if rank == 0:
+    if world.rank == 0:
         print("\n".join(lines))
     return {"parameters": n, "trained": trained, "max_steps": config.max_steps}
 

@@ -315,7 +315,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
         lora.add_lora(model, config.lora)
         base = model.lora.base_hash
     if config.dry_run:
-        return report.dry_run(config, model, batches, data, world.rank, world.size, dtype)
+        return report.dry_run(config, model, batches, data, world, dtype)
     items = hellaswag_items(config, data)               # now, so that it cannot fail days later
     claim(out, config.keep_last, world, held)
     state = open_run(out, config, data, base, world)

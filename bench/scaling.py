@@ -17,6 +17,7 @@ import torch
 from bench.machine import RESULTS
 from bench.step import SHAPES as STEP_SHAPES
 from config import build, option, parse, run_command
+from cross_entropy import head_memory
 from data.loader import divide_step
 from device import PEAK_FLOPS
 from model import GPT, GPTConfig
@@ -39,9 +40,6 @@ WEIGHTS, GRADIENTS, MOMENTS, COPY = 4, 4, 8, 2
 # + 16. Where blocks are recomputed, each keeps its float32 input: 4.
 KEPT = {"bfloat16": 36, "float32": 64}
 KEPT_OF_A_BLOCK = 4
-# Log-softmax, the gradient of its output and of its input, float32 each, a token and vocabulary
-# entry: what backward holds at once without torch.compile.
-LOGITS = 12
 # Where DDP ends: what is left for CUDA, NCCL and fragments (an assumption), and for activations.
 RESERVE, ACTIVATIONS = 0.1, 14e9
 
@@ -117,12 +115,13 @@ def evaluation_bytes(shape: Shape, n: int) -> float:
 
 
 def activation_bytes(shape: Shape, tokens: int, recompute: bool = False,
-                     dtype: str = "bfloat16") -> float:
-    """What a micro-batch of so many tokens needs at the start of its backward pass."""
+                     dtype: str = "bfloat16", device: str = "cuda") -> float:
+    """What a micro-batch of so many tokens needs when its loss is computed."""
     C, L = shape.config.n_embd, shape.config.n_layer
     blocks = KEPT_OF_A_BLOCK * L + KEPT[dtype] if recompute else KEPT[dtype] * L
     last = 6 if dtype == "bfloat16" else 8                          # inputs of ln_f and lm_head
-    return tokens * ((blocks + last) * C + LOGITS * shape.config.padded_vocab_size)
+    return tokens * (blocks + last) * C + head_memory(tokens, C, shape.config.padded_vocab_size,
+                                                      device)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -183,12 +182,12 @@ def activation_table(config: ScalingConfig) -> str:
     rows = []
     for s in all_shapes():
         tokens = s.micro_batch * s.config.block_size
-        logits = tokens * LOGITS * s.config.padded_vocab_size
+        head = head_memory(tokens, s.config.n_embd, s.config.padded_vocab_size, "cuda")
         kept, less = (activation_bytes(s, tokens, recompute) for recompute in (False, True))
-        rows.append([s.name, f"{s.micro_batch} x {s.config.block_size}", gb(kept - logits),
-                     gb(less - logits), gb(logits), gb(kept), gb(less),
+        rows.append([s.name, f"{s.micro_batch} x {s.config.block_size}", gb(kept - head),
+                     gb(less - head), gb(head), gb(kept), gb(less),
                      gb(kept + state_bytes(s, "none", GPUS_OF_A_NODE, True))])
-    return table("shape | micro-batch | blocks | blocks, recomputed | logits | together | "
+    return table("shape | micro-batch | blocks | blocks, recomputed | head | together | "
                  "together, recomputed | with DDP's state", rows)
 
 
@@ -202,7 +201,8 @@ def check_table(config: ScalingConfig) -> str:
         s = shape_of(row["shape"], dict(model=vars(c), batch_tokens=0, micro_batch=0))
         copy = COPY * s.parameters if row["dtype"] == "bfloat16" else 0
         state = (WEIGHTS + GRADIENTS + MOMENTS) * s.parameters + copy
-        live = activation_bytes(s, row["micro_batch"] * c.block_size, dtype=row["dtype"])
+        live = activation_bytes(s, row["micro_batch"] * c.block_size, dtype=row["dtype"],
+                                device="cpu")
         rows.append([f"{row['shape']}, {row['micro_batch']} x {c.block_size}", row["dtype"],
                      f"{(state + live) / 2**20:,.0f}", f"{row['memory_mib']:,}"])
     return table("shape, micro-batch | precision | derived, MiB | measured, MiB", rows)

@@ -1,4 +1,6 @@
 """The head's loss in pieces against the same written out in float64."""
+import itertools
+
 import pytest
 import torch
 import torch.nn as nn
@@ -103,3 +105,23 @@ def test_a_head_that_is_more_than_a_weight_is_computed_as_it_is():
     reference = F.cross_entropy(torch.tanh(F.linear(x, head.weight))[:, :vocab_size], targets,
                                 reduction="sum", ignore_index=IGNORE)
     assert error(found, reference.double()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
+def test_it_holds_the_memory_that_is_counted(dtype, monkeypatch):
+    """Bytes allocated and not freed, by PyTorch's own account. Beside what is counted there are the
+    head's weight in bfloat16, a piece's part of its gradient and the gradient of x."""
+    monkeypatch.setitem(cross_entropy.LOGITS_AT_ONCE, "cpu", 2**20)
+    N, C, V = 2048, 16, 4096                            # eight pieces
+    x, head = torch.randn(N, C, requires_grad=True), nn.Linear(C, V, bias=False)
+    targets = torch.randint(V, (N,))
+    with torch.autocast("cpu", BFLOAT16, enabled=dtype == BFLOAT16), \
+            torch.profiler.profile(profile_memory=True) as profile:
+        linear_cross_entropy(x, head, targets, V)
+    changes = sorted((event.start_ns(), event.nbytes())
+                     for event in profile.profiler.kineto_results.events()
+                     if event.name() == "[memory]")
+    height = max(itertools.accumulate(size for _, size in changes))
+    counted = cross_entropy.head_memory(N, C, V, "cpu")
+    assert counted == 12 * 2**20 + 4 * C * V
+    assert 0.85 * counted < height < 1.15 * counted

@@ -238,9 +238,10 @@ def test_hand_worked_figures_of_124m():
     assert scaling.sent_bytes(shape, "none", 8, 2) == 7 * N             # 2 x 7/8 x 4
     assert scaling.sent_bytes(shape, "fsdp", 2, 3) == 8 * N             # 1/2 x (3 x 2 x 2 + 4)
     assert scaling.sent_bytes(shape, "zero2", 2, 3) == 5 * N            # 1/2 x (3 x 2 + 4)
-    # 12 layers x 768 channels x 36 and two last inputs, 50,304 logits x 12
-    assert scaling.activation_bytes(shape, 1) == 36 * 12 * 768 + 6 * 768 + 12 * 50304
-    assert scaling.activation_bytes(shape, 1, recompute=True) == (4 * 12 + 42) * 768 + 12 * 50304
+    # 12 layers x 768 channels x 36 and two last inputs; 12 a logit, 4 a weight of the head
+    head = 12 * 50304 + 4 * 50304 * 768
+    assert scaling.activation_bytes(shape, 1) == 36 * 12 * 768 + 6 * 768 + head
+    assert scaling.activation_bytes(shape, 1, recompute=True) == (4 * 12 + 42) * 768 + head
     config = ScalingConfig(mfu=0.5, peak=1e15)
     flops = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
     assert scaling.seconds_of_step(shape, 8, config) == pytest.approx(flops * 2**19 / 4e15)
