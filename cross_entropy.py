@@ -64,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             w = weight.to(dtype)
             for rows, target in zip(x.to(dtype).chunk(pieces), targets.chunk(pieces)):
-                logits = linear(rows, w).float()                       # (n, V)
+                logits = linear(rows, w).float()                    # (n, V)
                 if vocab_size < V:
                     logits[:, vocab_size:] = -math.inf
                 nats = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
