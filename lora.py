@@ -32,16 +32,16 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import lora_files
-from config import build, option, parse, run_command
+from formats import peft as lora_files
+from run.config import build, parse, run_command
 from lora_adapters import (Adapters, activate, adapted_layers, adapters_of, base_hash,
                            base_parameters, describe, disable_lora, load_trainable_state,
                            refuse_if_merged, say, set_adapter, trainable_state)
-from lora_files import save_lora
+from formats.peft import save_lora
 from lora_layer import INITS, RANDOM, LoRAConfig, LoRALinear, LowRank, weight_of
 from lora_targets import (FUSED, full_names, is_head, linear_layers, saved_modules, summary,
                           targets, tied_weights)
-from quant import NF4Linear
+from fast.nf4 import NF4Linear
 
 __all__ = ["LoRAConfig", "add_lora", "merge_lora", "unmerge_lora", "unload_lora", "save_lora",
            "load_lora", "load_run", "set_adapter", "disable_lora", "describe", "trainable_state",
@@ -264,9 +264,9 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
 
 @dataclass(frozen=True)
 class MergeConfig:
-    base: str = option("gpt2", "the model: gpt2, a Hugging Face folder or a run")
-    adapter: str = option("", "the adapter: a folder in PEFT's format, or a run that trained one")
-    out: str = option("", "folder to write, as transformers reads it")
+    base: str = "gpt2"  # the model: gpt2, a Hugging Face folder or a run
+    adapter: str = ""  # the adapter: a folder in PEFT's format, or a run that trained one
+    out: str = ""  # folder to write, as transformers reads it
 
     def __post_init__(self):
         for name in ("adapter", "out"):
@@ -276,7 +276,7 @@ class MergeConfig:
 
 def load_run(model: nn.Module, folder: str | Path) -> nn.Module:
     """Give a base the adapter of a run's best checkpoint, or its last one; returns the model."""
-    import checkpoint
+    from run import checkpoint
     folder = Path(folder)
     state = (checkpoint.load(folder / "best.pt") if (folder / "best.pt").exists()
              else checkpoint.load_last(folder))

@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from lora_layer import LoRAConfig, LoRALinear
 from lora_targets import as_tuple, full_names, summary
-from quant import NF4Linear
+from fast.nf4 import NF4Linear
 
 
 @dataclass

@@ -17,9 +17,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from config import option
 from lora_targets import matching_pattern
-from quant import NF4Linear, nf4_rounded
+from fast.nf4 import NF4Linear, nf4_rounded
 
 LOFTQ_STEPS = 5                         # the paper's
 Init = Literal["kaiming", "gaussian", "pissa", "olora", "loftq"]
@@ -32,24 +31,23 @@ def _dict(help: str) -> Any:
 @dataclass(frozen=True)
 class LoRAConfig:
     """What an adapter is, and which layers it goes to. ValueError for what cannot be."""
-    r: int = option(8, "rank of the change")
-    alpha: float = option(16.0, "the change is multiplied by alpha / r")
-    dropout: float = option(0.0, "share of the adapter's inputs that are dropped")
-    target_modules: tuple[str, ...] = option(
-        ("c_attn",), "layers to adapt: names, ends of names or regular expressions, or all-linear, "
-                     "which leaves out the head; c_attn.q, .k, .v are parts of c_attn")
-    bias: Literal["none", "all", "lora_only"] = option(
-        "none", "biases that train: none, all, or those of adapted layers")
-    use_rslora: bool = option(False, "multiply by alpha / sqrt(r) (rsLoRA)")
-    use_dora: bool = option(False, "train the length of each row of the weight apart (DoRA)")
-    init: Init = option("kaiming", "where A and B start: kaiming, gaussian: a random A; pissa: "
-                                   "the largest singular directions; olora: a QR decomposition; "
-                                   "loftq: what quantising loses")
-    layers: tuple[int, ...] | None = option(None, "numbers of the blocks to adapt; none: all")
-    modules_to_save: tuple[str, ...] = option((), "modules to train in full and save along")
+    r: int = 8  # rank of the change
+    alpha: float = 16.0  # the change is multiplied by alpha / r
+    dropout: float = 0.0  # share of the adapter's inputs that are dropped
+    target_modules: tuple[str, ...] = ("c_attn",)  # layers to adapt: names, ends of names or
+        # regular expressions, or all-linear, which leaves out the head; c_attn.q, .k, .v are parts
+        # of c_attn
+    bias: Literal["none", "all", "lora_only"] = "none"  # biases that train: none, all, or those of
+        # adapted layers
+    use_rslora: bool = False  # multiply by alpha / sqrt(r) (rsLoRA)
+    use_dora: bool = False  # train the length of each row of the weight apart (DoRA)
+    init: Init = "kaiming"  # where A and B start: kaiming, gaussian: a random A; pissa: the largest
+        # singular directions; olora: a QR decomposition; loftq: what quantising loses
+    layers: tuple[int, ...] | None = None  # numbers of the blocks to adapt; none: all
+    modules_to_save: tuple[str, ...] = ()  # modules to train in full and save along
     rank_pattern: dict[str, int] = _dict("other ranks, by the end of a layer's name")
     alpha_pattern: dict[str, float] = _dict("other alphas, in the same way")
-    quantize: Literal["none", "nf4"] = option("none", "frozen linear layers in 4 bits (QLoRA)")
+    quantize: Literal["none", "nf4"] = "none"  # frozen linear layers in 4 bits (QLoRA)
 
     def __post_init__(self):
         for name in ("r", *(f"rank_pattern.{key}" for key in self.rank_pattern)):

@@ -10,7 +10,7 @@ from typing import Any, Iterable
 
 import torch.nn as nn
 
-from quant import NF4Linear
+from fast.nf4 import NF4Linear
 
 FUSED = {"c_attn": ("q", "k", "v")}     # layers that compute several things: c_attn.q is a third
 HEADS = ("lm_head", "head", "embed_out", "output_layer", "score", "classifier")  # not all-linear

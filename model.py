@@ -22,9 +22,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import option
-from cross_entropy import IGNORE, linear_cross_entropy
-from linear import Linear
+from fast.cross_entropy import IGNORE, linear_cross_entropy
+from fast.linear import Linear
 
 # The front; of each block, `python -m pydoc model` would add a thousand lines of nn.Module's.
 __all__ = ["GPT", "GPTConfig", "KVCache", "SIZES", "sample_token"]
@@ -43,16 +42,15 @@ SIZES = {               # parameters: 124,439,808  354,823,168  774,030,080  1,5
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT. ValueError, with the nearest that fits, for one that cannot be."""
-    block_size: int = option(1024, "the longest context, in tokens")
-    vocab_size: int = option(50257, "number of tokens; training takes it from the data's tokenizer")
-    n_layer: int = option(12, "number of blocks")
-    n_head: int = option(12, "attention heads of a block")
-    n_embd: int = option(768, "channels; a multiple of n_head")
-    dropout: float = option(0.0, "share of activations dropped: embeddings, attention, residuals")
-    bias: bool = option(True, "biases in linear layers and LayerNorms, as GPT-2 has them")
-    vocab_multiple: int = option(1, "embedding rows are rounded up to a multiple of this (128: "
-                                    "50257 -> 50304, faster on GPUs); the new ids are never scored "
-                                    "or sampled")
+    block_size: int = 1024  # the longest context, in tokens
+    vocab_size: int = 50257  # number of tokens; training takes it from the data's tokenizer
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # attention heads of a block
+    n_embd: int = 768  # channels; a multiple of n_head
+    dropout: float = 0.0  # share of activations dropped: embeddings, attention, residuals
+    bias: bool = True  # biases in linear layers and LayerNorms, as GPT-2 has them
+    vocab_multiple: int = 1  # embedding rows are rounded up to a multiple of this (128: 50257 ->
+        # 50304, faster on GPUs); the new ids are never scored or sampled
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
@@ -334,7 +332,7 @@ class GPT(nn.Module):
         block_size: a shorter context than the model's. ValueError names what does not fit. Hugging
         Face's files need the extra `hf` (safetensors, huggingface_hub).
         """
-        import model_files
+        from formats import gpt2 as model_files
         return model_files.load(name, dropout, block_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -342,7 +340,7 @@ class GPT(nn.Module):
 
         Padded vocabulary rows are left out. `python -m model_files export` adds the tokenizer.
         """
-        import model_files
+        from formats import gpt2 as model_files
         model_files.save(self, folder, self.config.vocab_size - 1
                          if self.config.vocab_size == GPTConfig.vocab_size else None)
 

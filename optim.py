@@ -18,24 +18,23 @@ from typing import Any, Callable, Literal
 import torch
 import torch.nn as nn
 
-from config import option
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """How gradients become updates. ValueError for a number out of its range."""
-    optimizer: Literal["adamw", "galore", "muon"] = option("adamw", "how matrices are updated")
-    beta1: float = option(0.9, "AdamW: decay of the mean of gradients")
-    beta2: float = option(0.95, "AdamW: decay of their mean square (GPT-3's; PyTorch has 0.999)")
-    eps: float = option(1e-8, "AdamW: added to the root of the mean square")
-    lora_plus_ratio: float = option(1.0, "LoRA+: learning rate of B over that of A; the paper's "
-                                         "choice is 16")
-    galore_rank: int = option(128, "GaLore: rank of the projected gradients")
-    galore_every: int = option(200, "GaLore: steps between projections")
-    galore_scale: float = option(0.25, "GaLore: factor of its updates")
-    muon_momentum: float = option(0.95, "Muon: decay of the mean of gradients")
-    power: float = option(1.0, "exponent of the polynomial schedule")
-    decay_share: float = option(0.2, "share of the steps in which the wsd schedule decays")
+    optimizer: Literal["adamw", "galore", "muon"] = "adamw"  # how matrices are updated
+    beta1: float = 0.9  # AdamW: decay of the mean of gradients
+    beta2: float = 0.95  # AdamW: decay of their mean square (GPT-3's; PyTorch has 0.999)
+    eps: float = 1e-8  # AdamW: added to the root of the mean square
+    lora_plus_ratio: float = 1.0  # LoRA+: learning rate of B over that of A; the paper's choice is
+        # 16
+    galore_rank: int = 128  # GaLore: rank of the projected gradients
+    galore_every: int = 200  # GaLore: steps between projections
+    galore_scale: float = 0.25  # GaLore: factor of its updates
+    muon_momentum: float = 0.95  # Muon: decay of the mean of gradients
+    power: float = 1.0  # exponent of the polynomial schedule
+    decay_share: float = 0.2  # share of the steps in which the wsd schedule decays
 
     def __post_init__(self):
         for name in ("beta1", "beta2", "muon_momentum"):

@@ -24,35 +24,35 @@ from typing import Any, Iterator, Literal
 
 import torch
 
-import checkpoint
+from run import checkpoint
 import lora
 from bpe import Tokenizer
-from classifier import Classifier
-from config import build, option, parse, run_command
+from run.classifier import Classifier
+from run.config import build, parse, run_command
 from data import conversations
 from data.chat import extend_tokenizer, find_template, grow_embedding, render_prompt
 from data.conversations import Message
-from device import autocast, pick_device, pick_dtype
+from run.device import autocast, pick_device, pick_dtype
 from model import GPT, GPTConfig, sample_token
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    prompt: str = option("", "the text to continue; empty: the start of a document")
-    samples: int = option(1, "how many continuations")
-    max_new_tokens: int = option(200, "tokens of each, at most; a document's end ends it before")
-    temperature: float = option(0.8, "0: always the likeliest token; 1: as the model predicts")
-    top_k: int = option(50, "choose among so many likeliest tokens; 0: all")
-    top_p: float = option(1.0, "choose among the likeliest tokens with this probability together")
-    seed: int = option(0, "of the sampling")
-    chat: bool = option(False, "talk in the terminal")
-    template: str = option("", "alpaca, plain, chatml, llama3 or none; empty: the run's own")
-    system: str = option("", "the system message of a chat")
-    prompts: str = option("", "a file of prompts to answer, a line each or records of chat data")
-    out: str = option("", "where the answers to --prompts go, as JSON lines; empty: the screen")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
-    compile: bool = option(False, "compile first: some seconds, then about twice as fast")
+    prompt: str = ""  # the text to continue; empty: the start of a document
+    samples: int = 1  # how many continuations
+    max_new_tokens: int = 200  # tokens of each, at most; a document's end ends it before
+    temperature: float = 0.8  # 0: always the likeliest token; 1: as the model predicts
+    top_k: int = 50  # choose among so many likeliest tokens; 0: all
+    top_p: float = 1.0  # choose among the likeliest tokens with this probability together
+    seed: int = 0  # of the sampling
+    chat: bool = False  # talk in the terminal
+    template: str = ""  # alpaca, plain, chatml, llama3 or none; empty: the run's own
+    system: str = ""  # the system message of a chat
+    prompts: str = ""  # a file of prompts to answer, a line each or records of chat data
+    out: str = ""  # where the answers to --prompts go, as JSON lines; empty: the screen
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
+    compile: bool = False  # compile first: some seconds, then about twice as fast
 
 
 def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0,

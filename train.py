@@ -26,24 +26,24 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 
-import checkpoint
-import faults
+from run import checkpoint
+from run import watch as faults
 import lora
-import report
+from run import log as report
 import sample
-from classifier import Classifier, Pooling
-from config import flatten, option, parse, run_command
+from run.classifier import Classifier, Pooling
+from run.config import flatten, parse, run_command
 from data import chat, sets, shards
-from device import autocast, pick_dtype
+from run.device import autocast, pick_dtype
 from eval import hellaswag
 from eval.fit import fit_report
 from eval.loss import evaluate_loss, token_lengths
-from launch import Processes, processes, repeatable, stop_signals
+from run.processes import Processes, processes, repeatable, stop_signals
 from lora import LoRAConfig
 from model import GPT, GPTConfig
 from optim import OptimConfig, learning_rate, make_optimizer
-from parallel import Parallel, compiled, full
-from presets import DEFAULT_PRESET, PRESETS
+from run.parallel import Parallel, compiled, full
+from run.presets import DEFAULT_PRESET, PRESETS
 
 SMALL_DATA = ("corpus", "shakespeare", "pydocs")    # made within a minute when a run asks for them
 FIT_TOKENS = 20_000         # of each split that the fit report reads
@@ -55,66 +55,63 @@ SAME = ("data", "seed", "batch_tokens", "init_from", "base", "packing", "pooling
 class TrainConfig:
     """Every setting of a run, as `python train.py --help` lists it. ValueError for what cannot be.
     """
-    out: str = option("out/run", "folder of the run; a run that is there goes on")
-    data: str = option("corpus", "data set: a name under data/ or a folder, of token shards, "
-                                 "conversations or texts with classes")
-    init_from: str = option("scratch", "scratch, gpt2, gpt2-medium, ..., a Hugging Face folder or "
-                                       "a run: where the weights of a new run come from")
-    seed: int = option(0, "of weights, batch order and dropout")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "auto", "of matrix products; auto is bfloat16 where the hardware has it, else float32")
-    compile: Literal["auto", "on", "off"] = option(
-        "auto", "torch.compile; auto: where there is a compiler and the run is long enough to pay")
-    deterministic: bool = option(True, "the same bits each time, where PyTorch knows a way")
-    shard: Literal["none", "fsdp", "zero2"] = option(
-        "none", "split over the ranks: nothing; weights, gradients and optimizer state; the last "
-                "two")
-    max_steps: int = option(0, "optimizer steps")
-    epochs: float = option(0.0, "passes over the training data; where given, instead of max_steps")
-    batch_tokens: int = option(524288, "tokens of a step, over all ranks and micro-batches")
-    micro_batch: int = option(16, "sequences in memory at once on each rank, at most")
-    learning_rate: float = option(6e-4, "peak learning rate")
-    min_learning_rate: float = option(6e-5, "floor of the schedule")
-    schedule: Literal["cosine", "linear", "constant", "wsd", "polynomial"] = option(
-        "cosine", "after warmup; wsd is warmup-stable-decay")
-    warmup_steps: int = option(0, "steps of linear warmup")
-    warmup_ratio: float = option(0.0, "the same as a share of all steps; one of the two")
-    weight_decay: float = option(0.1, "of matrices and embeddings; gains and biases have none")
-    grad_clip: float = option(1.0, "largest norm of the gradient; 0: no clipping")
-    recompute_activations: bool = option(False, "activation checkpointing: less memory, more time")
-    template: str = option("plain", "how conversations are written: alpaca, plain, chatml, llama3 "
-                                    "or none")
-    labels: Literal["all", "last"] = option("all", "which answers of a conversation are learned")
-    packing: bool = option(False, "several conversations in a row, instead of padding")
-    pooling: Pooling = option("last", "what a classifier reads: the last token's state, or the "
-                                      "mean")
-    eval_every: int = option(250, "steps between evaluations; 0: only at the end")
-    eval_tokens: int = option(0, "tokens of an evaluation, spread over the split; 0: all")
-    patience: int = option(0, "evaluations without a lower loss before the run ends; 0: no end")
-    hellaswag_every: int = option(0, "steps between HellaSwag evaluations; 0: never")
-    hellaswag_file: str = option("", "local HellaSwag file; empty: downloaded once")
-    sample_every: int = option(0, "steps between samples; 0: only at the end")
-    sample_tokens: int = option(128, "tokens of a sample; 0: no samples")
-    sample_prompt: str = option("", "what a sample continues; empty: the start of a document")
-    save_every: int = option(500, "steps between checkpoints; 0: only at the end")
-    keep_last: int = option(2, "checkpoints kept: last.pt, last.1.pt, ...")
-    milestone_every: int = option(0, "steps between checkpoints that stay: step_0001000.pt, ...; a "
-                                     "multiple of save_every; 0: none")
-    save_total_limit: int = option(0, "milestones that stay, the newest; 0: all")
-    max_failed_saves: int = option(3, "checkpoints in a row that may fail before the run stops")
-    max_bad_steps: int = option(10, "steps in a row with a loss or gradient that is not finite "
-                                    "before the run stops; none of them is applied")
-    skip_spikes: float = option(0.0, "skip a step whose loss is so many standard deviations above "
-                                     "the last 100; 0: never")
-    timeout_minutes: float = option(30.0, "how long ranks wait for one that hangs")
-    log_every: int = option(10, "steps between looks at the device; each step is logged")
-    max_minutes: float = option(0.0, "save and stop after this time; 0: no limit")
-    report_to: Literal["none", "tensorboard"] = option("none", "besides log.jsonl and the screen")
-    dry_run: bool = option(False, "say what would happen, in seconds, and train nothing")
-    model: GPTConfig = option(GPTConfig(), "the network")
-    lora: LoRAConfig | None = option(None, "train an adapter instead of all weights")
-    optim: OptimConfig = option(OptimConfig(), "the optimizer")
+    out: str = "out/run"  # folder of the run; a run that is there goes on
+    data: str = "corpus"  # data set: a name under data/ or a folder, of token shards, conversations
+        # or texts with classes
+    init_from: str = "scratch"  # scratch, gpt2, gpt2-medium, ..., a Hugging Face folder or a run:
+        # where the weights of a new run come from
+    seed: int = 0  # of weights, batch order and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products; auto is
+        # bfloat16 where the hardware has it, else float32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where there is a compiler
+        # and the run is long enough to pay
+    deterministic: bool = True  # the same bits each time, where PyTorch knows a way
+    shard: Literal["none", "fsdp", "zero2"] = "none"  # split over the ranks: nothing; weights,
+        # gradients and optimizer state; the last two
+    max_steps: int = 0  # optimizer steps
+    epochs: float = 0.0  # passes over the training data; where given, instead of max_steps
+    batch_tokens: int = 524288  # tokens of a step, over all ranks and micro-batches
+    micro_batch: int = 16  # sequences in memory at once on each rank, at most
+    learning_rate: float = 6e-4  # peak learning rate
+    min_learning_rate: float = 6e-5  # floor of the schedule
+    schedule: Literal["cosine", "linear", "constant", "wsd", "polynomial"] = "cosine"
+        # after warmup; wsd is warmup-stable-decay
+    warmup_steps: int = 0  # steps of linear warmup
+    warmup_ratio: float = 0.0  # the same as a share of all steps; one of the two
+    weight_decay: float = 0.1  # of matrices and embeddings; gains and biases have none
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no clipping
+    recompute_activations: bool = False  # activation checkpointing: less memory, more time
+    template: str = "plain"  # how conversations are written: alpaca, plain, chatml, llama3 or none
+    labels: Literal["all", "last"] = "all"  # which answers of a conversation are learned
+    packing: bool = False  # several conversations in a row, instead of padding
+    pooling: Pooling = "last"  # what a classifier reads: the last token's state, or the mean
+    eval_every: int = 250  # steps between evaluations; 0: only at the end
+    eval_tokens: int = 0  # tokens of an evaluation, spread over the split; 0: all
+    patience: int = 0  # evaluations without a lower loss before the run ends; 0: no end
+    hellaswag_every: int = 0  # steps between HellaSwag evaluations; 0: never
+    hellaswag_file: str = ""  # local HellaSwag file; empty: downloaded once
+    sample_every: int = 0  # steps between samples; 0: only at the end
+    sample_tokens: int = 128  # tokens of a sample; 0: no samples
+    sample_prompt: str = ""  # what a sample continues; empty: the start of a document
+    save_every: int = 500  # steps between checkpoints; 0: only at the end
+    keep_last: int = 2  # checkpoints kept: last.pt, last.1.pt, ...
+    milestone_every: int = 0  # steps between checkpoints that stay: step_0001000.pt, ...; a
+        # multiple of save_every; 0: none
+    save_total_limit: int = 0  # milestones that stay, the newest; 0: all
+    max_failed_saves: int = 3  # checkpoints in a row that may fail before the run stops
+    max_bad_steps: int = 10  # steps in a row with a loss or gradient that is not finite before the
+        # run stops; none of them is applied
+    skip_spikes: float = 0.0  # skip a step whose loss is so many standard deviations above the last
+        # 100; 0: never
+    timeout_minutes: float = 30.0  # how long ranks wait for one that hangs
+    log_every: int = 10  # steps between looks at the device; each step is logged
+    max_minutes: float = 0.0  # save and stop after this time; 0: no limit
+    report_to: Literal["none", "tensorboard"] = "none"  # besides log.jsonl and the screen
+    dry_run: bool = False  # say what would happen, in seconds, and train nothing
+    model: GPTConfig = GPTConfig()  # the network
+    lora: LoRAConfig | None = None  # train an adapter instead of all weights
+    optim: OptimConfig = OptimConfig()  # the optimizer
 
     def __post_init__(self):
         for name in ("batch_tokens", "micro_batch", "log_every", "keep_last", "max_bad_steps"):

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 
 PARTS = {       # module: what it is run with, what it shows
     "ladder": (["--rounds=1", "--save=true"], "the steps that make training fast"),
@@ -26,8 +26,8 @@ PARTS = {       # module: what it is run with, what it shows
 
 @dataclass(frozen=True)
 class AllConfig:
-    only: tuple[str, ...] = option((), "which of " + ", ".join(PARTS) + "; empty: all")
-    save: bool = option(True, "write to bench/results")
+    only: tuple[str, ...] = ()  # which of ladder, step, loading, startup, ranks; empty: all
+    save: bool = True  # write to bench/results
 
     def __post_init__(self):
         for name in self.only:

@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 from bpe import GPT2_PATTERN, TIKTOKEN_GPT2, Tokenizer
-from bpe_train import read_blocks
+from fast.bpe import read_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("ONELOOP_SHARED", ROOT.parent / "shared/data"))

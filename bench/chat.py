@@ -23,7 +23,7 @@ import torch
 
 from bench.machine import write_results
 from bpe import find_tokenizer
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data import conversations, pydocs
 from data.chat import encode, extend_tokenizer
 from data.conversations import Message
@@ -36,14 +36,13 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] =
 
 @dataclass(frozen=True)
 class ChatBenchConfig:
-    source: str = option("", "a file of conversations; empty: questions about Python's library",
-                         flag="from")
-    tokenizer: str = option("gpt2", "gpt2 or a tokenizer's path")
-    records: int = option(2000, "how many of them, spread over it; 0: all")
-    batch: int = option(32, "samples of a batch")
-    block_size: int = option(1024, "longer samples are left out, on both sides")
-    repeats: int = option(5, "turns of each way; the medians count")
-    save: bool = option(False, "write bench/results/chat.json")
+    from_: str = ""  # a file of conversations; empty: questions about Python's library
+    tokenizer: str = "gpt2"  # gpt2 or a tokenizer's path
+    records: int = 2000  # how many of them, spread over it; 0: all
+    batch: int = 32  # samples of a batch
+    block_size: int = 1024  # longer samples are left out, on both sides
+    repeats: int = 5  # turns of each way; the medians count
+    save: bool = False  # write bench/results/chat.json
 
 
 def ours(talks: list[list[Message]], tokenizer: Any, batch: int, block_size: int) -> list[Any]:
@@ -102,7 +101,7 @@ def main(words: list[str]) -> None:
     tokenizer = extend_tokenizer(find_tokenizer(config.tokenizer), "chatml")
     other, collator = load_theirs(tokenizer)
     talks = [talk["messages"] for talk in (
-        conversations.read(conversations.find_files([config.source]))[0] if config.source
+        conversations.read(conversations.find_files([config.from_]))[0] if config.from_
         else pydocs.questions())]
     step = max(1, len(talks) // config.records) if config.records else 1
     talks = [[{"role": m["role"], "content": m["content"]} for m in talk] for talk in talks[::step]]
@@ -134,7 +133,7 @@ def main(words: list[str]) -> None:
     print(f"ratio {ratio:.2f}")
     if config.save:
         path = write_results("chat", torch.device("cpu"), rows, ratio=round(ratio, 2),
-                             conversations=len(talks), source=Path(config.source).name or "pydocs")
+                             conversations=len(talks), source=Path(config.from_).name or "pydocs")
         print("written:", path.name)
 
 

@@ -18,20 +18,20 @@ from torch.nn import functional as F
 
 from bench.machine import write_results
 from bpe import Tokenizer
-from config import option, parse, run_command
-from device import autocast, pick_device, pick_dtype, synchronize
+from run.config import parse, run_command
+from run.device import autocast, pick_device, pick_dtype, synchronize
 from eval.hellaswag import Item, Scores, load_items, score
 from model import GPT, GPTConfig
 
 @dataclass(frozen=True)
 class BenchConfig:
-    file: str = option("", "HellaSwag file; empty: the official one, downloaded once")
-    items: int = option(100, "how many of its items, spread over it")
-    repeats: int = option(4, "turns of each way; the best counts, as others may use the machine")
-    batch_tokens: int = option(0, "tokens of a batch of ours; 0: its default")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("bfloat16", "precision")
-    model: GPTConfig = option(GPTConfig(), "the network, with random weights")
+    file: str = ""  # HellaSwag file; empty: the official one, downloaded once
+    items: int = 100  # how many of its items, spread over it
+    repeats: int = 4  # turns of each way; the best counts, as others may use the machine
+    batch_tokens: int = 0  # tokens of a batch of ours; 0: its default
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"  # precision
+    model: GPTConfig = GPTConfig()  # the network, with random weights
 
 
 @torch.no_grad()

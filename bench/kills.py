@@ -24,13 +24,13 @@ from typing import Any, Callable, Literal
 import torch
 from tqdm import tqdm
 
-import checkpoint
+from run import checkpoint
 import train
 from bench.machine import write_results
-from config import build, option, parse, run_command
+from run.config import build, parse, run_command
 from data.conversations import write_dataset as write_conversations
-from faults import PHASES, Watch
-from report import read_log
+from run.watch import PHASES, Watch
+from run.log import read_log
 
 SLOW_DISK = 0.02            # seconds that each flush to the disk takes longer
 MODEL = dict(block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
@@ -42,11 +42,11 @@ SETTINGS = dict(device="cpu", dtype="float32", compile="off", batch_tokens=512, 
 
 @dataclass(frozen=True)
 class KillsConfig:
-    kills: int = option(100, "how often to kill, at least")
-    ranks: int = option(1, "processes of the run")
-    kind: Literal["pretraining", "sft", "lora"] = option("pretraining", "what is trained")
-    seed: int = option(0, "of the moments; 0: the clock")
-    save: bool = option(False, "add to bench/results/kills.json")
+    kills: int = 100  # how often to kill, at least
+    ranks: int = 1  # processes of the run
+    kind: Literal["pretraining", "sft", "lora"] = "pretraining"  # what is trained
+    seed: int = 0  # of the moments; 0: the clock
+    save: bool = False  # add to bench/results/kills.json
 
 
 def start(function: Callable, ranks: int, *arguments: Any) -> list[Any]:
@@ -156,7 +156,7 @@ def prepare(folder: Path) -> str:
     from data.corpus import CorpusConfig, prepare as prepare_corpus
     (folder / "text.txt").write_text("".join(
         f"line {i * i % 97} of the text, {'odd' if i % 2 else 'even'}\n" for i in range(240)))
-    return str(prepare_corpus(CorpusConfig(source=str(folder / "text.txt"), tokenizer="bytes",
+    return str(prepare_corpus(CorpusConfig(from_=str(folder / "text.txt"), tokenizer="bytes",
                                            validation=1 / 6, out=str(folder / "data"))))
 
 

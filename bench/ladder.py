@@ -34,11 +34,11 @@ from torch.nn import functional as F
 from bench.machine import RESULTS, in_process, matmul_peak, write_results
 from bench.peers import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, peer_step, step_time
 from bench.versus_peers import median_row, spread, with_shares
-from config import option, parse, run_command
-from device import DTYPES, has_compiler, peak_memory, pick_device
+from run.config import parse, run_command
+from run.device import DTYPES, has_compiler, peak_memory, pick_device
 from experiments.plots import GREY, STYLE
 from experiments.runs import PALETTE
-from linear import MKL_IS_SLOW, Linear
+from fast.linear import MKL_IS_SLOW, Linear
 from model import GPT, IGNORE, CausalSelfAttention, GPTConfig
 from optim import parameter_groups
 
@@ -55,14 +55,15 @@ RUNGS = ("float32", TF32, ONEDNN, "bfloat16", COMPILE, FLASH, PADDED, FUSED, HEA
 
 @dataclass(frozen=True)
 class LadderConfig:
-    shape: str = option("small", "which of " + ", ".join(SHAPES))
-    micro_batch: int = option(0, "sequences of a step; 0: the shape's own")
-    rungs: tuple[str, ...] = option((), "which of " + ", ".join(RUNGS) + "; empty: all")
-    rounds: int = option(3, "processes for each rung; the median counts")
-    repeats: int = option(3, "steps timed in each after two that warm up, more of short ones")
-    device: str = option("auto", "auto, cpu, cuda")
-    save: bool = option(False, "write table and picture to bench/results")
-    row: bool = option(False, "print one measurement as JSON (used inside)")
+    shape: str = "small"  # which of tiny, small, 124M
+    micro_batch: int = 0  # sequences of a step; 0: the shape's own
+    rungs: tuple[str, ...] = ()  # which of float32, TF32, oneDNN, bfloat16, torch.compile, flash
+        # attention, vocabulary 50304, fused AdamW, the model's head; empty: all
+    rounds: int = 3  # processes for each rung; the median counts
+    repeats: int = 3  # steps timed in each after two that warm up, more of short ones
+    device: str = "auto"  # auto, cpu, cuda
+    save: bool = False  # write table and picture to bench/results
+    row: bool = False  # print one measurement as JSON (used inside)
 
     def __post_init__(self):
         if self.shape not in SHAPES:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from bench.machine import write_results
-from config import option, parse, run_command
-from device import pick_device
+from run.config import parse, run_command
+from run.device import pick_device
 from eval.hellaswag import Scores, load_items, score, wilson_interval
 from sample import load_writer
 
@@ -32,11 +32,11 @@ training_split: null
 
 @dataclass(frozen=True)
 class LMEvalConfig:
-    model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium")
-    file: str = option("", "HellaSwag file with official records")
-    limit: int = option(0, "the first so many items; 0 is all")
-    batch_size: int = option(16, "rows at a time of the harness")
-    device: str = option("cpu", "cpu, cuda, cuda:N")
+    model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium
+    file: str = ""  # HellaSwag file with official records
+    limit: int = 0  # the first so many items; 0 is all
+    batch_size: int = 16  # rows at a time of the harness
+    device: str = "cpu"  # cpu, cuda, cuda:N
 
 
 def harness_scores(folder: Path, config: LMEvalConfig, limit: int) -> tuple[torch.Tensor, dict]:
@@ -78,7 +78,7 @@ def compare(sums: torch.Tensor, theirs: dict[str, torch.Tensor], ours: Scores,
 
 
 def measure(config: LMEvalConfig) -> dict[str, Any]:
-    import model_files
+    from formats import gpt2 as model_files
     if not config.file:
         raise ValueError("file is empty; give --file=HELLASWAG.jsonl, as the harness is offline")
     items = load_items(config.file)[:config.limit or None]

@@ -28,7 +28,7 @@ import torch
 
 from bench.machine import in_process, write_results
 from bpe import Tokenizer, has_gpt2
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data import shards
 from data.corpus import documentation, named_tokenizer, sources
 from data.fineweb import FinewebConfig, prepare
@@ -43,18 +43,18 @@ WHO = ("oneloop", "tiktoken")
 
 @dataclass(frozen=True)
 class LoadingConfig:
-    source: str = option("", "text: files or folders of .jsonl, .parquet and .txt, by comma; empty:"
-                             " what every Python carries", flag="from")
-    tokenizer: str = option("", "gpt2 or a tokenizer's path; empty: gpt2 where it is here, else "
-                                "one that is trained on the text")
-    megabytes: float = option(60.0, "text, where --from does not name it")
-    threads: int = option(0, "threads that encode; 0: one for each core")
-    tokens: int = option(64_000_000, "tokens of the generated shard")
-    micro_batches: tuple[int, ...] = option((32, 64), "sequences of a batch")
-    block_size: int = option(1024, "tokens of a sequence")
-    rounds: int = option(3, "times each is measured; the median counts")
-    save: bool = option(False, "write bench/results/loading.json")
-    who: str = option("", "print one measurement as JSON (used inside)")
+    from_: str = ""  # text: files or folders of .jsonl, .parquet and .txt, by comma; empty: what
+        # every Python carries
+    tokenizer: str = ""  # gpt2 or a tokenizer's path; empty: gpt2 where it is here, else one that
+        # is trained on the text
+    megabytes: float = 60.0  # text, where --from does not name it
+    threads: int = 0  # threads that encode; 0: one for each core
+    tokens: int = 64_000_000  # tokens of the generated shard
+    micro_batches: tuple[int, ...] = (32, 64)  # sequences of a batch
+    block_size: int = 1024  # tokens of a sequence
+    rounds: int = 3  # times each is measured; the median counts
+    save: bool = False  # write bench/results/loading.json
+    who: str = ""  # print one measurement as JSON (used inside)
 
     def __post_init__(self):
         for name in ("megabytes", "tokens", "block_size", "rounds"):
@@ -122,14 +122,14 @@ def measure_text(who: str, config: LoadingConfig) -> dict[str, Any]:
     if who == "oneloop":
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
             start = time.perf_counter()
-            prepare(FinewebConfig(source=config.source, tokenizer=config.tokenizer, out=out,
+            prepare(FinewebConfig(from_=config.from_, tokenizer=config.tokenizer, out=out,
                                   num_threads=config.threads))
             seconds = time.perf_counter() - start
             meta = shards.read_meta(Path(out))
         tokens = sum(split["tokens"] for split in meta["splits"].values())
         starts = named_tokenizer(config.tokenizer).eot is not None      # one before each document
         return {"seconds": seconds, "tokens": tokens - meta["documents"] * starts}
-    texts = list(read_documents(find_files(config.source)))
+    texts = list(read_documents(find_files(config.from_)))
     encoding = named_tokenizer(config.tokenizer).to_tiktoken()
     encoding.encode_ordinary("loaded")
     start = time.perf_counter()
@@ -152,7 +152,7 @@ def write_text(path: Path, megabytes: float) -> None:
 
 def compare_text(config: LoadingConfig, scratch: Path) -> dict[str, Any]:
     """The row of both contestants: median seconds, MB/s, and ours over tiktoken's speed."""
-    source, tokenizer = config.source, config.tokenizer
+    source, tokenizer = config.from_, config.tokenizer
     if not source:
         source = str(scratch / "text.jsonl")
         write_text(Path(source), config.megabytes)

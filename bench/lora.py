@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.machine import seconds, write_results
-from config import option, parse, run_command
-from device import autocast, peak_memory, pick_device
+from run.config import parse, run_command
+from run.device import autocast, peak_memory, pick_device
 from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
 from optim import OptimConfig, make_optimizer
@@ -36,18 +36,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class LoRABenchConfig:
-    shape: str = option("124M", "which of " + ", ".join(SHAPES))
-    variants: tuple[str, ...] = option(tuple(VARIANTS), "which of " + ", ".join(VARIANTS))
-    sides: tuple[str, ...] = option(("ours", "peft"), "ours, peft")
-    targets: tuple[str, ...] = option(("c_attn",), "layers with adapters: names, or all-linear")
-    r: int = option(8, "rank")
-    batch: int = option(4, "sequences of a step")
-    rounds: int = option(3, "processes for each measurement; the median counts")
-    repeats: int = option(5, "steps timed in each after two that warm up")
-    device: str = option("auto", "auto, cpu, cuda")
-    compile: bool = option(False, "torch.compile on both sides")
-    save: bool = option(False, "write bench/results/lora-DEVICE.json")
-    row: bool = option(False, "print one measurement as JSON (used inside)")
+    shape: str = "124M"  # which of 124M, tiny
+    variants: tuple[str, ...] = tuple(VARIANTS)  # which of full, lora, dora, qlora
+    sides: tuple[str, ...] = ("ours", "peft")  # ours, peft
+    targets: tuple[str, ...] = ("c_attn",)  # layers with adapters: names, or all-linear
+    r: int = 8  # rank
+    batch: int = 4  # sequences of a step
+    rounds: int = 3  # processes for each measurement; the median counts
+    repeats: int = 5  # steps timed in each after two that warm up
+    device: str = "auto"  # auto, cpu, cuda
+    compile: bool = False  # torch.compile on both sides
+    save: bool = False  # write bench/results/lora-DEVICE.json
+    row: bool = False  # print one measurement as JSON (used inside)
 
     def __post_init__(self):
         for name, allowed in (("shape", SHAPES), ("variants", VARIANTS),

@@ -14,8 +14,8 @@ from typing import Any, Callable
 
 import torch
 
-from device import device_name, synchronize
-from linear import linear
+from run.device import device_name, synchronize
+from fast.linear import linear
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 
 from bench.machine import matmul_peak, seconds
-from device import DTYPES, autocast, peak_memory, synchronize
+from run.device import DTYPES, autocast, peak_memory, synchronize
 from model import GPT, GPTConfig
 
 SHAPES = {          # name: shape, its micro-batch on a CPU; all have biases, as build-nanogpt does
@@ -56,9 +56,9 @@ class Contestant:
 def our_step(config: GPTConfig, x: torch.Tensor, y: torch.Tensor, device: torch.device,
              dtype: torch.dtype, mode: str, checkout: str = "") -> Contestant:
     """What train.py does with a batch of one micro-batch."""
-    from launch import Processes        # here: the memory of peers is without what these import
+    from run.processes import Processes        # here: the memory of peers is without what these import
     from optim import OptimConfig, make_optimizer
-    from parallel import Parallel, compiled, full
+    from run.parallel import Parallel, compiled, full
     from train import update
     with device:
         model = GPT(config)

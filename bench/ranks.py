@@ -22,18 +22,18 @@ from typing import Any, Literal
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import parallel
+from run import parallel
 import train
 from bench.kills import start
 from bench.loading import generated
 from bench.machine import write_results
 from bench.peers import SHAPES as PEERS_SHAPES
-from config import build, option, parse, run_command
+from run.config import build, parse, run_command
 from data.shards import read_json, write_json
-from device import has_compiler, peak_memory
-from faults import Watch
+from run.device import has_compiler, peak_memory
+from run.watch import Watch
 from model import GPTConfig
-from report import read_log
+from run.log import read_log
 
 SHAPES = {          # name: shape, sequences of a step, steps between two looks at the clock
     "tiny": (GPTConfig(32, 256, n_layer=1, n_head=2, n_embd=16), 8, 2),     # to try the benchmark
@@ -46,14 +46,14 @@ ACCUMULATIONS = (1, 2, 4)
 
 @dataclass(frozen=True)
 class RanksConfig:
-    shapes: tuple[str, ...] = option(("demo", "small"), "speed of which of " + ", ".join(SHAPES))
-    memory_shape: str = option("small", "whose memory is measured; empty: none")
-    ranks: int = option(2, "processes, and threads of the one process beside them")
-    rounds: int = option(3, "runs of each; the median counts")
-    looks: int = option(4, "looks at the clock in a run; the first, which warms up, does not count")
-    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "precision")
-    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto: where it works")
-    save: bool = option(False, "write bench/results/ranks-cpu.json")
+    shapes: tuple[str, ...] = ("demo", "small")  # speed of which of tiny, demo, small
+    memory_shape: str = "small"  # whose memory is measured; empty: none
+    ranks: int = 2  # processes, and threads of the one process beside them
+    rounds: int = 3  # runs of each; the median counts
+    looks: int = 4  # looks at the clock in a run; the first, which warms up, does not count
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # precision
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where it works
+    save: bool = False  # write bench/results/ranks-cpu.json
 
     def __post_init__(self):
         for name in (*self.shapes, *filter(None, [self.memory_shape])):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.machine import RESULTS
 from bench.peers import OURS
-from config import run_command
+from run.config import run_command
 
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"

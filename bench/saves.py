@@ -15,23 +15,23 @@ from typing import Any, Literal
 
 import torch
 
-import checkpoint
+from run import checkpoint
 from bench.machine import write_results
 from bench.peers import SHAPES, lasting, our_step
-from config import option, parse, run_command
-from device import has_compiler, pick_device, pick_dtype
-from launch import repeatable
+from run.config import parse, run_command
+from run.device import has_compiler, pick_device, pick_dtype
+from run.processes import repeatable
 
 
 @dataclass(frozen=True)
 class SavesConfig:
-    shape: str = option("124M", "which of " + ", ".join(SHAPES))
-    folder: str = option("out", "where the files go, on the disk that is to be measured")
-    repeats: int = option(5, "saves of each kind; steps timed before them")
-    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile for the steps")
-    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "precision of the steps")
-    device: str = option("auto", "auto, cpu, cuda")
-    save: bool = option(False, "write bench/results/saves-DEVICE.json")
+    shape: str = "124M"  # which of tiny, recipe, small, 124M, 350M, 1558M
+    folder: str = "out"  # where the files go, on the disk that is to be measured
+    repeats: int = 5  # saves of each kind; steps timed before them
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for the steps
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # precision of the steps
+    device: str = "auto"  # auto, cpu, cuda
+    save: bool = False  # write bench/results/saves-DEVICE.json
 
     def __post_init__(self):
         if self.shape not in SHAPES:

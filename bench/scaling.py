@@ -16,12 +16,12 @@ import torch
 
 from bench.machine import RESULTS
 from bench.step import SHAPES as STEP_SHAPES
-from config import build, option, parse, run_command
-from cross_entropy import head_memory
+from run.config import build, parse, run_command
+from fast.cross_entropy import head_memory
 from data.loader import divide_step
-from device import PEAK_FLOPS
+from run.device import PEAK_FLOPS
 from model import GPT, GPTConfig
-from presets import PRESETS
+from run.presets import PRESETS
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 GPUS_OF_A_NODE = 8
@@ -46,14 +46,14 @@ RESERVE, ACTIVATIONS = 0.1, 14e9
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    peak: float = option(PEAK_FLOPS["H100"], "dense bf16 FLOP/s of a GPU; H100 and H200 alike")
-    mfu: float = option(0.4, "share of the peak that training reaches: an assumption")
-    nvlink: float = option(450e9, "bytes/s each way between GPUs of a node (900 GB/s both ways)")
-    infiniband: float = option(50e9, "bytes/s each way of a GPU's own 400 Gb/s adapter")
-    price: float = option(2.0, "of a GPU-hour, in any currency: a placeholder, no quotation")
-    bytes_per_token: float = option(4.59, "of text; measured on 300 pages of C4, GPT-2's tokenizer")
-    encode_rate: float = option(30e6, "bytes/s of text that 2 idle cores tokenise")
-    write: bool = option(False, "put the tables into docs/scaling.md")
+    peak: float = PEAK_FLOPS["H100"]  # dense bf16 FLOP/s of a GPU; H100 and H200 alike
+    mfu: float = 0.4  # share of the peak that training reaches: an assumption
+    nvlink: float = 450e9  # bytes/s each way between GPUs of a node (900 GB/s both ways)
+    infiniband: float = 50e9  # bytes/s each way of a GPU's own 400 Gb/s adapter
+    price: float = 2.0  # of a GPU-hour, in any currency: a placeholder, no quotation
+    bytes_per_token: float = 4.59  # of text; measured on 300 pages of C4, GPT-2's tokenizer
+    encode_rate: float = 30e6  # bytes/s of text that 2 idle cores tokenise
+    write: bool = False  # put the tables into docs/scaling.md
 
     def __post_init__(self):
         for name in ("peak", "mfu", "nvlink", "infiniband", "bytes_per_token", "encode_rate"):

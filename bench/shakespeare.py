@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from bench.machine import write_results
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data.shakespeare import ShakespeareConfig, prepare
 from data.shards import DATA
-from report import read_log
+from run.log import read_log
 
 RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
           "--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
@@ -31,10 +31,10 @@ RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_
 
 @dataclass(frozen=True)
 class BenchConfig:
-    nanogpt: str = option("", "a checkout of nanoGPT; empty: only ours")
-    input: str = option("", "a local copy of the text; empty: data.shakespeare downloads it")
-    rounds: int = option(1, "how often each runs; medians count")
-    save: bool = option(False, "write bench/results/shakespeare.json")
+    nanogpt: str = ""  # a checkout of nanoGPT; empty: only ours
+    input: str = ""  # a local copy of the text; empty: data.shakespeare downloads it
+    rounds: int = 1  # how often each runs; medians count
+    save: bool = False  # write bench/results/shakespeare.json
 
 
 def ours(folder: Path) -> tuple[float, float]:
@@ -64,7 +64,7 @@ def theirs(checkout: Path, text: Path, folder: Path) -> tuple[float, float]:
 def main(words: list[str]) -> None:
     config = parse(BenchConfig, words, "python -m bench.shakespeare", about=__doc__)
     if config.input:
-        prepare(ShakespeareConfig(source=config.input))
+        prepare(ShakespeareConfig(from_=config.input))
     text = Path(config.input or DATA / "shakespeare" / "input.txt").resolve()
     runs: dict[str, list[tuple[float, float]]] = {"oneloop": []}
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.machine import write_results
-from config import option, parse, run_command
+from run.config import parse, run_command
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {"python": ["-c", "pass"], "import torch": ["-c", "import torch"],
@@ -28,8 +28,8 @@ MOST_SECONDS = 1.0          # of train.py --help, beyond `import torch`
 
 @dataclass(frozen=True)
 class StartupConfig:
-    rounds: int = option(7, "times each command runs; the median counts")
-    save: bool = option(False, "write bench/results/startup.json")
+    rounds: int = 7  # times each command runs; the median counts
+    save: bool = False  # write bench/results/startup.json
 
     def __post_init__(self):
         if self.rounds < 1:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 
 from bench.machine import matmul_peak, seconds, write_results
-from config import option, parse, run_command
-from device import DTYPES, autocast, has_compiler, peak_memory, pick_device
+from run.config import parse, run_command
+from run.device import DTYPES, autocast, has_compiler, peak_memory, pick_device
 from model import GPT, GPTConfig
 from optim import OptimConfig, make_optimizer
 
@@ -27,13 +27,13 @@ SHAPES = {      # name: shape, micro-batch on a CPU, on a GPU
 
 @dataclass(frozen=True)
 class StepConfig:
-    shapes: tuple[str, ...] = option(tuple(SHAPES), "which of " + ", ".join(SHAPES))
-    dtypes: tuple[str, ...] = option(("float32", "bfloat16"), "precisions")
-    modes: tuple[str, ...] = option(("eager", "compiled"), "with and without torch.compile")
-    device: str = option("auto", "auto, cpu, cuda")
-    repeats: int = option(3, "steps timed after two that warm up; the median counts")
-    save: bool = option(False, "write bench/results/step-DEVICE.json")
-    row: Literal["yes", "no"] = option("no", "print one measurement as JSON (used inside)")
+    shapes: tuple[str, ...] = tuple(SHAPES)  # which of small, 124M
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # precisions
+    modes: tuple[str, ...] = ("eager", "compiled")  # with and without torch.compile
+    device: str = "auto"  # auto, cpu, cuda
+    repeats: int = 3  # steps timed after two that warm up; the median counts
+    save: bool = False  # write bench/results/step-DEVICE.json
+    row: Literal["yes", "no"] = "no"  # print one measurement as JSON (used inside)
 
 
 def measure(shape: str, dtype: str, mode: str, device: torch.device,

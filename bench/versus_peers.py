@@ -27,30 +27,30 @@ import torch
 
 from bench.machine import write_results
 from bench.peers import GENERATE, LOOSE, OURS, SHAPES, WHO, measure_generation, measure_step
-from config import option, parse, run_command
-from device import DTYPES, has_compiler, pick_device
-from launch import repeatable
+from run.config import parse, run_command
+from run.device import DTYPES, has_compiler, pick_device
+from run.processes import repeatable
 
 
 @dataclass(frozen=True)
 class PeersConfig:
-    only: tuple[str, ...] = option((), f"which of {', '.join([*SHAPES, *GENERATE])}; empty: recipe,"
-                                       " small, 124M and both generations, on a GPU 124M")
-    nanogpt: str = option("", "a checkout of nanoGPT; empty: without it")
-    build_nanogpt: str = option("", "a checkout of build-nanogpt; empty: without it")
-    who: tuple[str, ...] = option((), f"which of {', '.join(WHO)}; empty: all that are here")
-    dtypes: tuple[str, ...] = option((), "float32, bfloat16; empty: both, on a GPU bfloat16")
-    modes: tuple[str, ...] = option((), "eager, compiled; empty: both, on a GPU compiled")
-    micro_batches: tuple[int, ...] = option((), "sequences of a step, the fastest counts; tried "
-                                            "from the largest until one is slower; empty: the "
-                                            "shape's own, on a GPU 4,8,16,32,64")
-    rounds: int = option(3, "processes for each measurement; the median counts")
-    repeats: int = option(3, "steps timed in each after two that warm up, more of short ones")
-    minutes: float = option(0.0, "start no measurement after this time; 0: no limit")
-    device: str = option("auto", "auto, cpu, cuda")
-    save: bool = option(False, "write bench/results/versus-peers-DEVICE.json, with --only's names "
-                               "in the name where it is given")
-    row: bool = option(False, "print one measurement as JSON (used inside)")
+    only: tuple[str, ...] = ()  # which of tiny, recipe, small, 124M, 350M, 1558M, generate,
+        # generate-32, generate-tiny; empty: recipe, small, 124M and both generations, on a GPU 124M
+    nanogpt: str = ""  # a checkout of nanoGPT; empty: without it
+    build_nanogpt: str = ""  # a checkout of build-nanogpt; empty: without it
+    who: tuple[str, ...] = ()  # which of oneloop, oneloop --deterministic=off, nanoGPT,
+        # build-nanogpt, transformers; empty: all that are here
+    dtypes: tuple[str, ...] = ()  # float32, bfloat16; empty: both, on a GPU bfloat16
+    modes: tuple[str, ...] = ()  # eager, compiled; empty: both, on a GPU compiled
+    micro_batches: tuple[int, ...] = ()  # sequences of a step, the fastest counts; tried from the
+        # largest until one is slower; empty: the shape's own, on a GPU 4,8,16,32,64
+    rounds: int = 3  # processes for each measurement; the median counts
+    repeats: int = 3  # steps timed in each after two that warm up, more of short ones
+    minutes: float = 0.0  # start no measurement after this time; 0: no limit
+    device: str = "auto"  # auto, cpu, cuda
+    save: bool = False  # write bench/results/versus-peers-DEVICE.json, with --only's names in the
+        # name where it is given
+    row: bool = False  # print one measurement as JSON (used inside)
 
     def __post_init__(self):
         for name, allowed in (("only", (*SHAPES, *GENERATE)), ("who", WHO), ("dtypes", DTYPES),

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data import conversations
 from data.shards import DATA
-from download import download
+from formats.download import download
 
 COMMIT = "761dc5bfbdeeffa89b8bff5d038781a4055f796a"
 URL = f"https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/{COMMIT}/alpaca_data.json"
@@ -24,24 +24,24 @@ RECORDS = 52_002
 
 @dataclass(frozen=True)
 class AlpacaConfig:
-    source: str = option("", "a local file; empty: download it once", flag="from")
-    on_error: Literal["skip", "refuse"] = option("skip", "what to do with a broken record")
-    tokenizer: str = option("", "gpt2 or a tokenizer's path, to count tokens with; the data know "
-                                "none, so this is optional")
-    validation: float = option(0.05, "share of the records that validates")
-    out: str = option("", "folder of the data set; empty: data/alpaca")
+    from_: str = ""  # a local file; empty: download it once
+    on_error: Literal["skip", "refuse"] = "skip"  # what to do with a broken record
+    tokenizer: str = ""  # gpt2 or a tokenizer's path, to count tokens with; the data know none, so
+        # this is optional
+    validation: float = 0.05  # share of the records that validates
+    out: str = ""  # folder of the data set; empty: data/alpaca
 
 
 def prepare(config: AlpacaConfig = AlpacaConfig()) -> Path:
     """Alpaca as a set of conversations; returns its folder."""
     folder = Path(config.out or DATA / "alpaca")
-    files = conversations.find_files([config.source or download(
+    files = conversations.find_files([config.from_ or download(
         URL, folder / "alpaca_data.json", GIT_BLOB, "python -m data.alpaca --from=FILE")])
     found, dropped = conversations.read(files, "alpaca", config.on_error)
     records = len(found) + sum(dropped.values())
     if records != RECORDS:
         print(f"{files[0]} has {records:,} records, not the {RECORDS:,} of Stanford Alpaca")
-    conversations.write_dataset(folder, found, config.source or URL, config.validation, dropped)
+    conversations.write_dataset(folder, found, config.from_ or URL, config.validation, dropped)
     if config.tokenizer:
         conversations.count_tokens(folder, config.tokenizer)
     return folder

@@ -31,7 +31,7 @@ import torch
 import torch.nn as nn
 
 from bpe import END_OF_TEXT, Tokenizer
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data import conversations
 from data.conversations import Message, check_messages
 from data.samples import IGNORE, Samples
@@ -304,29 +304,28 @@ def fingerprint(folder: str | Path, tokenizer: Tokenizer, template: str,
 
 @dataclass(frozen=True)
 class ChatConfig:
-    source: str = option("", "a .json or .jsonl file, or a folder of them; several by comma",
-                         flag="from")
-    out: str = option("", "folder of the data set; empty: data/chat")
-    format: Literal["auto", "messages", "alpaca", "conversation", "sharegpt"] = option(
-        "auto", "of the records; auto: told by their keys")
-    on_error: Literal["skip", "refuse"] = option("skip", "what to do with a broken record")
-    tokenizer: str = option("", "gpt2 or a tokenizer's path, to count tokens with; the data know "
-                                "none, so this is optional")
-    validation: float = option(0.05, "share of the conversations that validates")
+    from_: str = ""  # a .json or .jsonl file, or a folder of them; several by comma
+    out: str = ""  # folder of the data set; empty: data/chat
+    format: Literal["auto", "messages", "alpaca", "conversation", "sharegpt"] = "auto"
+        # of the records; auto: told by their keys
+    on_error: Literal["skip", "refuse"] = "skip"  # what to do with a broken record
+    tokenizer: str = ""  # gpt2 or a tokenizer's path, to count tokens with; the data know none, so
+        # this is optional
+    validation: float = 0.05  # share of the conversations that validates
 
 
 def prepare(config: ChatConfig) -> Path:
     """Conversations from files of any known format into a data set."""
     folder = Path(config.out or DATA / "chat")
-    if not config.source:
+    if not config.from_:
         raise ValueError("no source given; name files of conversations: python -m data.chat "
                          "prepare FILE... (pairs that need no file: python -m data.pydocs)")
-    files = conversations.find_files(config.source.split(","))
+    files = conversations.find_files(config.from_.split(","))
     found, dropped = conversations.read(files, config.format, config.on_error)
     if not found:
-        raise ValueError(f"{config.source} holds no conversation that can be used; nothing was "
+        raise ValueError(f"{config.from_} holds no conversation that can be used; nothing was "
                          f"written")
-    conversations.write_dataset(folder, found, config.source, config.validation, dropped)
+    conversations.write_dataset(folder, found, config.from_, config.validation, dropped)
     if config.tokenizer:
         conversations.count_tokens(folder, config.tokenizer)
     return folder

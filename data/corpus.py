@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from bpe import Tokenizer, find_tokenizer
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data.shards import DATA
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter
@@ -31,14 +31,13 @@ BATCH = 256             # documents encoded at once
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    source: str = option("", "file or folder of .txt and .jsonl; empty: Python's own documentation",
-                         flag="from")
-    code: bool = option(False, "add the sources of the standard library")
-    tokenizer: str = option("", "gpt2, a tokenizer's path, or bytes; empty: train one on the text")
-    vocab_size: int = option(4096, "of the tokenizer that is trained")
-    validation: float = option(0.05, "share of the bytes that validates")
-    shard_tokens: int = option(100_000_000, "tokens of a shard")
-    out: str = option("", "folder of the shards; empty: data/corpus")
+    from_: str = ""  # file or folder of .txt and .jsonl; empty: Python's own documentation
+    code: bool = False  # add the sources of the standard library
+    tokenizer: str = ""  # gpt2, a tokenizer's path, or bytes; empty: train one on the text
+    vocab_size: int = 4096  # of the tokenizer that is trained
+    validation: float = 0.05  # share of the bytes that validates
+    shard_tokens: int = 100_000_000  # tokens of a shard
+    out: str = ""  # folder of the shards; empty: data/corpus
 
     def __post_init__(self):
         if not 0 < self.validation < 1:
@@ -149,8 +148,8 @@ def named_tokenizer(name: str) -> Tokenizer:
 def prepare(config: CorpusConfig = CorpusConfig()) -> Path:
     """Collect the documents, train a tokenizer on those of training, write the shards."""
     folder = Path(config.out or DATA / "corpus")
-    if config.source:
-        documents, source = list(read_documents(find_files(config.source))), config.source
+    if config.from_:
+        documents, source = list(read_documents(find_files(config.from_))), config.from_
     else:
         print("collecting the documentation of this Python")
         documents = documentation() + (sources() if config.code else [])

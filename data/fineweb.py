@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data import shards
 from data.corpus import named_tokenizer
 from data.shards import DATA
@@ -42,13 +42,13 @@ AHEAD = 1 << 22         # characters that are read ahead of the writer, for each
 
 @dataclass(frozen=True)
 class FinewebConfig:
-    source: str = option("", "files or folders of .jsonl, .parquet and .txt, by comma; empty: "
-                             "FineWeb-Edu from the hub", flag="from")
-    subset: str = option("sample-10BT", "of FineWeb-Edu on the hub")
-    tokenizer: str = option("gpt2", "gpt2, bytes, or a tokenizer's path")
-    shard_tokens: int = option(100_000_000, "tokens of a shard, rounded up to whole documents")
-    num_threads: int = option(0, "threads that encode; 0: one for each core")
-    out: str = option("", "folder of the shards; empty: data/fineweb")
+    from_: str = ""  # files or folders of .jsonl, .parquet and .txt, by comma; empty: FineWeb-Edu
+        # from the hub
+    subset: str = "sample-10BT"  # of FineWeb-Edu on the hub
+    tokenizer: str = "gpt2"  # gpt2, bytes, or a tokenizer's path
+    shard_tokens: int = 100_000_000  # tokens of a shard, rounded up to whole documents
+    num_threads: int = 0  # threads that encode; 0: one for each core
+    out: str = ""  # folder of the shards; empty: data/fineweb
 
     def __post_init__(self):
         if self.shard_tokens < 1 or self.num_threads < 0:
@@ -60,11 +60,11 @@ def prepare(config: FinewebConfig = FinewebConfig()) -> Path:
     """Write the shards, or those that an interrupted call has left to do. Returns their folder."""
     folder, started = Path(config.out or DATA / "fineweb"), time.monotonic()
     tokenizer = named_tokenizer(config.tokenizer)
-    files = find_files(config.source) if config.source else []
+    files = find_files(config.from_) if config.from_ else []
     source = f"{HUB} {config.subset}"
     if files:
         size = sum(path.stat().st_size for path in files)
-        source = f"{config.source} ({len(files)} files, {size:,} bytes)"
+        source = f"{config.from_} ({len(files)} files, {size:,} bytes)"
     wanted = {"source": source, "tokenizer_hash": tokenizer.hash,
               "shard_tokens": config.shard_tokens}
     if is_complete(folder, wanted):

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Literal
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data import labels
 from data.conversations import read_records, split, write_dataset as write_conversations
 from data.corpus import named_tokenizer, write_dataset
 from data.shards import DATA
-from download import download
+from formats.download import download
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
@@ -32,14 +32,13 @@ MEMBER = re.compile(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt")
 
 @dataclass(frozen=True)
 class ImdbConfig:
-    source: str = option("", "folder aclImdb, a .jsonl file or a folder of them; empty: download "
-                             "it once", flag="from")
-    task: Literal["text", "sentiment", "classes"] = option(
-        "text", "token shards, conversations, or texts with their class")
-    tokenizer: str = option("gpt2", "of the shards: gpt2, bytes, or a tokenizer's path")
-    validation: float = option(0.05, "share that validates, where the source has no test reviews")
-    out: str = option("", "folder of the data set; empty: data/imdb, data/imdb_sentiment "
-                          "or data/imdb_classes")
+    from_: str = ""  # folder aclImdb, a .jsonl file or a folder of them; empty: download it once
+    task: Literal["text", "sentiment", "classes"] = "text"  # token shards, conversations, or texts
+        # with their class
+    tokenizer: str = "gpt2"  # of the shards: gpt2, bytes, or a tokenizer's path
+    validation: float = 0.05  # share that validates, where the source has no test reviews
+    out: str = ""  # folder of the data set; empty: data/imdb, data/imdb_sentiment or
+        # data/imdb_classes
 
 
 Review = tuple[str, str, int]           # "train" or "test", the text, 1 for positive
@@ -108,13 +107,13 @@ def prepare(config: ImdbConfig = ImdbConfig()) -> Path:
     """IMDB as the data set that `config.task` names; returns its folder."""
     home = DATA / "imdb"
     folder = Path(config.out or (home if config.task == "text" else DATA / f"imdb_{config.task}"))
-    reviews = read_reviews(config.source, home)
+    reviews = read_reviews(config.from_, home)
     talks = [as_conversation(review) for review in reviews]
     train = [talk for talk, review in zip(talks, reviews) if review[0] == "train"]
     val = [talk for talk, review in zip(talks, reviews) if review[0] == "test"]
     if not train or not val:
         train, val = split(talks, config.validation)
-    source = config.source or URL
+    source = config.from_ or URL
     if config.task == "sentiment":
         write_conversations(folder, train, source, val=val)
     elif config.task == "classes":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bpe import Tokenizer, find_tokenizer
-from config import option, parse
+from run.config import parse
 from data import conversations
 from data.chat import cut, encode, extend_tokenizer, find_template, render
 from data.samples import IGNORE
@@ -26,14 +26,13 @@ WIDTH = 40              # characters of a histogram's longest bar
 
 @dataclass(frozen=True)
 class InspectConfig:
-    tokenizer: str = option("", "gpt2 or a tokenizer's path; empty: bytes")
-    template: str = option("chatml", "how conversations are written: alpaca, plain, chatml, "
-                                     "llama3, none")
-    block_size: int = option(1024, "what is longer counts as truncated")
-    split: Literal["train", "val"] = option("train", "of a prepared data set")
-    example: int = option(0, "which conversation is shown; the first is 0")
-    format: Literal["auto", "messages", "alpaca", "conversation", "sharegpt"] = option(
-        "auto", "of a file's records")
+    tokenizer: str = ""  # gpt2 or a tokenizer's path; empty: bytes
+    template: str = "chatml"  # how conversations are written: alpaca, plain, chatml, llama3, none
+    block_size: int = 1024  # what is longer counts as truncated
+    split: Literal["train", "val"] = "train"  # of a prepared data set
+    example: int = 0  # which conversation is shown; the first is 0
+    format: Literal["auto", "messages", "alpaca", "conversation", "sharegpt"] = "auto"
+        # of a file's records
 
 
 def load(name: str, split: str, format: str) -> tuple[list[dict[str, Any]], Counter[str]]:

@@ -21,7 +21,7 @@ from typing import Any, Iterable, Sequence
 import numpy as np
 
 from bpe import Tokenizer
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data.conversations import find_files, read_records
 from data.corpus import split_documents
 from data.samples import Samples
@@ -33,14 +33,14 @@ Example = tuple[str, int]               # a text and the number of its class
 
 @dataclass(frozen=True)
 class LabelsConfig:
-    source: str = option("", "a .json or .jsonl file, or a folder of them; several by comma",
-                         flag="from")
-    out: str = option("", "folder of the data set")
-    validation: float = option(0.05, "share that validates, where no file's name has \"test\"")
+    from_: str = ""  # a .json or .jsonl file, or a folder of them; several by comma
+    out: str = ""  # folder of the data set
+    validation: float = 0.05  # share that validates, where no file's name has "test"
 
     def __post_init__(self):
-        for name, flag in (("source", "from"), ("out", "out")):
+        for name in ("from_", "out"):
             if not getattr(self, name):
+                flag = name.rstrip("_")
                 raise ValueError(f"{flag} is missing; give --{flag}=PATH")
         if not 0 < self.validation < 1:
             raise ValueError(f"validation={self.validation} is not in (0, 1)")
@@ -168,17 +168,17 @@ def load_samples(folder: str | Path, name: str, tokenizer: Any, block_size: int)
 
 def prepare(config: LabelsConfig) -> Path:
     """Files of any two or more labels into a data set."""
-    files = find_files(config.source.split(","))
+    files = find_files(config.from_.split(","))
     found = {path: read_examples(path) for path in files}
     labels = {label for examples in found.values() for _, label in examples}
     if len({type(label) for label in labels}) > 1:
-        raise ValueError(f"{config.source} has words and numbers for labels; use one of them")
+        raise ValueError(f"{config.from_} has words and numbers for labels; use one of them")
     numbers = {label: i for i, label in enumerate(sorted(labels))}
     parts: tuple[list[Example], list[Example]] = [], []             # training, validation
     for path, examples in found.items():
         parts["test" in path.stem].extend((text, numbers[label]) for text, label in examples)
     train, val = parts if all(parts) else split(parts[0] + parts[1], config.validation)
-    write_dataset(config.out, train, val, [str(label) for label in numbers], config.source)
+    write_dataset(config.out, train, val, [str(label) for label in numbers], config.from_)
     return Path(config.out)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data.conversations import write_dataset
 from data.corpus import docstrings, library, library_files
 from data.shards import DATA
@@ -32,8 +32,8 @@ TASK = "Say what this function of Python's library does."           # with the f
 
 @dataclass(frozen=True)
 class PydocsConfig:
-    validation: float = option(0.05, "share of the conversations that validates")
-    out: str = option("", "folder of the data set; empty: data/pydocs")
+    validation: float = 0.05  # share of the conversations that validates
+    out: str = ""  # folder of the data set; empty: data/pydocs
 
 
 def questions() -> list[dict[str, Any]]:

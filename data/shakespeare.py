@@ -11,10 +11,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data.corpus import named_tokenizer, write_dataset
 from data.shards import DATA
-from download import download
+from formats.download import download
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -22,15 +22,15 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 @dataclass(frozen=True)
 class ShakespeareConfig:
-    source: str = option("", "a local copy; empty: download it once", flag="from")
-    tokenizer: str = option("bytes", "bytes, gpt2, or a tokenizer's path")
-    out: str = option("", "folder of the shards; empty: data/shakespeare")
+    from_: str = ""  # a local copy; empty: download it once
+    tokenizer: str = "bytes"  # bytes, gpt2, or a tokenizer's path
+    out: str = ""  # folder of the shards; empty: data/shakespeare
 
 
 def prepare(config: ShakespeareConfig = ShakespeareConfig()) -> Path:
     """Tiny shakespeare as token shards, 90% to train on; returns their folder."""
     folder = Path(config.out or DATA / "shakespeare")
-    path = Path(config.source) if config.source else download(
+    path = Path(config.from_) if config.from_ else download(
         URL, folder / "input.txt", SHA256, "python -m data.shakespeare --from=FILE")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")

@@ -13,24 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data.shards import write_json
-from device import pick_device, pick_dtype
+from run.device import pick_device, pick_dtype
 from eval import hellaswag, imdb, lambada, loss
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    data: str = option("", "of the loss, as in eval.loss; empty: what a run was trained on")
-    template: str = option("", "of chat data; empty: the one that the run was trained with")
-    hellaswag: str = option("", "HellaSwag file; empty: the official one, downloaded once")
-    imdb: str = option("", "JSONL of reviews {text, label}; empty: left out")
-    lambada: str = option("", "JSONL of passages {text}; empty: left out")
-    limit: int = option(1000, "items of each task, at most")
-    tokens: int = option(100_000, "tokens of the loss, at most, spread over the split")
-    all: bool = option(False, "every item and token, whatever the limits")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+    data: str = ""  # of the loss, as in eval.loss; empty: what a run was trained on
+    template: str = ""  # of chat data; empty: the one that the run was trained with
+    hellaswag: str = ""  # HellaSwag file; empty: the official one, downloaded once
+    imdb: str = ""  # JSONL of reviews {text, label}; empty: left out
+    lambada: str = ""  # JSONL of passages {text}; empty: left out
+    limit: int = 1000  # items of each task, at most
+    tokens: int = 100_000  # tokens of the loss, at most, spread over the split
+    all: bool = False  # every item and token, whatever the limits
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
 
     def __post_init__(self):
         for name in ("limit", "tokens"):

@@ -13,7 +13,7 @@ from typing import Any, Iterable
 import torch
 import torch.nn as nn
 
-from device import autocast
+from run.device import autocast
 from eval.loss import IGNORE, score_rows
 
 LEARNED = 0.5           # the share of training samples that are answered word for word, at least

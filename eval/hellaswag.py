@@ -33,8 +33,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import option, parse, run_command
-from device import autocast, pick_device, pick_dtype
+from run.config import parse, run_command
+from run.device import autocast, pick_device, pick_dtype
 from eval.hellaswag_items import ENDINGS, Item, Style, load_items, prepare
 
 IGNORE = -100
@@ -46,13 +46,13 @@ METRICS = {"acc": "correct", "acc_norm": "correct_norm", "acc_bytes": "correct_b
 
 @dataclass(frozen=True)
 class HellaSwagConfig:
-    model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium")
-    file: str = option("", "local HellaSwag file; empty: the official one, downloaded once")
-    limit: int = option(0, "the first so many items; 0 is all")
-    style: Style = option("completion", "preparation of the text; acc_norm per token or character")
-    batch_tokens: int = option(0, "tokens of a batch, at most; 0: 4096 on a CPU, 32768 on a GPU")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+    model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium
+    file: str = ""  # local HellaSwag file; empty: the official one, downloaded once
+    limit: int = 0  # the first so many items; 0 is all
+    style: Style = "completion"  # preparation of the text; acc_norm per token or character
+    batch_tokens: int = 0  # tokens of a batch, at most; 0: 4096 on a CPU, 32768 on a GPU
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
 
     def __post_init__(self):
         for name in ("limit", "batch_tokens"):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from download import download
+from formats.download import download
 from eval.records import read_records
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"

@@ -25,10 +25,10 @@ from typing import Any, Literal, NamedTuple, Sequence
 import torch
 import torch.nn as nn
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data.labels import class_samples
 from data.samples import Samples
-from device import autocast, pick_device, pick_dtype
+from run.device import autocast, pick_device, pick_dtype
 from eval.hellaswag import CPU_BATCH, GPU_BATCH, Question, batches_of, score_batch, wilson_interval
 from eval.records import read_records, text_of
 
@@ -38,12 +38,12 @@ ANSWERS = (" negative", " positive")        # by label
 
 @dataclass(frozen=True)
 class IMDBConfig:
-    model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium")
-    file: str = option("", "JSONL of reviews: {\"text\": ..., \"label\": 0 or 1}")
-    limit: int = option(0, "the first so many; 0 is all")
-    batch_tokens: int = option(0, "tokens of a batch, at most; 0: 4096 on a CPU, 32768 on a GPU")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+    model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium
+    file: str = ""  # JSONL of reviews: {"text": ..., "label": 0 or 1}
+    limit: int = 0  # the first so many; 0 is all
+    batch_tokens: int = 0  # tokens of a batch, at most; 0: 4096 on a CPU, 32768 on a GPU
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
 
 
 class Review(NamedTuple):

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data.shards import write_json
 from eval.hellaswag import wilson_interval
 from eval.records import read_records, text_of
@@ -47,14 +47,14 @@ REPLY = ('Reply with one JSON object and nothing else: {"first": {"helpful": N, 
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    out: str = option("", "the sheet; empty: sheet.json beside the first file of answers")
-    judge: str = option("", "address of an OpenAI-compatible server, up to /v1; empty: by hand")
-    judge_model: str = option("default", "the model that the server is to use")
-    key: str = option("", "name of the environment variable that holds the server's key")
-    timeout: float = option(60.0, "seconds to wait for a judgement")
-    attempts: int = option(3, "how often the server is asked for each")
-    pause: float = option(1.0, "seconds before the second attempt; doubled for each further one")
-    seed: int = option(0, "of the order of a sheet for a person")
+    out: str = ""  # the sheet; empty: sheet.json beside the first file of answers
+    judge: str = ""  # address of an OpenAI-compatible server, up to /v1; empty: by hand
+    judge_model: str = "default"  # the model that the server is to use
+    key: str = ""  # name of the environment variable that holds the server's key
+    timeout: float = 60.0  # seconds to wait for a judgement
+    attempts: int = 3  # how often the server is asked for each
+    pause: float = 1.0  # seconds before the second attempt; doubled for each further one
+    seed: int = 0  # of the order of a sheet for a person
 
     def __post_init__(self):
         if self.attempts < 1:

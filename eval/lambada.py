@@ -15,8 +15,8 @@ from typing import Any, Literal, Sequence
 import torch
 import torch.nn as nn
 
-from config import option, parse, run_command
-from device import autocast, pick_device, pick_dtype
+from run.config import parse, run_command
+from run.device import autocast, pick_device, pick_dtype
 from eval.hellaswag import wilson_interval
 from eval.loss import IGNORE, score_rows
 from eval.records import read_records, text_of
@@ -24,12 +24,12 @@ from eval.records import read_records, text_of
 
 @dataclass(frozen=True)
 class LambadaConfig:
-    model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium")
-    file: str = option("", "JSONL of passages: {\"text\": ...}")
-    limit: int = option(0, "the first so many; 0 is all")
-    batch_size: int = option(16, "passages at a time")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+    model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium
+    file: str = ""  # JSONL of passages: {"text": ...}
+    limit: int = 0  # the first so many; 0 is all
+    batch_size: int = 16  # passages at a time
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
 
 
 def load_passages(path: str) -> list[tuple[str, str]]:

@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data import labels, loader, sets, shards, texts
-from device import autocast, pick_device, pick_dtype
+from run.device import autocast, pick_device, pick_dtype
 
 IGNORE = loader.IGNORE
 KINDS = {"text": "text", "tokens": "text", "chat": "chat data", "classes": "texts with classes"}
@@ -39,18 +39,18 @@ KINDS = {"text": "text", "tokens": "text", "chat": "chat data", "classes": "text
 
 @dataclass(frozen=True)
 class LossConfig:
-    model: str = option("gpt2", "a run (out/demo), a Hugging Face folder, gpt2, gpt2-medium, ...")
-    data: str = option("corpus", "data set: a name under data/ or a folder; or a .txt, .jsonl or "
-                                 ".parquet file, or several by comma")
-    split: Literal["train", "val"] = option("val", "which part of a data set")
-    limit: int = option(0, "tokens to evaluate, spread over the split; 0 is all")
-    stride: int = option(0, "tokens between windows that overlap; 0: no such figure")
-    batch_size: int = option(8, "windows or conversations at a time")
-    template: str = option("", "of chat data; empty: the one that the run was trained with")
-    labels: Literal["all", "last"] = option("all", "of chat data: which answers are scored")
-    fit: bool = option(False, "of chat data: has the model learned it, and does it generalise?")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "precision")
+    model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, gpt2, gpt2-medium, ...
+    data: str = "corpus"  # data set: a name under data/ or a folder; or a .txt, .jsonl or .parquet
+        # file, or several by comma
+    split: Literal["train", "val"] = "val"  # which part of a data set
+    limit: int = 0  # tokens to evaluate, spread over the split; 0 is all
+    stride: int = 0  # tokens between windows that overlap; 0: no such figure
+    batch_size: int = 8  # windows or conversations at a time
+    template: str = ""  # of chat data; empty: the one that the run was trained with
+    labels: Literal["all", "last"] = "all"  # of chat data: which answers are scored
+    fit: bool = False  # of chat data: has the model learned it, and does it generalise?
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
 
     def __post_init__(self):
         for name, least in (("limit", 0), ("stride", 0), ("batch_size", 1)):

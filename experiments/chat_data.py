@@ -32,13 +32,13 @@ from typing import Any, Iterator
 
 import numpy as np
 
-import report
+from run import log as report
 import sample
-from config import build, option, parse, run_command
+from run.config import build, parse, run_command
 from data import chat, conversations, pydocs
 from data.samples import Samples
 from eval.fit import answer_figures
-from presets import SFT_DEMO
+from run.presets import SFT_DEMO
 from train import TrainConfig, train
 
 BATCH, FITS = 16, 60            # conversations of a step; tokens of one, so that two fit a context
@@ -55,11 +55,12 @@ Talk = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class DataConfig:
-    study: tuple[str, ...] = option(("all",), "which of " + ", ".join(STUDIES) + "; or all")
-    init_from: str = option("out/demo", "the run to start from")
-    seeds: int = option(3, "runs of each arm, with seeds 0, 1, ...")
-    steps: int = option(100, f"of each run, {BATCH} conversations a step")
-    out: str = option("out/chat_data", "folder of the runs; what is there is not done again")
+    study: tuple[str, ...] = ("all",)  # which of rates, labels, turns, repeats, same, wording,
+        # lengths, system, topics; or all
+    init_from: str = "out/demo"  # the run to start from
+    seeds: int = 3  # runs of each arm, with seeds 0, 1, ...
+    steps: int = 100  # of each run, 16 conversations a step
+    out: str = "out/chat_data"  # folder of the runs; what is there is not done again
 
     def __post_init__(self):
         for name in self.study:

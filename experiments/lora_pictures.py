@@ -16,13 +16,13 @@ from typing import Any, Callable
 
 import numpy as np
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 from experiments.lora_results import (DATA_NAMES, Point, base_loss, best, data_sets, gains,
                                       grid_facts, knob, of, points_of, read_rows, reference,
                                       spell_slope, summary, tables)
 from experiments.plots import GREY, LINES, MARKERS, STYLE
 from experiments.runs import PALETTE
-from report import write_json
+from run.log import write_json
 
 KNOBS = {"r": "rank", "alpha": "alpha", "dropout": "dropout", "learning_rate": "learning rate",
          "epochs": "epochs", "batch": "batch", "micro_batch": "accumulation"}
@@ -30,7 +30,7 @@ KNOBS = {"r": "rank", "alpha": "alpha", "dropout": "dropout", "learning_rate": "
 
 @dataclass(frozen=True)
 class PicturesConfig:
-    out: str = option("", "folder of the pictures; empty: that of the CSV")
+    out: str = ""  # folder of the pictures; empty: that of the CSV
 
 
 def save(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:

@@ -33,12 +33,12 @@ import numpy as np
 import torch
 
 import lora
-import report
+from run import log as report
 import sample
 from bpe import Tokenizer
-from config import build, option, parse, run_command
+from run.config import build, parse, run_command
 from data import alpaca, conversations, corpus, imdb, shards
-from device import pick_device
+from run.device import pick_device
 from experiments import lora_pictures
 from experiments.lora_studies import STUDIES, VARIANTS, Setting
 from experiments.runs import load_run
@@ -51,26 +51,27 @@ LAST = 0.1                              # the share of the steps that the traini
 
 @dataclass(frozen=True)
 class SweepConfig:
-    study: tuple[str, ...] = option(("all",), "which of " + ", ".join(STUDIES) + "; or all")
-    init_from: str = option("out/base", "the model: a run, a Hugging Face folder, gpt2-medium, ...")
-    imdb: str = option("", "IMDB reviews, as data/imdb.py reads them; empty: download them")
-    alpaca: str = option("", "Alpaca's records, as data/alpaca.py reads them; empty: download them")
-    reviews: int = option(60, "reviews to train on, drawn at random; 0: all")
-    records: int = option(192, "Alpaca records to train on, likewise")
-    seeds: int = option(3, "runs of each setting, with seeds 0, 1, ...")
-    out: str = option("out/sweep", "folder of the runs; a sweep that is there goes on")
-    results: str = option("", "folder for table and pictures; empty: the one of the runs")
-    processes: int = option(1, "runs at the same time")
-    learning_rate: float = option(1e-3, "peak of the studies that do not vary it; cosine to a "
-                                        "tenth, no weight decay")
-    epochs: float = option(1.0, "passes over the training data, likewise")
-    batch: int = option(4, "sequences of a step, likewise")
-    block_size: int = option(128, "tokens of a sequence")
-    warmup_ratio: float = option(0.05, "share of the steps with linear warmup")
-    eval_tokens: int = option(8192, "tokens of the validation split that are evaluated, at the end")
-    template: str = option("plain", "how Alpaca is written")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    dtype: str = option("auto", "of matrix products")
+    study: tuple[str, ...] = ("all",)  # which of base, original, grid, variants, ranks, targets,
+        # budget; or all
+    init_from: str = "out/base"  # the model: a run, a Hugging Face folder, gpt2-medium, ...
+    imdb: str = ""  # IMDB reviews, as data/imdb.py reads them; empty: download them
+    alpaca: str = ""  # Alpaca's records, as data/alpaca.py reads them; empty: download them
+    reviews: int = 60  # reviews to train on, drawn at random; 0: all
+    records: int = 192  # Alpaca records to train on, likewise
+    seeds: int = 3  # runs of each setting, with seeds 0, 1, ...
+    out: str = "out/sweep"  # folder of the runs; a sweep that is there goes on
+    results: str = ""  # folder for table and pictures; empty: the one of the runs
+    processes: int = 1  # runs at the same time
+    learning_rate: float = 1e-3  # peak of the studies that do not vary it; cosine to a tenth, no
+        # weight decay
+    epochs: float = 1.0  # passes over the training data, likewise
+    batch: int = 4  # sequences of a step, likewise
+    block_size: int = 128  # tokens of a sequence
+    warmup_ratio: float = 0.05  # share of the steps with linear warmup
+    eval_tokens: int = 8192  # tokens of the validation split that are evaluated, at the end
+    template: str = "plain"  # how Alpaca is written
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # of matrix products
 
     def __post_init__(self):
         for name in ("seeds", "processes", "batch", "block_size", "eval_tokens"):

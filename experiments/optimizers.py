@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import build, option, parse, run_command
+from run.config import build, parse, run_command
 from data import sets, shards
-from device import pick_device
+from run.device import pick_device
 from experiments.lora_pictures import log_axis, save, style, title
 from experiments.lora_sweep import agree, done, train_apart, write_csv
 from experiments.plots import GREY
 from experiments.runs import load_run, short
 from model import GPTConfig
 from optim import OptimConfig
-from report import provenance, write_json
+from run.log import provenance, write_json
 from train import TrainConfig
 
 TUNING_SEED = 1000
@@ -35,27 +35,26 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True)
 class OptimizersConfig:
-    data: str = option("corpus", "data set: a name under data/, or a folder of token shards")
-    optimizers: tuple[str, ...] = option(("adamw", "muon"), "what is compared; the first is the "
-                                                            "one that others are measured by")
-    rates: tuple[float, ...] = option((1e-3, 2e-3, 4e-3, 8e-3), "peak learning rates that are "
-                                                                "tried, the same for all")
-    tune_steps: int = option(250, "steps of each such trial, with a whole schedule")
-    steps: int = option(1000, "steps of the runs that are compared")
-    seeds: int = option(3, "of them, with seeds 0, 1, ...")
-    batch: int = option(16, "sequences of a step")
-    warmup_steps: int = option(50, "of linear warmup, also in the tuning: rates that a shorter one "
-                                   "cannot bear would not be chosen; then cosine to a tenth")
-    weight_decay: float = option(0.1, "of matrices and embeddings")
-    eval_every: int = option(50, "steps between evaluations")
-    eval_tokens: int = option(32768, "tokens of an evaluation, the same for all; 0: all")
-    out: str = option("out/optimizers", "folder of the runs; what is there goes on")
-    results: str = option("", "folder for table, figures and picture; empty: the one of the runs")
-    compile: str = option("off", "torch.compile: auto, on or off")
-    device: str = option("auto", "auto, cpu, cuda or mps")
-    dtype: str = option("auto", "of matrix products")
-    model: GPTConfig = option(GPTConfig(block_size=128, n_layer=4, n_head=6, n_embd=192),
-                              "the network")
+    data: str = "corpus"  # data set: a name under data/, or a folder of token shards
+    optimizers: tuple[str, ...] = ("adamw", "muon")  # what is compared; the first is the one that
+        # others are measured by
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)  # peak learning rates that are tried, the
+        # same for all
+    tune_steps: int = 250  # steps of each such trial, with a whole schedule
+    steps: int = 1000  # steps of the runs that are compared
+    seeds: int = 3  # of them, with seeds 0, 1, ...
+    batch: int = 16  # sequences of a step
+    warmup_steps: int = 50  # of linear warmup, also in the tuning: rates that a shorter one cannot
+        # bear would not be chosen; then cosine to a tenth
+    weight_decay: float = 0.1  # of matrices and embeddings
+    eval_every: int = 50  # steps between evaluations
+    eval_tokens: int = 32768  # tokens of an evaluation, the same for all; 0: all
+    out: str = "out/optimizers"  # folder of the runs; what is there goes on
+    results: str = ""  # folder for table, figures and picture; empty: the one of the runs
+    compile: str = "off"  # torch.compile: auto, on or off
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # of matrix products
+    model: GPTConfig = GPTConfig(block_size=128, n_layer=4, n_head=6, n_embd=192)  # the network
 
     def __post_init__(self):
         for name in ("tune_steps", "steps", "seeds", "batch", "eval_every"):

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from config import option, parse, run_command
+from run.config import parse, run_command
 from data import shards
 from experiments.runs import (PALETTE, Run, duration, limits, load_runs, moving_average, short,
                               status, text_plot, window_of)
@@ -47,15 +47,15 @@ STYLE = {"path.simplify_threshold": 0.3, "svg.fonttype": "none", "svg.hashsalt":
 
 @dataclass(frozen=True)
 class PlotConfig:
-    out: str = option("", "picture: .png, .svg or .html; empty: RUN/curve.png, or the terminal "
-                          "with --follow")
-    x: Literal["tokens", "time", "steps"] = option("tokens", "what the curves are drawn against")
-    smooth: int = option(0, "steps that a curve is averaged over; 1: none; 0: a fiftieth of the "
-                            "longest run")
-    sample: bool = option(False, "of one run: its loss and the unigram entropy of the data, beside "
-                                 "its last text")
-    follow: bool = option(False, "draw again whenever a log has grown, until the runs are finished")
-    every: float = option(5.0, "seconds between two looks at the logs, with --follow")
+    out: str = ""  # picture: .png, .svg or .html; empty: RUN/curve.png, or the terminal with
+        # --follow
+    x: Literal["tokens", "time", "steps"] = "tokens"  # what the curves are drawn against
+    smooth: int = 0  # steps that a curve is averaged over; 1: none; 0: a fiftieth of the longest
+        # run
+    sample: bool = False  # of one run: its loss and the unigram entropy of the data, beside its
+        # last text
+    follow: bool = False  # draw again whenever a log has grown, until the runs are finished
+    every: float = 5.0  # seconds between two looks at the logs, with --follow
 
     def __post_init__(self):
         if self.smooth < 0 or self.every <= 0:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from report import read_log
+from run.log import read_log
 
 STEP_KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s")
 AXES = {"tokens": "tokens", "time": "seconds", "steps": "step"}     # name on the command line: key

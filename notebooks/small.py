@@ -14,9 +14,9 @@ import os
 from pathlib import Path
 
 from bpe import Tokenizer
-from config import build, flatten
+from run.config import build, flatten
 from model import GPT
-from presets import PRESETS
+from run.presets import PRESETS
 from sample import load_writer
 from train import TrainConfig, train
 

@@ -30,5 +30,5 @@ def dataset(tmp_path):
     text = "".join(f"line {i * i % 97} of the text, {'odd' if i % 2 else 'even'}\n"
                    for i in range(240))[:6000]
     (tmp_path / "text.txt").write_text(text)
-    return prepare(CorpusConfig(source=str(tmp_path / "text.txt"), tokenizer="bytes",
+    return prepare(CorpusConfig(from_=str(tmp_path / "text.txt"), tokenizer="bytes",
                                 validation=1 / 6, out=str(tmp_path / "data")))

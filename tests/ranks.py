@@ -6,9 +6,9 @@ import threading
 import time
 from pathlib import Path
 
-import checkpoint
-import faults
-from config import build
+from run import checkpoint
+from run import watch as faults
+from run.config import build
 from model import GPT
 from train import TrainConfig, train
 
@@ -44,7 +44,7 @@ def plain(settings):
 
 def commanded(settings):
     """As on a command line: errors become one line and an exit code."""
-    from config import run_command
+    from run.config import run_command
     quiet(settings["out"])
     run_command(lambda words: train(build(TrainConfig, settings)))
 

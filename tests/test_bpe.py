@@ -11,10 +11,10 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 import bpe
-import bpe_files
-import bpe_train
+from formats import tokenizer as bpe_files
+from fast import bpe as bpe_train
 from bpe import Tokenizer, train_slowly
-from bpe_train import GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, count_pieces, learn_merges, split
+from fast.bpe import GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, count_pieces, learn_merges, split
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is a development extra")
 from hypothesis import given, settings, strategies as st  # noqa: E402

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import bpe
-import bpe_files
+from formats import tokenizer as bpe_files
 from bpe import Tokenizer
 
 SHARED = Path(os.environ.get("ONELOOP_SHARED", Path(__file__).parents[1].parent / "shared/data"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bpe import Tokenizer
-from config import build
+from run.config import build
 from data import alpaca, chat, conversations, imdb, inspect_chat, pydocs
 from data.chat import (TEMPLATES, extend_tokenizer, fingerprint, grow_embedding, load_samples,
                        render, render_prompt)
@@ -376,7 +376,7 @@ def test_alpaca_is_read_from_a_file_and_its_size_is_checked(tmp_path, capsys):
     records = [{"instruction": f"do {i}", "input": "", "output": "x" if i else ""}
                for i in range(30)]
     (tmp_path / "mine.json").write_text(json.dumps(records))
-    alpaca.prepare(build(alpaca.AlpacaConfig, dict(source=str(tmp_path / "mine.json"),
+    alpaca.prepare(build(alpaca.AlpacaConfig, dict(from_=str(tmp_path / "mine.json"),
                                                    out=str(tmp_path / "out"))))
     meta = conversations.read_meta(tmp_path / "out")
     assert meta["dropped"] == {"empty answer": 1} and meta["read"] == 30
@@ -399,14 +399,14 @@ def test_reviews_become_text_or_questions_from_folders_and_from_jsonl(tmp_path):
     file.write_text("".join(json.dumps({"text": f"Film {i}.", "label": i % 2}) + "\n"
                             for i in range(20)))
     for source, counts in ((folder, (12, 12)), (file, (19, 1))):
-        out = imdb.prepare(build(imdb.ImdbConfig, dict(source=str(source), task="sentiment",
+        out = imdb.prepare(build(imdb.ImdbConfig, dict(from_=str(source), task="sentiment",
                                                        out=str(tmp_path / "out"))))
         splits = conversations.read_meta(out)["splits"]
         assert (splits["train"]["records"], splits["val"]["records"]) == counts
     messages = json.loads(conversations.read_split(out, "train")[1])["messages"]
     assert messages[0]["input"].startswith("Film") and messages[1]["content"] in ("positive",
                                                                                   "negative")
-    out = imdb.prepare(build(imdb.ImdbConfig, dict(source=str(folder), tokenizer="bytes",
+    out = imdb.prepare(build(imdb.ImdbConfig, dict(from_=str(folder), tokenizer="bytes",
                                                    out=str(tmp_path / "text"))))
     from data import shards
     val = shards.open_split(out, "val")
@@ -414,7 +414,7 @@ def test_reviews_become_text_or_questions_from_folders_and_from_jsonl(tmp_path):
     assert text.count("film, test") == 12 and "<br" not in text and ".\n\nReally." in text
     file.write_text('{"text": "a", "label": "good"}\n')
     with pytest.raises(ValueError, match="r.jsonl:1.*label 0 or 1"):
-        imdb.prepare(build(imdb.ImdbConfig, dict(source=str(file))))
+        imdb.prepare(build(imdb.ImdbConfig, dict(from_=str(file))))
 
 
 # ---- commands

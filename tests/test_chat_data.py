@@ -4,11 +4,11 @@ import json
 import pytest
 
 from bpe import Tokenizer
-from config import build
+from run.config import build
 from data import chat, corpus, pydocs
 from experiments import chat_data
 from experiments.chat_data import Asked, DataConfig, as_samples, pair, studies
-from presets import PRESETS
+from run.presets import PRESETS
 from train import TrainConfig, train
 
 COUNT = 64

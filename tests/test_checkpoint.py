@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-import checkpoint
+from run import checkpoint
 
 
 def test_what_is_saved_comes_back_equal(tmp_path):

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import checkpoint
+from run import checkpoint
 import lora
-import model_files
+from formats import gpt2 as model_files
 import ranks
-import report
+from run import log as report
 import sample
 from bench.kills import start
-from classifier import Classifier
-from config import build
+from run.classifier import Classifier
+from run.config import build
 from data import labels
 from eval import __main__ as every_eval
 from eval import imdb, loss
@@ -166,7 +166,7 @@ def base(tmp_path_factory):
     from data.corpus import CorpusConfig, prepare
     folder = tmp_path_factory.mktemp("base")
     (folder / "text.txt").write_text("".join(f"{i} plus {i * i % 97}\n" for i in range(600)))
-    data = prepare(CorpusConfig(source=str(folder / "text.txt"), tokenizer="bytes",
+    data = prepare(CorpusConfig(from_=str(folder / "text.txt"), tokenizer="bytes",
                                 out=str(folder / "data")))
     train(build(TrainConfig, run_settings(folder / "run", data, max_steps=20, sample_tokens=0,
                                           model=SHAPE)))
@@ -183,7 +183,7 @@ def reviews(tmp_path_factory):
     lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in texts]
     (folder / "all.jsonl").write_text("".join(lines[:60]))
     (folder / "test.jsonl").write_text("".join(lines[60:]))
-    labels.prepare(labels.LabelsConfig(source=str(folder), out=str(folder / "data")))
+    labels.prepare(labels.LabelsConfig(from_=str(folder), out=str(folder / "data")))
     return folder
 
 

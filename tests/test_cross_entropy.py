@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import cross_entropy
-from cross_entropy import IGNORE, linear_cross_entropy, plain
+from fast import cross_entropy
+from fast.cross_entropy import IGNORE, linear_cross_entropy, plain
 
 BFLOAT16 = torch.bfloat16
 

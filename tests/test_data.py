@@ -271,7 +271,7 @@ def test_documents_of_txt_and_jsonl_files(tmp_path):
 def test_a_bad_text_file_is_named_with_the_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        prepare(CorpusConfig(source=str(tmp_path), tokenizer="bytes", out=str(tmp_path / "out")))
+        prepare(CorpusConfig(from_=str(tmp_path), tokenizer="bytes", out=str(tmp_path / "out")))
 
 
 def test_documents_are_split_whole_and_the_same_way_each_time():
@@ -315,7 +315,7 @@ def test_docstrings_stand_under_the_names_of_what_they_document():
 def test_prepared_text_decodes_to_the_documents(tmp_path):
     lines = [f"This is document number {i}, <|endoftext|> and all." for i in range(40)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    folder = prepare(CorpusConfig(source=str(tmp_path / "a.jsonl"), vocab_size=300,
+    folder = prepare(CorpusConfig(from_=str(tmp_path / "a.jsonl"), vocab_size=300,
                                   out=str(tmp_path / "out")))
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     found = []
@@ -334,7 +334,7 @@ def test_tiny_shakespeare_is_split_as_its_published_losses_were(shared, tmp_path
     assert len(shards.open_split(folder, "val")) == 111_540
     with pytest.raises(ValueError, match="is not tiny shakespeare"):
         (tmp_path / "x.txt").write_text("x")
-        prepare_shakespeare(ShakespeareConfig(source=str(tmp_path / "x.txt"), out=str(tmp_path)))
+        prepare_shakespeare(ShakespeareConfig(from_=str(tmp_path / "x.txt"), out=str(tmp_path)))
 
 
 # ---- batches

@@ -15,14 +15,14 @@ import train
 from bench import scaling
 from bench.kills import start
 from bench.scaling import ScalingConfig, shape_of
-from config import parse, settings_of
-from device import autocast
+from run.config import parse, settings_of
+from run.device import autocast
 from eval.judge import JudgeConfig
 from eval.loss import LossConfig
-from launch import processes
+from run.processes import processes
 from model import GPT, GPTConfig
-from parallel import Parallel
-from presets import DEFAULT_PRESET, PRESETS
+from run.parallel import Parallel
+from run.presets import DEFAULT_PRESET, PRESETS
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = {name: (REPOSITORY / "docs" / name).read_text() for name in ("finetuning.md", "scaling.md",
@@ -30,7 +30,7 @@ PAGES = {name: (REPOSITORY / "docs" / name).read_text() for name in ("finetuning
 STEPS = [[cell.strip() for cell in line.strip("| ").split(" | ")]
          for line in PAGES["steps.md"].splitlines() if line.startswith("| ")][1:]
 CODE = "".join(re.findall(r"```\n(.*?)```", PAGES["scaling.md"], flags=re.S)).replace("\\\n", "")
-TITLES = re.findall(r"^## \d{4}-\d\d-\d\d: (.+)$", (REPOSITORY / "LOG.md").read_text(), re.M)
+TITLES = re.findall(r"^## \d{4}-\d\d-\d\d: (.+)$", (REPOSITORY / "docs" / "LOG.md").read_text(), re.M)
 GUIDE = PAGES["finetuning.md"]
 TUNING = [line for block in re.findall(r"```\n(.*?)```", GUIDE, flags=re.S)
           for line in block.splitlines()] + re.findall(r"`(python [^`]+)`", GUIDE)

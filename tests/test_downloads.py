@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from download import download
+from formats.download import download
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

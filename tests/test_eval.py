@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from bpe import Tokenizer
-from classifier import Classifier
-from config import build
+from run.classifier import Classifier
+from run.config import build
 from data.labels import class_samples
 from data.samples import SampleLoader
 from eval import __main__ as command

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import faults
+from run import checkpoint
+from run import watch as faults
 import ranks
-import report
+from run import log as report
 from bench.kills import campaign, differences, line, settings_of, start
-from config import build
+from run.config import build
 from train import TrainConfig, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -417,7 +417,7 @@ def test_sharding_one_rank_is_refused(settings):
 
 @pytest.mark.slow
 def test_compiled_runs_are_equal_bit_for_bit(settings, tmp_path):
-    from device import has_compiler
+    from run.device import has_compiler
     if not has_compiler(torch.device("cpu")):
         pytest.skip("no C++ compiler here")
     torch.set_num_threads(2)            # without `repeatable` they add in the order they come

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from run import checkpoint
 import lora
 import ranks
-import report
+from run import log as report
 from bench.kills import start
-from config import build, parse
+from run.config import build, parse
 from data.conversations import write_dataset
-from presets import PRESETS
+from run.presets import PRESETS
 from sample import chat_reply, load_model
 from train import TrainConfig, train
 
@@ -26,7 +26,7 @@ def base(tmp_path_factory):
     from data.corpus import CorpusConfig, prepare
     folder = tmp_path_factory.mktemp("base")
     (folder / "text.txt").write_text("".join(f"{i} and {i * i % 97}\n" for i in range(600)))
-    data = prepare(CorpusConfig(source=str(folder / "text.txt"), tokenizer="bytes",
+    data = prepare(CorpusConfig(from_=str(folder / "text.txt"), tokenizer="bytes",
                                 out=str(folder / "data")))
     train(build(TrainConfig, dict(
         data=str(data), out=str(folder / "run"), max_steps=30, batch_tokens=16 * 48, micro_batch=16,

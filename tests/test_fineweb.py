@@ -57,7 +57,7 @@ def documents_of(folder, tokenizer):
 
 
 def config(source, tokenizer, out, **settings):
-    return FinewebConfig(source=str(source), tokenizer=str(tokenizer), out=str(out),
+    return FinewebConfig(from_=str(source), tokenizer=str(tokenizer), out=str(out),
                          **{"shard_tokens": SHARD_TOKENS, **settings})
 
 

@@ -44,7 +44,7 @@ def npy(header):
 
 class Checkpoint:
     def write(self, folder):
-        import checkpoint
+        from run import checkpoint
         import torch
         torch.manual_seed(0)
         checkpoint.save(folder / "last.pt", {
@@ -52,7 +52,7 @@ class Checkpoint:
             "config": {"model": {"n_layer": 2}, "out": "x", "names": ("a", "b"), "none": None}})
 
     def read(self, folder):
-        import checkpoint
+        from run import checkpoint
         return checkpoint.load(folder / "last.pt")
 
     def check(self, found, original):       # a zip file has checksums
@@ -240,7 +240,7 @@ class Log:
             {"step": i, "loss": 4.5 / i, "lr": 1e-3}) + "\n" for i in range(1, 9)))
 
     def read(self, folder):
-        import report
+        from run import log as report
         lines = report.read_log(folder / "log.jsonl")
         report.repaired_log(folder / "log.jsonl", 5)
         return lines, report.read_log(folder / "log.jsonl")

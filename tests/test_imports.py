@@ -1,69 +1,85 @@
-"""Imports point down only: the map of the house, held by reading the imports."""
+"""Imports point down only, those inside functions included: held by reading every import."""
 import ast
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
-ALLOWED = {         # module or folder -> what of ours it may import when it is loaded
-    "config": set(), "device": set(), "checkpoint": set(), "presets": set(),
-    "bpe": {"bpe_train", "bpe_files"}, "bpe_train": set(),
-    "download": set(), "bpe_files": {"download"},
-    "linear": set(), "cross_entropy": {"linear"}, "model": {"config", "cross_entropy", "linear"},
-    "optim": {"config"},
-    "launch": {"device"},
-    "model_files": {"config", "model"}, "faults": {"launch"}, "parallel": {"device", "launch"},
-    "report": {"cross_entropy", "device", "faults", "launch", "optim"},
-    "sample": {"bpe", "checkpoint", "classifier", "config", "data", "device", "lora", "model"},
-    "quant": set(), "lora_targets": {"quant"}, "lora_layer": {"config", "lora_targets", "quant"},
-    "lora_adapters": {"lora_layer", "lora_targets", "quant"},
-    "lora_files": {"lora_adapters", "lora_layer", "lora_targets"},
-    "lora": {"config", "lora_adapters", "lora_files", "lora_layer", "lora_targets", "quant"},
-    "classifier": {"config", "model"},
-    "data/shards": set(), "data/texts": set(), "data/loader": {"data"},
-    "data": {"bpe", "config", "data", "download"},
-    "eval": {"data", "config", "device", "download", "eval"},
-    "train": {"bpe", "checkpoint", "classifier", "config", "data", "device", "eval", "faults",
-              "launch", "lora", "model", "optim", "parallel", "presets", "report", "sample"},
-}
-OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {"data", "eval", "experiments", "bench"}
-
-
-def imports(tree, everywhere=False):
-    """Names of ours that a module imports at its top, or anywhere in it."""
-    nodes = ast.walk(tree) if everywhere else tree.body
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (name.name.split(".")[0] for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+# From the bottom up. A module imports from rows below its own, and within its row where no circle
+# comes of it; nothing of `fast` or `formats` knows a row above.
+HOUSE = [("fast", "formats"), ("model", "bpe", "lora", "optim"), ("run",), ("sample", "eval", "data"),
+         ("train",), ("bench", "experiments", "learn", "notebooks")]
+ROW = {room: number for number, rooms in enumerate(HOUSE) for room in rooms}
+LESSONS = ("model", "bpe", "lora", "optim")     # each stands alone: none imports another
 
 
 def modules():
-    files = [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("data/*.py"), *REPOSITORY.glob("eval/*.py")]
-    for path in files:
-        if path.name != "__init__.py":
-            name = path.relative_to(REPOSITORY).with_suffix("").as_posix()
-            yield name, ast.parse(path.read_text())
+    """{"run.config": its syntax tree} of every module but the tests."""
+    return {path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", "."):
+            ast.parse(path.read_text(encoding="utf-8"))
+            for pattern in ("*.py", *(f"{room}/**/*.py" for room in ROW))
+            for path in REPOSITORY.glob(pattern)}
+
+
+def imports(tree, known):
+    """Modules of ours that a tree imports, at any depth."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            inner = [f"{node.module}.{name.name}" for name in node.names]
+            yield from (name for name in inner if name in known)
+            if node.module in known and not all(name in known for name in inner):
+                yield node.module
+
+
+def arrows():
+    """{module: the modules of ours that it imports}."""
+    known = modules()
+    return {name: set(imports(tree, known)) - {name} for name, tree in known.items()}
+
+
+def room(name):
+    return name.split(".")[0]
+
+
+def circles(graph):
+    """The modules that can be reached from themselves."""
+    reach = {name: set(found) for name, found in graph.items()}
+    for middle in reach:
+        for found in reach.values():
+            if middle in found:
+                found |= reach[middle]
+    return sorted(name for name, found in reach.items() if name in found)
 
 
 def test_imports_point_down_only():
-    for name, tree in modules():
-        allowed = ALLOWED.get(name, ALLOWED.get(name.split("/")[0]))
-        assert allowed is not None, f"say in ALLOWED what {name} may import"
-        found = set(imports(tree)) & OURS
-        assert found <= allowed, f"{name} imports {sorted(found - allowed)}"
+    wrong = [f"{name} -> {other}" for name, found in arrows().items() for other in found
+             if ROW[room(other)] > ROW[room(name)]
+             or room(name) in LESSONS and room(other) in LESSONS]
+    assert wrong == []
 
 
-def test_only_command_lines_of_eval_look_up():
-    """eval is handed the model; its `main`s load one by name, through sample.py."""
-    for name, tree in modules():
-        if name.startswith("eval/"):
-            assert set(imports(tree, everywhere=True)) & OURS <= ALLOWED["eval"] | {"sample"}, name
+def test_there_is_no_circle():
+    assert circles(arrows()) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+    tree = ast.parse("def f():\n    from run import config\n    import model\n    import math")
+    assert set(imports(tree, {"run.config", "model"})) == {"run.config", "model"}
 
 
 def test_the_tokenizer_needs_no_torch():
-    for name in ("bpe", "bpe_train", "bpe_files"):
-        tree = ast.parse((REPOSITORY / f"{name}.py").read_text())
-        assert "torch" not in set(imports(tree, everywhere=True)), name
+    graph, seen = arrows(), {"bpe"}
+    while new := {other for name in seen for other in graph[name]} - seen:
+        seen |= new
+    for name in seen:
+        assert "torch" not in {room(word) for word in imports(modules()[name], {"torch"})}, name
+
+
+def test_importing_the_model_loads_one_other_file():
+    graph = arrows()
+    assert len(graph["model"]) <= 1 and not any(graph[name] for name in graph["model"])
 
 
 def test_the_model_knows_nothing_of_lora_and_the_loop_nothing_of_tasks():

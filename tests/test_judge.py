@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from config import build
+from run.config import build
 from eval import judge
 from eval.hellaswag import wilson_interval
 from eval.judge import JudgeConfig, make_sheet, tally, verdict

@@ -19,7 +19,7 @@ def test_killed_preparation_leaves_what_the_same_command_completes(tmp_path, nam
                               for i in range(40)))
     if before:
         (tmp_path / "a.txt").write_text("another text\n" * 300)
-        prepare(CorpusConfig(source=str(tmp_path / "a.txt"), tokenizer="bytes", shard_tokens=500,
+        prepare(CorpusConfig(from_=str(tmp_path / "a.txt"), tokenizer="bytes", shard_tokens=500,
                              out=str(tmp_path / "before")))
     run = subprocess.run([sys.executable, "tests/killed.py", name, tmp_path, f"--from={source}",
                           "--tokenizer=bytes", "--shard_tokens=3000"], cwd=REPOSITORY, text=True,

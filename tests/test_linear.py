@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import linear as module
-from linear import FEW_ROWS, Linear, linear
+from fast import linear as module
+from fast.linear import FEW_ROWS, Linear, linear
 
 SHAPES = [(1, 8), (FEW_ROWS - 1, 8), (FEW_ROWS, 8), (5, 30, 8)]         # of x
 

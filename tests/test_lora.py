@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 import lora
-from config import build, parse
+from run.config import build, parse
 from lora import (LoRAConfig, add_lora, describe, disable_lora, load_trainable_state, merge_lora,
                   set_adapter, trainable_state, unload_lora, unmerge_lora)
 from lora_adapters import adapted_layers, base_parameters
 from lora_layer import INITS, weight_of
 from model import GPT, GPTConfig
-from quant import NF4Linear, nf4_rounded
+from fast.nf4 import NF4Linear, nf4_rounded
 
 SHAPE = GPTConfig(block_size=16, vocab_size=53, n_layer=3, n_head=2, n_embd=32)
 VARIANTS = {

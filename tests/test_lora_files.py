@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from run import checkpoint
 from lora import (LoRAConfig, add_lora, load_lora, load_run, merge_lora, save_lora,
                   set_adapter, trainable_state, unload_lora)
 from model import GPT, GPTConfig

@@ -150,12 +150,12 @@ def topics(tmp_path):
     (tmp_path / "topics.jsonl").write_text("".join(
         json.dumps({"text": f"{'xyz'[i % 3]} number {i}", "label": i % 3}) + "\n"
         for i in range(40)))
-    return labels.prepare(labels.LabelsConfig(source=str(tmp_path / "topics.jsonl"),
+    return labels.prepare(labels.LabelsConfig(from_=str(tmp_path / "topics.jsonl"),
                                               out=str(tmp_path / "topics"), validation=0.3))
 
 
 def classifier_of(tokenizer, classes=3):
-    from classifier import Classifier
+    from run.classifier import Classifier
     model = Classifier(random_model(tokenizer.vocab_size), classes).eval()
     torch.nn.init.normal_(model.head.weight)
     return model
@@ -209,7 +209,7 @@ def conversations(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chat")
     (folder / "all.jsonl").write_text("".join(
         json.dumps({"messages": messages}) + "\n" for messages in CHAT))
-    chat.prepare(chat.ChatConfig(source=str(folder / "all.jsonl"), out=str(folder / "data"),
+    chat.prepare(chat.ChatConfig(from_=str(folder / "all.jsonl"), out=str(folder / "data"),
                                  validation=0.2))
     tokenizer = Tokenizer.train(["What is 1 and 2? It is 3. Sure? Yes. No, it is not."] * 3, 280)
     return folder / "data", chat.extend_tokenizer(tokenizer, "chatml")

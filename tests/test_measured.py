@@ -12,10 +12,10 @@ from bench import ladder, loading, machine, ranks, readme, startup
 from bench.ladder import FUSED, HEAD, PADDED, RUNGS, TF32, LadderConfig, WrittenOutAttention
 from bench.loading import LoadingConfig
 from bench.ranks import RanksConfig
-from config import parse
+from run.config import parse
 from data.loader import WindowLoader
 from data.sets import TokenSet
-from linear import Linear
+from fast.linear import Linear
 from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
@@ -173,7 +173,7 @@ def test_text_to_shards_is_compared_on_the_same_tokens(tmp_path, monkeypatch):
     """Both make as many tokens as the text has bytes, with a tokenizer of bytes; what prepare adds,
     nothing here, is not counted. The ratio is of medians."""
     size = write_texts(tmp_path / "text.jsonl")
-    config = LoadingConfig(source=str(tmp_path / "text.jsonl"), tokenizer="bytes", rounds=3)
+    config = LoadingConfig(from_=str(tmp_path / "text.jsonl"), tokenizer="bytes", rounds=3)
     seconds = {"oneloop": [1.0, 2.0, 6.0], "tiktoken": [1.5, 1.8, 0.1]}
 
     def measured(module, words):
@@ -188,7 +188,7 @@ def test_text_to_shards_is_compared_on_the_same_tokens(tmp_path, monkeypatch):
     rows = iter(({"seconds": 1.0, "tokens": 7}, {"seconds": 1.0, "tokens": 8}))
     monkeypatch.setattr(loading, "in_process", lambda *_: next(rows))
     with pytest.raises(ValueError, match=r"do not make the same tokens .*\[7, 8\]"):
-        loading.compare_text(LoadingConfig(source=config.source, tokenizer="bytes", rounds=1),
+        loading.compare_text(LoadingConfig(from_=config.from_, tokenizer="bytes", rounds=1),
                              tmp_path)
 
 
@@ -196,7 +196,7 @@ def test_end_of_text_tokens_are_not_counted_as_text(tmp_path):
     write_texts(tmp_path / "text.jsonl")
     tokenizer = loading.Tokenizer.train(["some text, some more text"], 260)
     tokenizer.save(tmp_path / "tok.json")
-    config = LoadingConfig(source=str(tmp_path / "text.jsonl"), threads=1,
+    config = LoadingConfig(from_=str(tmp_path / "text.jsonl"), threads=1,
                            tokenizer=str(tmp_path / "tok.json"))
     ours, theirs = (loading.measure_text(who, config)["tokens"] for who in loading.WHO)
     assert tokenizer.eot is not None and ours == theirs > 0
@@ -211,7 +211,7 @@ def test_help_of_the_tokenizer_does_not_import_torch():
                           capture_output=True, check=True)
     modules = done.stdout.splitlines()[-1].split()
     assert "usage" in done.stdout and "torch" not in modules
-    assert {"numpy", "tiktoken", "bpe_train"} <= set(modules)
+    assert {"numpy", "tiktoken", "fast.bpe"} <= set(modules)
     assert startup.imported(["-c", "import json.decoder"]) >= {"json"}
     assert "torch" not in startup.imported(["bpe.py", "--help"])
 

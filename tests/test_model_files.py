@@ -5,9 +5,9 @@ import struct
 import pytest
 import torch
 
-import model_files
+from formats import gpt2 as model_files
 from bpe import Tokenizer
-from config import build
+from run.config import build
 from model import GPT, GPTConfig
 from sample import continue_text, load_model
 from train import TrainConfig, train

@@ -28,7 +28,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     (folder / "text.txt").write_text("\n".join(
         f"line {i} says that {i * i % 97} is {'odd' if i % 2 else 'even'}" for i in range(300)))
-    prepare(CorpusConfig(source=str(folder / "text.txt"), vocab_size=300, validation=0.2,
+    prepare(CorpusConfig(from_=str(folder / "text.txt"), vocab_size=300, validation=0.2,
                          out=str(folder / "data")))
     return folder / "data"
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant import BLOCK, LEVELS, NF4Linear, dynamic_levels, nf4_rounded
+from fast.nf4 import BLOCK, LEVELS, NF4Linear, dynamic_levels, nf4_rounded
 
 
 def quantised(out, size, bias=True, std=0.02):

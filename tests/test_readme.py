@@ -8,7 +8,7 @@ from optim import SCHEDULES
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-CHINESE = (REPOSITORY / "README.zh-CN.md").read_text(encoding="utf-8")
+CHINESE = (REPOSITORY / "docs" / "README.zh-CN.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README, "README.zh-CN.md": CHINESE}
 
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-import checkpoint
+from run import checkpoint
 import sample
 from bpe import Tokenizer
-from config import build
+from run.config import build
 from data.chat import extend_tokenizer, load_samples, render_prompt
 from data.conversations import write_dataset
 from data.corpus import CorpusConfig, prepare
@@ -26,7 +26,7 @@ def run(tmp_path):
     """A short run on text with a trained tokenizer, which has an end-of-text token."""
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {i} of many"}}\n'
                                               for i in range(400)))
-    data = prepare(CorpusConfig(source=str(tmp_path / "a.jsonl"), vocab_size=280,
+    data = prepare(CorpusConfig(from_=str(tmp_path / "a.jsonl"), vocab_size=280,
                                 out=str(tmp_path / "data")))
     train(build(TrainConfig, dict(
         data=str(data), out=str(tmp_path / "run"), max_steps=30, batch_tokens=512, micro_batch=16,

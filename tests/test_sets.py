@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from bpe import Tokenizer
-from config import build
+from run.config import build
 from data import imdb, labels, sets
 from data.conversations import write_dataset as write_chats
 from model import IGNORE
@@ -28,13 +28,13 @@ def write(path, records):
 def topics(tmp_path):
     source = write(tmp_path / "topics.jsonl", [{"text": text, "label": label}
                                                for text, label in TOPICS])
-    return labels.prepare(labels.LabelsConfig(source=source, out=str(tmp_path / "topics"),
+    return labels.prepare(labels.LabelsConfig(from_=source, out=str(tmp_path / "topics"),
                                               validation=0.3))
 
 
 def test_every_text_keeps_its_label_and_equal_texts_stay_together(tmp_path):
     records = [{"text": f"text {i % 30}", "label": f"class {i % 3}"} for i in range(90)]
-    out = labels.prepare(labels.LabelsConfig(source=write(tmp_path / "a.json", records),
+    out = labels.prepare(labels.LabelsConfig(from_=write(tmp_path / "a.json", records),
                                              out=str(tmp_path / "out"), validation=0.2))
     meta = labels.read_meta(out)
     assert meta["kind"] == sets.kind(out) == "classes"
@@ -51,7 +51,7 @@ def test_every_text_keeps_its_label_and_equal_texts_stay_together(tmp_path):
 def test_files_with_test_in_their_name_validate_and_numbers_sort_as_numbers(tmp_path):
     write(tmp_path / "a.jsonl", [{"text": f"a{i}", "label": i} for i in (10, 9, 2)])
     write(tmp_path / "a_test.jsonl", [{"text": "b", "label": 9}])
-    out = labels.prepare(labels.LabelsConfig(source=str(tmp_path), out=str(tmp_path / "out")))
+    out = labels.prepare(labels.LabelsConfig(from_=str(tmp_path), out=str(tmp_path / "out")))
     assert labels.read_meta(out)["labels"] == ["2", "9", "10"]
     assert labels.read_split(out, "train") == [("a10", 2), ("a9", 1), ("a2", 0)]
     assert labels.read_split(out, "val") == [("b", 1)]
@@ -107,7 +107,7 @@ def test_a_fingerprint_tells_texts_classes_and_tokenizers_apart(topics, tmp_path
         records = [{"text": text.replace("dogs", "cats") if name == "text" else text,
                     "label": label if kind == "pets" else kind} for text, kind in TOPICS]
         out = labels.prepare(labels.LabelsConfig(
-            source=write(tmp_path / f"{name}.jsonl", records), out=str(tmp_path / name),
+            from_=write(tmp_path / f"{name}.jsonl", records), out=str(tmp_path / name),
             validation=0.3))
         found.append(labels.fingerprint(out, BYTES))
     assert found[0] == found[1] and len(set(found)) == 4
@@ -116,7 +116,7 @@ def test_a_fingerprint_tells_texts_classes_and_tokenizers_apart(topics, tmp_path
 def test_reviews_become_texts_of_two_classes(tmp_path):
     source = write(tmp_path / "reviews.jsonl", [
         {"text": f"Film {i}.<br />End.", "label": i % 2} for i in range(40)])
-    out = imdb.prepare(build(imdb.ImdbConfig, dict(source=source, task="classes",
+    out = imdb.prepare(build(imdb.ImdbConfig, dict(from_=source, task="classes",
                                                    out=str(tmp_path / "out"))))
     assert labels.read_meta(out)["labels"] == ["negative", "positive"]
     found = labels.read_split(out, "train") + labels.read_split(out, "val")
@@ -139,7 +139,7 @@ def test_a_record_that_cannot_be_used_is_named_by_its_line(tmp_path, lines, mess
     path = tmp_path / "r.jsonl"
     path.write_text("\n".join(['{"text": "a", "label": "x"}', *lines]))
     with pytest.raises(ValueError, match=message):
-        labels.prepare(labels.LabelsConfig(source=str(path), out=str(tmp_path / "out")))
+        labels.prepare(labels.LabelsConfig(from_=str(path), out=str(tmp_path / "out")))
     assert not (tmp_path / "out" / "meta.json").exists()
 
 

@@ -15,14 +15,14 @@ import torch.nn as nn
 
 import bpe
 from model import GPT, GPTConfig
-from presets import PRESETS
+from run.presets import PRESETS
 
 REPOSITORY = Path(__file__).parent.parent
-MODULES = [path for folder in ("", "data", "eval") for path in sorted(
+MODULES = [path for folder in ("", "run", "fast", "formats", "data", "eval") for path in sorted(
     (REPOSITORY / folder).glob("*.py")) if path.name != "__init__.py"]
 PAGES = [*sorted(REPOSITORY.glob("README*.md")),
          *sorted((REPOSITORY / "docs").glob("*.md"))]
-OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {"data", "eval", "experiments", "bench"}
+OURS = {path.stem for path in REPOSITORY.glob("*.py")} | {"run", "fast", "formats", "data", "eval", "experiments", "bench"}
 
 
 def name_of(path):
@@ -35,15 +35,13 @@ def undocumented(body, prefix=""):
     """Public names without a docstring.
 
     Left out: `main` and `..._command`, whose manual is the module's docstring, printed by --help;
-    settings, dataclasses whose every field has a help text; setters, as their property has one.
+    settings, whose fields have comments (tests/test_config.py); setters, as their property has one.
     """
     for node in body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
             continue
         fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-        settings = isinstance(node, ast.ClassDef) and fields and all(
-            isinstance(field.value, ast.Call) and ast.unparse(field.value.func) == "option"
-            for field in fields)
+        settings = isinstance(node, ast.ClassDef) and node.name.endswith("Config") and fields
         setter = any(ast.unparse(line).endswith(".setter") for line in node.decorator_list)
         command = not prefix and (node.name == "main" or node.name.endswith("_command"))
         if not (ast.get_docstring(node) or settings or setter or command):
@@ -68,7 +66,7 @@ def test_names_without_a_docstring_are_found():
             """What it does."""
         def untold(): pass
         class Config:
-            a: int = option(1, "meaning")
+            a: int = 1  # meaning
         class Record:
             a: int = 1
             def length(self): pass

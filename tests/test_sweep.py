@@ -20,7 +20,7 @@ from experiments.lora_results import (SETTING, best_rate, gains, grid_facts, kno
 from experiments.lora_studies import STUDIES, VARIANTS, Setting
 from experiments.lora_sweep import SweepConfig, count_trainable, done, drawn, plan, train_config
 from model import GPT, GPTConfig
-from report import write_json
+from run.log import write_json
 from train import TrainConfig, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -97,7 +97,7 @@ def sources(tmp_path_factory):
     lines = [f"the film number {i} was {'good' if i % 2 else 'bad'} and long, said {i * i % 97}"
              for i in range(80)]
     (folder / "text.txt").write_text("\n".join(lines) + "\n")
-    prepare(CorpusConfig(source=str(folder / "text.txt"), vocab_size=300, validation=0.2,
+    prepare(CorpusConfig(from_=str(folder / "text.txt"), vocab_size=300, validation=0.2,
                          out=str(folder / "corpus")))
     train(TrainConfig(out=str(folder / "base"), data=str(folder / "corpus"), max_steps=2,
                       batch_tokens=64, micro_batch=4, sample_tokens=0, compile="off",

@@ -13,14 +13,14 @@ from unittest import mock
 import pytest
 import torch
 
-import checkpoint
-import launch
-import parallel
-import report
-from config import build
+from run import checkpoint
+from run import processes as launch
+from run import parallel
+from run import log as report
+from run.config import build
 from data import loader, shards
 from model import IGNORE, GPT
-from presets import PRESETS
+from run.presets import PRESETS
 from sample import continue_text, load_model
 from train import TrainConfig, train
 
@@ -75,7 +75,7 @@ def one_batch_run(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("reference")
     text = "".join(f"line {i * i % 97} of the text\n" for i in range(300))
     (folder / "text.txt").write_text(text)
-    data = prepare(CorpusConfig(source=str(folder / "text.txt"), tokenizer="bytes",
+    data = prepare(CorpusConfig(from_=str(folder / "text.txt"), tokenizer="bytes",
                                 out=str(folder / "data")))
     return data, run_worker(folder / "run", data, ranks=1, micro_batch=16)
 
@@ -316,7 +316,7 @@ def test_weights_of_another_tokenizer_are_refused(dataset, tmp_path):
     from data.corpus import CorpusConfig, prepare
     train(settings(dataset, tmp_path / "base", max_steps=1))
     (tmp_path / "t.txt").write_text("one two three\n" * 500)
-    other = prepare(CorpusConfig(source=str(tmp_path / "t.txt"), vocab_size=260,
+    other = prepare(CorpusConfig(from_=str(tmp_path / "t.txt"), vocab_size=260,
                                  out=str(tmp_path / "other")))
     with pytest.raises(ValueError, match="was made with another tokenizer than"):
         train(settings(other, tmp_path / "run", init_from=str(tmp_path / "base"), model={}))

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import config
-import parallel
+from run import config
+from run import parallel
 import train
 
 torch.set_num_threads(1)

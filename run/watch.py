@@ -23,10 +23,11 @@ from typing import Any, Iterator
 
 import torch.distributed as dist
 
-from launch import Processes
+from run.processes import Processes
 
 PHASES = ("starting", "evaluating", "saving", "computing", "reducing")     # at a number of steps
 EXIT_HANGS = 3
+ROOMS = ("run", "fast", "formats", "data", "eval")         # what training runs, beside the top
 
 
 @contextmanager
@@ -49,8 +50,8 @@ def locked(folder: Path) -> Iterator[None]:
 def code_hash(repository: Path) -> str:
     """A hash over the project's sources, 16 hex digits."""
     digest = hashlib.sha256()
-    for path in sorted([*repository.glob("*.py"), *repository.glob("data/*.py"),
-                        *repository.glob("eval/*.py")]):
+    for path in sorted([*repository.glob("*.py"), *(path for room in ROOMS
+                                                    for path in repository.glob(f"{room}/*.py"))]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from config import run_command
+from run.config import run_command
 from model import LAYER_NORM_EPS, SIZES, GPT, GPTConfig
 
 USAGE = "python -m model_files export RUN|FOLDER|gpt2|FILE.bin FOLDER"

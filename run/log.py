@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cross_entropy import head_memory
-from device import device_name, peak_flops, peak_memory, synchronize
-from faults import Spikes
-from launch import Processes
+from fast.cross_entropy import head_memory
+from run.device import device_name, peak_flops, peak_memory, synchronize
+from run.watch import Spikes
+from run.processes import Processes
 from optim import learning_rate
 
-REPOSITORY = Path(__file__).parent
+REPOSITORY = Path(__file__).parent.parent
 NAMES = {"loss": "validation loss", "bits_per_byte": "bits per byte"}
 VALIDATION = ("loss", "perplexity", "accuracy")      # called val_... in the log
 SPIKE = 6.0                     # standard deviations above the last 100 losses: marked in the log

@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from device import autocast, has_compiler
-from launch import Processes
+from run.device import autocast, has_compiler
+from run.processes import Processes
 
 # Floating-point operations of a run on one device that make up for the minute of torch.compile.
 COMPILE_PAYS = {"cuda": 1e17, "cpu": 1e13}

@@ -14,7 +14,7 @@ from typing import Any, Iterable
 
 import regex
 
-from download import download
+from formats.download import download
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {

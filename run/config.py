@@ -1,13 +1,14 @@
 """Dataclasses to command line: one mechanism for every setting of the project.
 
-A setting is a field of a frozen dataclass, made by `option(default, help)`; its type, default and
-help text are the `--help`. A field that is itself a dataclass becomes dotted flags; one that is a
-dataclass or None is there when a flag of it is:
+A setting is a field of a frozen dataclass, with its help text as a comment behind it; type,
+default and comment make the `--help`. A field that is itself a dataclass becomes dotted flags; one
+that is a dataclass or None is there when a flag of it is; a word that Python keeps for itself ends
+in "_", which the flag has not (from_ is --from):
 
     @dataclass(frozen=True)
     class TrainConfig:
-        learning_rate: float = option(6e-4, "peak learning rate")
-        model: GPTConfig = option(GPTConfig(), "the network")
+        learning_rate: float = 6e-4         # peak learning rate
+        model: GPTConfig = GPTConfig()      # the network
 
     config = parse(TrainConfig, ["--learning_rate=1e-3", "--model.n_layer=6"], prog="train.py")
     config = build(TrainConfig, {"learning_rate": 1e-3, "model": {"n_layer": 6}})     # the same
@@ -15,10 +16,16 @@ dataclass or None is there when a flag of it is:
 A wrong setting is a ValueError of one line. `run_command` prints it on stderr and exits with 2.
 """
 import argparse
+import ast
 import dataclasses
 import difflib
+import functools
+import inspect
+import io
 import os
 import sys
+import textwrap
+import tokenize
 import types
 import typing
 from typing import Any, Callable, Literal, TypeVar
@@ -28,23 +35,41 @@ BOOLS = {"true": True, "yes": True, "on": True, "1": True,
          "false": False, "no": False, "off": False, "0": False}
 
 
-def option(default: Any, help: str, flag: str = "") -> Any:
-    """A dataclass field with a help text.
-
-    `flag` is a second name on the command line, for a word that no field can have: "from".
+def settings_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, Any, str]]:
+    """Every setting of a config class, nested ones dotted: {"model.n_layer": (type, default, help)}.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "flag": flag})
-
-
-def settings_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, dataclasses.Field]]:
-    """Every setting of a config class as {"model.n_layer": (type, field)}, nested ones dotted."""
     found = {}
-    hints = typing.get_type_hints(cls)
+    hints, texts = typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):
         if group := _group(hints[field.name]):
             found.update(settings_of(group, f"{prefix}{field.name}."))
         else:
-            found[prefix + field.name] = (hints[field.name], field)
+            found[prefix + field.name] = (hints[field.name], _default(field),
+                                          texts.get(field.name, ""))
+    return found
+
+
+@functools.cache
+def comments(cls: type) -> dict[str, str]:
+    """The comment behind each field of a class, and below it where it goes on there; none of a
+    class whose source cannot be read."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):                                    # typed into an interpreter
+        return {}
+    behind, below = {}, {}                                          # line number: comment
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            alone = token.line.lstrip().startswith("#")
+            (below if alone else behind)[token.start[0]] = token.string.lstrip("# ")
+    found = {}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            number = node.end_lineno
+            words = [behind.get(number, "")]
+            while (number := number + 1) in below:
+                words.append(below[number])
+            found[node.target.id] = " ".join(words).strip()
     return found
 
 
@@ -76,15 +101,12 @@ def parse(cls: type[Config], words: list[str], prog: str, base: dict[str, Any] |
                          prog, max_help_position=32, width=100),
                      usage=f"{prog} [--key=value ...]")
     groups: dict[str, Any] = {}
-    for name, (kind, field) in known.items():
+    for name, (kind, default, text) in known.items():
         section = name.rpartition(".")[0] or "settings"
         group = groups.setdefault(section, parser.add_argument_group(section))
-        default = base.get(name, _default(field))
-        text = f"{field.metadata['help']} [{_spell(default)}]".replace("%", "%%")
+        text = f"{text} [{_spell(base.get(name, default))}]".replace("%", "%%")
         bare = {"nargs": "?", "const": True} if kind is bool else {}
-        flag = field.metadata.get("flag")
-        names = ["--" + name.removesuffix(field.name) + flag] if flag else []
-        group.add_argument(*names, "--" + name, dest=name, type=_converter(kind),
+        group.add_argument("--" + name.removesuffix("_"), dest=name, type=_converter(kind),
                            default=argparse.SUPPRESS, metavar=_type_name(kind), help=text, **bare)
     # Only the name of a flag may be written with dashes; a value keeps its own.
     words = [flag.replace("-", "_").replace("__", "--", 1) + sep + value if flag[:2] == "--"

@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from linear import Linear, linear
+from fast.linear import Linear, linear
 
 IGNORE = -100                       # the target of a position that has no label
 # A CPU wants logits that stay near its caches, a GPU enough rows to fill it.

@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from device import pick_device
+from run.device import pick_device
 
 
 @dataclass(frozen=True)
