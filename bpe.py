@@ -51,8 +51,9 @@ import tiktoken
 from tqdm import tqdm
 
 from formats.tokenizer import has_gpt2  # noqa: F401 (for users of bpe)
-from formats.tokenizer import (find_gpt2, from_gpt2_folder, from_hugging_face, from_ranks, read_json,
-                       readable, write_hugging_face, write_text)
+from formats.files import read_json, write_text
+from formats.tokenizer import (find_gpt2, from_gpt2_folder, from_hugging_face, from_ranks, readable,
+                               write_hugging_face)
 from fast.bpe import GPT4_PATTERN  # noqa: F401 (for users of bpe)
 from fast.bpe import (BLOCK, GPT2_PATTERN, NO_PATTERN, PATTERNS, SAFE_PATTERNS, check_surrogates,
                        compile_pattern, count_pieces, file_sizes, learn_merges, read_blocks, split)

@@ -15,6 +15,7 @@ from typing import Any, Iterable
 import regex
 
 from formats.download import download
+from formats.files import read_json, write_text
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {
@@ -218,28 +219,3 @@ def from_ranks(ranks: dict[bytes, int], name: str) -> dict[str, Any]:
     if list(made.values()) != list(range(first, first + len(tokens) - 256)):
         raise ValueError(f"the ids of {name} have gaps; only gap-free ones are read")
     return {"merges": list(made), "byte_ids": byte_ids, "first_merge": first}
-
-
-# ----------------------------------------------------------------------------- reading and writing
-
-def read_json(path: str | Path) -> Any:
-    """What a JSON file holds; FileNotFoundError, or ValueError if it is not JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no such file: {path}") from None
-    except (ValueError, RecursionError) as error:           # nested too deep is no JSON of ours
-        raise ValueError(f"{path} is truncated or not JSON: {error}") from None
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """A file in UTF-8, written whole or not at all."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write beside and rename, so that no reader ever sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
