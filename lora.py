@@ -7,8 +7,7 @@
     with disable_lora(model): ...                           # the base
     merge_lora(model, idx);  unmerge_lora(model);  plain = unload_lora(model)
 
-    python lora.py merge --base=gpt2 --adapter=FOLDER --out=FOLDER
-    python lora.py info FOLDER
+`python -m run.export` writes a base with an adapter merged in.
 
 A layer W (out, in) becomes h = W x + s (B A - B0 A0) dropout(x) with A (R, in) and B (out, R),
 rank R and scale s = alpha / R. B starts at zero and there is no B0 A0, except where an init starts
@@ -24,7 +23,6 @@ Hu et al. 2022, "LoRA"; Kalajdzievski 2023, "rsLoRA"; Liu et al. 2024, "DoRA"; M
 LoRA+ is a setting of optim.py.
 """
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -33,7 +31,6 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from formats import peft as lora_files
-from run.config import build, parse, run_command
 from lora_adapters import (Adapters, activate, adapted_layers, adapters_of, base_hash,
                            base_parameters, describe, disable_lora, load_trainable_state,
                            refuse_if_merged, say, set_adapter, trainable_state)
@@ -44,7 +41,7 @@ from lora_targets import (FUSED, full_names, is_head, linear_layers, saved_modul
 from fast.nf4 import NF4Linear
 
 __all__ = ["LoRAConfig", "add_lora", "merge_lora", "unmerge_lora", "unload_lora", "save_lora",
-           "load_lora", "load_run", "set_adapter", "disable_lora", "describe", "trainable_state",
+           "load_lora", "set_adapter", "disable_lora", "describe", "trainable_state",
            "load_trainable_state"]
 
 
@@ -260,71 +257,3 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
     set_adapter(model, name, None if trainable else ())
     say(describe(model))
     return model
-
-
-@dataclass(frozen=True)
-class MergeConfig:
-    base: str = "gpt2"  # the model: gpt2, a Hugging Face folder or a run
-    adapter: str = ""  # the adapter: a folder in PEFT's format, or a run that trained one
-    out: str = ""  # folder to write, as transformers reads it
-
-    def __post_init__(self):
-        for name in ("adapter", "out"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing; give --{name}=FOLDER")
-
-
-def load_run(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Give a base the adapter of a run's best checkpoint, or its last one; returns the model."""
-    from run import checkpoint
-    folder = Path(folder)
-    state = (checkpoint.load(folder / "best.pt") if (folder / "best.pt").exists()
-             else checkpoint.load_last(folder))
-    if state is None:
-        raise FileNotFoundError(f"the run {folder} has no checkpoint yet")
-    if not any(".lora_adapters." in key for key in state["model"]):
-        raise ValueError(f"the run {folder} trained no adapter; it is a model itself")
-    add_lora(model, build(LoRAConfig, state["config"]["lora"]))
-    load_trainable_state(model, state["model"])
-    return model
-
-
-def merge_command(words: list[str]) -> None:
-    import sample
-    config = parse(MergeConfig, words, "lora.py merge", about=__doc__)
-    model, tokenizer = sample.load_writer(config.base)
-    is_run = (Path(config.adapter) / "run.json").exists()
-    (load_run if is_run else load_lora)(model, config.adapter)
-    generator = torch.Generator().manual_seed(0)
-    length = min(64, model.config.block_size)
-    merge_lora(model, torch.randint(model.config.vocab_size, (2, length), generator=generator))
-    unload_lora(model).save_pretrained(config.out)
-    if tokenizer:
-        tokenizer.save_pretrained(config.out)
-    print(f"written: {config.out}")
-
-
-def info_command(words: list[str]) -> None:
-    if len(words) != 1:
-        raise ValueError("give one adapter: python lora.py info FOLDER")
-    settings, layers, others, notes = lora_files.read(words[0])
-    for key in ("base_model_name_or_path", "r", "lora_alpha", "use_rslora", "use_dora", "bias",
-                "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        if settings.get(key):
-            print(f"{key}: {settings[key]}")
-    for key, value in notes.items():
-        print(f"{key}: {value}")
-    tensors = [tensor for found in layers.values() for tensor in found.values()]
-    print(f"{summary(list(layers))}: {sum(t.numel() for t in (*tensors, *others.values())):,} "
-          f"parameters")
-
-
-def main(words: list[str]) -> None:
-    commands = {"merge": merge_command, "info": info_command}
-    if not words or words[0] not in commands:
-        raise ValueError("say what to do: python lora.py merge|info")
-    commands[words[0]](words[1:])
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -335,14 +335,16 @@ class GPT(nn.Module):
         from formats import gpt2 as model_files
         return model_files.load(name, dropout, block_size)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, end: int | None = None) -> None:
         """Write config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them.
 
-        Padded vocabulary rows are left out. `python -m model_files export` adds the tokenizer.
+        end: the token that begins and ends documents, by default GPT-2's where the vocabulary is
+        GPT-2's. Padded rows are left out. `python -m run.export` writes the tokenizer too.
         """
         from formats import gpt2 as model_files
-        model_files.save(self, folder, self.config.vocab_size - 1
-                         if self.config.vocab_size == GPTConfig.vocab_size else None)
+        if end is None and self.config.vocab_size == GPTConfig.vocab_size:
+            end = self.config.vocab_size - 1
+        model_files.save(self, folder, end)
 
 
 def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,

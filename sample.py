@@ -24,16 +24,15 @@ from typing import Any, Iterator, Literal
 
 import torch
 
-from run import checkpoint
-import lora
 from bpe import Tokenizer
-from run.classifier import Classifier
-from run.config import build, parse, run_command
+from run.config import parse, run_command
 from data import conversations
-from data.chat import extend_tokenizer, find_template, grow_embedding, render_prompt
+from data.chat import extend_tokenizer, find_template, render_prompt
 from data.conversations import Message
 from run.device import autocast, pick_device, pick_dtype
-from model import GPT, GPTConfig, sample_token
+from model import GPT, sample_token
+from run.load import load_model  # noqa: F401 (for users of sample)
+from run.load import load_writer, needs_tokenizer, run_template
 
 
 @dataclass(frozen=True)
@@ -55,72 +54,6 @@ class SampleConfig:
     compile: bool = False  # compile first: some seconds, then about twice as fast
 
 
-def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0,
-               which: str = "best.pt") -> tuple[GPT | Classifier, Tokenizer | None]:
-    """A model, in eval mode, and its tokenizer: from a run, a Hugging Face folder or the hub.
-
-    Of a run, the best checkpoint is taken; the last one where nothing was evaluated yet. A run on
-    texts with classes gives a Classifier; who needs a model that writes, calls `load_writer`.
-    """
-    folder = Path(name)
-    if not (folder / "run.json").exists():
-        if (folder / "best.pt").exists() or not folder.is_dir() and folder.parent.name == "out":
-            raise FileNotFoundError(f"there is no run in {folder}")
-        model = GPT.from_pretrained(name, dropout)
-        has_tokenizer = folder.is_dir() and any((folder / file).exists() for file in
-                                                ("tokenizer.json", "vocab.bpe", "merges.txt"))
-        tokenizer = (Tokenizer.load(folder) if has_tokenizer else
-                     Tokenizer.gpt2() if model.config.vocab_size == 50257 else None)
-        return model.to(device).eval(), tokenizer
-    state = (checkpoint.load(folder / which) if (folder / which).exists()
-             else checkpoint.load_last(folder))
-    if state is None:
-        raise FileNotFoundError(f"the run {folder} has no checkpoint yet")
-    settings, file = state["config"], folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(file) if file.exists() else None
-    shape = build(GPTConfig, {**settings["model"], "dropout": dropout})
-    if not settings.get("lora"):
-        model = with_head(GPT(shape), state)
-        model.load_state_dict(state["model"])
-        return model.to(device).eval(), tokenizer
-    model, _ = load_base(settings["init_from"], dropout, shape.block_size)      # it has the rest
-    model = with_head(grow_embedding(model, shape.vocab_size), state)
-    lora.add_lora(model, build(lora.LoRAConfig, settings["lora"]), quiet=True)
-    if model.lora.base_hash != state["base"]:
-        raise ValueError(f"{folder} trained an adapter of {settings['init_from']}, which has "
-                         f"changed since; put the old one back")
-    lora.load_trainable_state(model, state["model"])
-    return model.to(device).eval(), tokenizer
-
-
-def with_head(model: GPT, state: dict[str, Any]) -> GPT | Classifier:
-    """The model as a Classifier, where a checkpoint is one's."""
-    head = state["model"].get("head.weight")                        # (K, C)
-    return model if head is None else Classifier(model, len(head), state["config"]["pooling"])
-
-
-def load_writer(name: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0
-                ) -> tuple[GPT, Tokenizer | None]:
-    """`load_model`, of a model that writes: a classifier is refused."""
-    model, tokenizer = load_model(name, device, dropout)
-    if isinstance(model, Classifier):
-        raise ValueError(f"{name} is a classifier, and this needs a model that writes; python -m "
-                         f"eval.loss and eval.imdb evaluate it")
-    return model, tokenizer
-
-
-def load_base(name: str | Path, dropout: float = 0.0, block_size: int | None = None
-              ) -> tuple[GPT, Tokenizer | None]:
-    """A model to train on, and its tokenizer; an adapter is merged, a longer context cropped."""
-    model, tokenizer = load_writer(name, dropout=dropout)
-    if hasattr(model, "lora"):
-        lora.merge_lora(model)
-        lora.unload_lora(model)
-    if block_size and block_size < model.config.block_size:
-        model.crop_context(block_size)
-    return model.requires_grad_(True).train(), tokenizer
-
-
 def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 200,
                   temperature: float = 0.8, top_k: int = 50, top_p: float = 1.0,
                   seed: int = 0) -> str:
@@ -135,14 +68,6 @@ def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_to
     out = model.generate(idx, max_new_tokens, temperature, top_k or None, top_p, stops, generator)
     new = [token for token in out[0, len(ids):].tolist() if token not in stops]
     return prompt + tokenizer.decode(new)
-
-
-def run_template(name: str | Path) -> str:
-    """The template that a run was trained with; "" of what is no such run."""
-    file = Path(name) / "config.json"
-    if not (Path(name) / "run.json").exists() or not file.exists():
-        return ""
-    return json.loads(file.read_text()).get("template") or ""
 
 
 class Chat:
@@ -356,8 +281,7 @@ def main(words: list[str]) -> None:
                          f"--template=alpaca, plain, chatml, llama3 or none")
     device = pick_device(config.device)
     model, tokenizer = load_writer(words[0], device)
-    if tokenizer is None:
-        raise ValueError(f"{words[0]} has no tokenizer.json; put its tokenizer there")
+    tokenizer = needs_tokenizer(tokenizer, words[0])
     if config.compile:
         model.compile_generation()
     with autocast(device, pick_dtype(config.dtype, device)):

@@ -43,6 +43,7 @@ from lora import LoRAConfig
 from model import GPT, GPTConfig
 from optim import OptimConfig, learning_rate, make_optimizer
 from run.parallel import Parallel, compiled, full
+from run.load import grow_embedding, load_base
 from run.presets import DEFAULT_PRESET, PRESETS
 
 SMALL_DATA = ("corpus", "shakespeare", "pydocs")    # made within a minute when a run asks for them
@@ -181,7 +182,7 @@ def base_and_data(config: TrainConfig, world: Processes):
         return model, data, dataclasses.replace(config, model=shape, template="")
 
     crop = asked.block_size if asked.block_size != GPTConfig.block_size else None
-    model, tokenizer = sample.load_base(config.init_from, asked.dropout, crop)
+    model, tokenizer = load_base(config.init_from, asked.dropout, crop)
     for field in dataclasses.fields(GPTConfig):
         value, has = getattr(asked, field.name), getattr(model.config, field.name)
         if value not in (field.default, has):
@@ -195,7 +196,7 @@ def base_and_data(config: TrainConfig, world: Processes):
         model, config = Classifier(model, data.classes, config.pooling), for_classes(config)
     elif kind == "chat":
         tokenizer = chat.extend_tokenizer(tokenizer, config.template)
-        chat.grow_embedding(model, tokenizer.vocab_size)
+        grow_embedding(model, tokenizer.vocab_size)
         data = sets.ChatSet(folder, tokenizer, config.template, model.config.block_size,
                             config.labels)
     else:

@@ -20,7 +20,7 @@ from bench.machine import write_results
 from run.config import parse, run_command
 from run.device import pick_device
 from eval.hellaswag import Scores, load_items, score, wilson_interval
-from sample import load_writer
+from run.load import load_writer
 
 TASK = """include: {hellaswag}
 task: hellaswag_file

@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Iterator, Literal
 
 import numpy as np
-import torch
-import torch.nn as nn
 
 from bpe import END_OF_TEXT, Tokenizer
 from run.config import parse, run_command
@@ -221,28 +219,6 @@ def extend_tokenizer(tokenizer: Tokenizer, template: str) -> Tokenizer:
     return tokenizer.add_special_tokens(missing) if missing else tokenizer
 
 
-def grow_embedding(model: nn.Module, vocab_size: int) -> nn.Module:
-    """Give a GPT rows for new tokens, in place, at the mean of those it has; the head stays tied.
-
-    The mean makes a new token as likely as an average one, and disturbs the others least (Hewitt
-    2021, "Initializing New Word Embeddings for Pretrained Language Models").
-    """
-    if vocab_size < model.config.vocab_size:
-        raise ValueError(f"vocab_size={vocab_size} is below the model's "
-                         f"{model.config.vocab_size}; an embedding can only grow")
-    if vocab_size == model.config.vocab_size:
-        return model
-    wte = model.transformer.wte
-    old = wte.weight.detach()[:model.config.vocab_size]             # (V, C), without padding
-    model.config = dataclasses.replace(model.config, vocab_size=vocab_size)
-    rows = model.config.padded_vocab_size
-    weight = torch.cat([old, old.mean(dim=0, keepdim=True).expand(rows - len(old), -1)])
-    wte.weight = nn.Parameter(weight, requires_grad=wte.weight.requires_grad)
-    model.lm_head.weight = wte.weight
-    wte.num_embeddings = model.lm_head.out_features = rows
-    return model
-
-
 # ------------------------------------------------------------------------------- folder to samples
 
 def load_samples(folder: str | Path, split: str, tokenizer: Tokenizer, template: str,
@@ -255,7 +231,7 @@ def load_samples(folder: str | Path, split: str, tokenizer: Tokenizer, template:
     """
     if extend_tokenizer(tokenizer, template) is not tokenizer:
         raise ValueError(f"the tokenizer lacks special tokens of template={template}; use "
-                         f"data.chat.extend_tokenizer, and grow_embedding for the model")
+                         f"data.chat.extend_tokenizer, and run.load.grow_embedding for the model")
     path = Path(folder) / f"{split}.jsonl"
     flat, labelled, offsets, counts = array("i"), bytearray(), [0], Counter()
     for number, line in enumerate(conversations.read_split(Path(folder), split), 1):

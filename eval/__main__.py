@@ -121,7 +121,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(words: list[str]) -> None:
-    from sample import load_model
+    from run.load import load_model
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     names, words = list(dict.fromkeys(words[:count])), words[count:]
     config = parse(EvalConfig, words, "python -m eval RUN|FOLDER|gpt2 [MORE...]", about=__doc__)

@@ -263,7 +263,7 @@ def wilson_interval(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def main(words: list[str]) -> None:
-    from sample import load_writer
+    from run.load import load_writer
     config = parse(HellaSwagConfig, words, "python -m eval.hellaswag", about=__doc__)
     device = pick_device(config.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                    # started by torchrun

@@ -130,7 +130,7 @@ def counted(labels: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    from sample import load_model
+    from run.load import load_model
     config = parse(IMDBConfig, words, "python -m eval.imdb", about=__doc__)
     reviews = load_reviews(config.file)[:config.limit or None]
     device = pick_device(config.device)

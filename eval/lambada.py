@@ -70,7 +70,7 @@ def evaluate(model: nn.Module, tokenizer: Any, passages: Sequence[tuple[str, str
 
 
 def main(words: list[str]) -> None:
-    from sample import load_writer
+    from run.load import load_writer
     config = parse(LambadaConfig, words, "python -m eval.lambada", about=__doc__)
     passages = load_passages(config.file)[:config.limit or None]
     device = pick_device(config.device)

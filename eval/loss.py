@@ -234,7 +234,7 @@ def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, A
 
 
 def main(words: list[str]) -> None:
-    from sample import load_model
+    from run.load import load_model
     config = parse(LossConfig, words, "python -m eval.loss", about=__doc__)
     model, tokenizer = load_model(config.model, pick_device(config.device))
     result = measure(model, tokenizer, config)

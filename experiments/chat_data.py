@@ -33,7 +33,7 @@ from typing import Any, Iterator
 import numpy as np
 
 from run import log as report
-import sample
+from run import load
 from run.config import build, parse, run_command
 from data import chat, conversations, pydocs
 from data.samples import Samples
@@ -222,7 +222,7 @@ def as_samples(test: Asked, tokenizer: Any, block_size: int) -> Samples:
 
 def measure(arm: Arm, folder: Path, tests: dict[str, Asked]) -> dict[str, dict[str, float]]:
     """The figures of each test; one without conversations is of those that were trained on."""
-    model, tokenizer = sample.load_base(folder)
+    model, tokenizer = load.load_base(folder)
     return {name: answer_figures(model, as_samples(
         test if test.talks else Asked(arm.talks[:300]), tokenizer,
         model.config.block_size).evaluation_batches(32)) for name, test in tests.items()}
@@ -231,7 +231,7 @@ def measure(arm: Arm, folder: Path, tests: dict[str, Asked]) -> dict[str, dict[s
 def all_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
     """Train and measure everything, seed by seed."""
     chat.TEMPLATES["whole"] = WHOLE
-    model, tokenizer = sample.load_base(config.init_from)
+    model, tokenizer = load.load_base(config.init_from)
     parts = conversations.split(pydocs.questions(), 0.1)
     seen, unseen = (functions(part, tokenizer, model.config.block_size) for part in parts)
     trained_on = {answer for _, answer in seen}

@@ -34,7 +34,7 @@ import torch
 
 import lora
 from run import log as report
-import sample
+from run import load
 from bpe import Tokenizer
 from run.config import build, parse, run_command
 from data import alpaca, conversations, corpus, imdb, shards
@@ -298,7 +298,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     """Train what is missing; the rows of the CSV, which is written in any case."""
-    model, tokenizer = sample.load_base(config.init_from)
+    model, tokenizer = load.load_base(config.init_from)
     if tokenizer is None:
         raise ValueError(f"init_from={config.init_from} has no tokenizer to read reviews with; put "
                          f"its tokenizer.json there")

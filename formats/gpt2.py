@@ -1,14 +1,7 @@
 """Models in the files of others: Hugging Face folders in and out, llm.c checkpoints in.
 
-    python -m model_files export RUN|FOLDER|gpt2|FILE.bin FOLDER
-    python -c 'import transformers; print(transformers.pipeline("text-generation", "FOLDER")("A"))'
-
     model = load("gpt2")                        # what GPT.from_pretrained calls
     save(model, folder, end=tokenizer.eot)      # what GPT.save_pretrained calls
-
-`export` writes what transformers needs to generate as sample.py --temperature=0 does: config.json,
-model.safetensors, generation_config.json, tokenizer.json, tokenizer_config.json. The adapter of a
-run is merged into its base (lora.save_lora writes one alone, as PEFT reads it).
 
 A file is believed only as far as it is long: sizes that a config or header claims are compared with
 the tensors that are there before anything of that size is made. A ValueError names the file.
@@ -25,10 +18,8 @@ from typing import Any
 
 import torch
 
-from run.config import run_command
 from model import LAYER_NORM_EPS, SIZES, GPT, GPTConfig
 
-USAGE = "python -m model_files export RUN|FOLDER|gpt2|FILE.bin FOLDER"
 LLMC_MAGIC, LLMC_HEADER = 20240326, 1024                            # the header's size in bytes
 LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}                 # by version
 LLMC_LAYERS = [f"{name}.{kind}" for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2",
@@ -269,33 +260,3 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """An object as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def export(source: str | Path, folder: str | Path) -> None:
-    """Write a run (its best checkpoint) or any other model with its tokenizer for transformers.
-
-    An adapter is merged into its base.
-    """
-    from sample import load_base
-    if (Path(folder) / "run.json").exists():
-        raise ValueError(f"{folder} is a run, whose tokenizer.json would be replaced; "
-                         f"export into another folder")
-    model, tokenizer = load_base(source)
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer.json; put its tokenizer there")
-    save(model, folder, tokenizer.eot)
-    tokenizer.save_pretrained(folder)
-
-
-def main(words: list[str]) -> None:
-    if "--help" in words:
-        print(__doc__)
-    elif len(words) != 3 or words[0] != "export":
-        raise ValueError(f"usage: {USAGE}")
-    else:
-        export(*words[1:])
-        print(f"{words[1]} is in {words[2]}, for transformers and for --model={words[2]}")
-
-
-if __name__ == "__main__":
-    run_command(main)

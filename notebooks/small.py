@@ -17,7 +17,7 @@ from bpe import Tokenizer
 from run.config import build, flatten
 from model import GPT
 from run.presets import PRESETS
-from sample import load_writer
+from run.load import load_writer
 from train import TrainConfig, train
 
 # From where the notebook runs, so that nothing printed has a path of this machine in it.

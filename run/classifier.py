@@ -11,7 +11,7 @@ token, which has seen all of it, or their mean. The layer starts at zero: every 
 likely at first, and the start of a run does not depend on a seed.
 
     python train.py imdb-demo                           trains one: data of data/labels.py
-    model, _ = sample.load_model("out/imdb-demo")       and gives it back
+    model, _ = run.load.load_model("out/imdb-demo")       and gives it back
 
 Shapes: B batch, T time, C channels, K classes, N samples: one in each row, or as many as labels.
 Reference: Radford et al. 2018, "Improving Language Understanding by Generative Pre-Training",

@@ -10,10 +10,11 @@ import torch
 from bpe import Tokenizer
 from run.config import build
 from data import alpaca, chat, conversations, imdb, inspect_chat, pydocs
-from data.chat import (TEMPLATES, extend_tokenizer, fingerprint, grow_embedding, load_samples,
-                       render, render_prompt)
+from data.chat import (TEMPLATES, extend_tokenizer, fingerprint, load_samples, render,
+                       render_prompt)
 from data.conversations import convert, read, read_records, write_dataset
 from model import GPT, IGNORE, GPTConfig
+from run.load import grow_embedding
 
 TOKENIZER = Tokenizer.train(["What is this? It is a test of the thing.\n\n### Response: a b c "
                              "User: Assistant: hello there"] * 3, 300)

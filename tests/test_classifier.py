@@ -20,7 +20,7 @@ from data import labels
 from eval import __main__ as every_eval
 from eval import imdb, loss
 from model import IGNORE, GPT, GPTConfig
-from sample import load_model
+from run.load import load_model
 from train import TrainConfig, train
 
 LENGTHS = (5, 16, 1, 9)

@@ -15,7 +15,7 @@ from eval import __main__ as command
 from eval import hellaswag, imdb, lambada, loss
 from eval.hellaswag import wilson_interval
 from model import IGNORE, GPT, GPTConfig
-from sample import load_base, load_model
+from run.load import load_base, load_model
 from train import TrainConfig, train
 
 REVIEWS = [("A fine film, and a good one.<br />Really good.", 1), ("Bad, bad, and long. Awful!", 0),

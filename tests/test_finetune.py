@@ -14,7 +14,8 @@ from bench.kills import start
 from run.config import build, parse
 from data.conversations import write_dataset
 from run.presets import PRESETS
-from sample import chat_reply, load_model
+from run.load import load_model
+from sample import chat_reply
 from train import TrainConfig, train
 
 MODEL = dict(block_size=48, n_layer=2, n_head=2, n_embd=32)

@@ -1,22 +1,20 @@
-"""Adapters as files: to PEFT and back, what is in them, what is refused, the command line."""
+"""Adapters as files: to PEFT and back, what is in them, what is refused, exporting."""
 import dataclasses
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from run import checkpoint
-from lora import (LoRAConfig, add_lora, load_lora, load_run, merge_lora, save_lora,
-                  set_adapter, trainable_state, unload_lora)
+from bpe import Tokenizer
+from lora import (LoRAConfig, add_lora, load_lora, merge_lora, save_lora, set_adapter,
+                  trainable_state, unload_lora)
 from model import GPT, GPTConfig
+from run import checkpoint, export
+from run.load import add_adapter_of
 
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file             # noqa: E402
 
-REPOSITORY = Path(__file__).parent.parent
 SHAPE = GPTConfig(block_size=16, vocab_size=53, n_layer=3, n_head=2, n_embd=32)
 BOTH = {                    # what PEFT and we have under the same names
     "lora": {},
@@ -260,27 +258,20 @@ def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# The command line
+# Exporting, and the adapter of a run
 
-def run(*words):
-    return subprocess.run([sys.executable, "lora.py", *words], cwd=REPOSITORY, text=True,
-                          capture_output=True)
-
-
-def test_merging_on_the_command_line_writes_a_model_of_its_own(tmp_path):
+def test_an_exported_base_has_the_adapter_merged_in(tmp_path, capsys):
     gpt().save_pretrained(tmp_path / "base")
+    Tokenizer([], special_tokens=()).save_pretrained(tmp_path / "base")
     model = shake(add_lora(gpt(), LoRAConfig(r=4, use_dora=True, bias="all")))
     save_lora(model, tmp_path / "adapter", base="somewhere")
-    done = run("merge", f"--base={tmp_path / 'base'}", f"--adapter={tmp_path / 'adapter'}",
-               f"--out={tmp_path / 'merged'}")
-    assert done.returncode == 0, done.stderr
-    assert "logits differ by at most" in done.stdout
+    export.main([str(tmp_path / "base"), f"--adapter={tmp_path / 'adapter'}",
+                 f"--out={tmp_path / 'merged'}"])
+    assert "logits differ by at most" in capsys.readouterr().out
     torch.testing.assert_close(logits(GPT.from_pretrained(tmp_path / "merged")), logits(model),
                                rtol=0, atol=1e-4)
-    done = run("info", str(tmp_path / "adapter"))
-    assert done.returncode == 0, done.stderr
-    assert "base_model_name_or_path: somewhere" in done.stdout and "use_dora: True" in done.stdout
-    assert "3 x transformer.h.*.attn.c_attn" in done.stdout
+    with pytest.raises(FileNotFoundError, match="nowhere has no adapter_config.json"):
+        export.main([str(tmp_path / "base"), "--adapter=nowhere", f"--out={tmp_path / 'other'}"])
 
 
 def test_the_adapter_of_a_run_is_put_on_its_base(tmp_path):
@@ -288,21 +279,9 @@ def test_the_adapter_of_a_run_is_put_on_its_base(tmp_path):
     checkpoint.save(tmp_path / "best.pt", {
         "model": trainable_state(model), "config": {"lora": dataclasses.asdict(
             LoRAConfig(r=4, init="pissa", bias="all"))}})
-    assert torch.equal(logits(load_run(gpt(), tmp_path)), logits(model))
+    assert torch.equal(logits(add_adapter_of(gpt(), tmp_path)), logits(model))
     checkpoint.save(tmp_path / "best.pt", {"model": gpt().state_dict(), "config": {}})
     with pytest.raises(ValueError, match="trained no adapter"):
-        load_run(gpt(), tmp_path)
+        add_adapter_of(gpt(), tmp_path)
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
-        load_run(gpt(), tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("words,message", [
-    ((), "say what to do: python lora.py merge|info"),
-    (("merge", "--base=gpt2"), "adapter is missing; give --adapter=FOLDER"),
-    (("info", "nowhere"), "nowhere has no adapter_config.json"),
-    (("merge", "--bse=gpt2"), "did you mean --base?"),
-])
-def test_wrong_commands_are_one_line(words, message):
-    done = run(*words)
-    assert done.returncode == 2 and message in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        add_adapter_of(gpt(), tmp_path / "nowhere")

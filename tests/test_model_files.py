@@ -7,9 +7,11 @@ import torch
 
 from formats import gpt2 as model_files
 from bpe import Tokenizer
+from run import export
 from run.config import build
 from model import GPT, GPTConfig
-from sample import continue_text, load_model
+from run.load import load_model
+from sample import continue_text
 from train import TrainConfig, train
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
@@ -206,7 +208,7 @@ def test_an_exported_model_generates_in_transformers_what_it_does_here(trained, 
     model, tokenizer = trained
     model.save_pretrained(tmp_path / "source")
     tokenizer.save(tmp_path / "source" / "tokenizer.json")
-    model_files.main(["export", str(tmp_path / "source"), str(tmp_path / "folder")])
+    export.main([str(tmp_path / "source"), f"--out={tmp_path / 'folder'}"])
     generate = transformers.pipeline("text-generation", str(tmp_path / "folder"), device="cpu")
     ended = 0
     for prompt in ("document 7", "docum", "many, ev", "of"):
@@ -231,7 +233,7 @@ def test_the_run_of_an_adapter_is_exported_merged(dataset, tmp_path, variant):
         block_size=32, n_layer=2, n_head=2, n_embd=16)}))
     train(build(TrainConfig, {**settings, "out": str(tmp_path / "run"), "init_from": str(
         tmp_path / "base"), "lora": dict(r=2, target_modules=("all-linear",), **variant)}))
-    model_files.main(["export", str(tmp_path / "run"), str(tmp_path / "folder")])
+    export.main([str(tmp_path / "run"), f"--out={tmp_path / 'folder'}"])
     (base, _), (run, _), (folder, _) = (load_model(tmp_path / name)
                                         for name in ("base", "run", "folder"))
     assert type(folder) is GPT and not hasattr(folder, "lora")
@@ -246,11 +248,11 @@ def test_what_cannot_be_exported_is_one_line(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     for words, message in [
-            (["export", "x"], "usage: python -m model_files export"), ([], "usage: "),
-            (["export", str(tmp_path / "bare"), str(tmp_path / "out")], "no tokenizer.json"),
-            (["export", str(tmp_path / "bare"), str(tmp_path / "run")], "is a run, whose tokeni")]:
+            (["x"], "out is missing; give --out=FOLDER"), (["--out=x"], "say what to export"),
+            ([str(tmp_path / "bare"), f"--out={tmp_path / 'out'}"], "no tokenizer.json"),
+            ([str(tmp_path / "bare"), f"--out={tmp_path / 'run'}"], "is a run, whose tokenizer")]:
         with pytest.raises(ValueError, match=message):
-            model_files.main(words)
+            export.main(words)
 
 
 # ---- llm.c

@@ -17,7 +17,8 @@ from data.corpus import CorpusConfig, prepare
 from data.samples import SampleLoader
 from eval import loss
 from model import GPT, GPTConfig
-from sample import Chat, chat_reply, continue_text, load_model
+from run.load import load_model, run_template
+from sample import Chat, chat_reply, continue_text
 from train import TrainConfig, train
 
 
@@ -145,7 +146,7 @@ def count_computed(model, monkeypatch):
 
 def test_a_run_answers_as_it_was_taught_and_stops_at_its_end_token(talker):
     model, tokenizer = load_model(talker[0])
-    assert sample.run_template(talker[0]) == talker[1]
+    assert run_template(talker[0]) == talker[1]
     for question, answer in ANSWERS.items():
         messages = [{"role": "user", "content": question}]
         assert chat_reply(model, tokenizer, messages, talker[1], temperature=0) == answer

@@ -21,7 +21,8 @@ from run.config import build
 from data import loader, shards
 from model import IGNORE, GPT
 from run.presets import PRESETS
-from sample import continue_text, load_model
+from run.load import load_model
+from sample import continue_text
 from train import TrainConfig, train
 
 REPOSITORY = Path(__file__).parent.parent

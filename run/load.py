@@ -1,0 +1,184 @@
+"""A model and its tokenizer by name: a run, a Hugging Face folder, a checkpoint of llm.c, or GPT-2.
+
+    model, tokenizer = load_model("out/demo")           as it was trained: a GPT or a Classifier
+    model, tokenizer = load_writer("gpt2")              the same, but no classifier
+    model, tokenizer = load_base("out/lora-demo")       to train on: adapters merged
+    add_adapter_of(model, "out/lora-demo")              only the adapter that a run trained
+"""
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+import lora
+from bpe import Tokenizer
+from model import GPT, GPTConfig
+from run import checkpoint
+from run.classifier import Classifier
+from run.config import build
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.bpe", "merges.txt")
+
+
+def is_run(name: str | Path) -> bool:
+    """Whether this is the folder of a run."""
+    return (Path(name) / "run.json").exists()
+
+
+def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0,
+               which: str = "best.pt") -> tuple[GPT | Classifier, Tokenizer | None]:
+    """A model, in eval mode, and its tokenizer.
+
+    Of a run, the best checkpoint is taken; the last one where nothing was evaluated yet. A run on
+    texts with classes gives a Classifier; who needs a model that writes, calls `load_writer`.
+    """
+    if not is_run(name):
+        model, tokenizer = _load_other(Path(name), name, dropout)
+        return model.to(device).eval(), tokenizer
+    folder = Path(name)
+    state, file = _checkpoint_of(folder, which), folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(file) if file.exists() else None
+    settings = state["config"]
+    shape = build(GPTConfig, {**settings["model"], "dropout": dropout})
+    if not settings.get("lora"):
+        model = with_head(GPT(shape), state)
+        model.load_state_dict(state["model"])
+        return model.to(device).eval(), tokenizer
+    model, _ = load_base(settings["init_from"], dropout, shape.block_size)      # it has the rest
+    model = with_head(grow_embedding(model, shape.vocab_size), state)
+    lora.add_lora(model, build(lora.LoRAConfig, settings["lora"]), quiet=True)
+    if model.lora.base_hash != state["base"]:
+        raise ValueError(f"{folder} trained an adapter of {settings['init_from']}, which has "
+                         f"changed since; put the old one back")
+    lora.load_trainable_state(model, state["model"])
+    return model.to(device).eval(), tokenizer
+
+
+def load_writer(name: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0
+                ) -> tuple[GPT, Tokenizer | None]:
+    """`load_model`, of a model that writes: a classifier is refused."""
+    model, tokenizer = load_model(name, device, dropout)
+    if isinstance(model, Classifier):
+        raise ValueError(f"{name} is a classifier, and this needs a model that writes; python -m "
+                         f"eval.loss and eval.imdb evaluate it")
+    return model, tokenizer
+
+
+def load_base(name: str | Path, dropout: float = 0.0, block_size: int | None = None
+              ) -> tuple[GPT, Tokenizer | None]:
+    """A model to train on, and its tokenizer; an adapter is merged, a longer context cropped."""
+    model, tokenizer = load_writer(name, dropout=dropout)
+    if hasattr(model, "lora"):
+        lora.merge_lora(model)
+        lora.unload_lora(model)
+    if block_size and block_size < model.config.block_size:
+        model.crop_context(block_size)
+    return model.requires_grad_(True).train(), tokenizer
+
+
+def load_start(name: str, asked: GPTConfig) -> tuple[GPT | None, Tokenizer | None]:
+    """What a new run starts from: `load_base` with the dropout and the context that are `asked`
+    for; (None, None) of "scratch". ValueError where the rest of the shape is another."""
+    if name == "scratch":
+        return None, None
+    cropped = asked.block_size if asked.block_size != GPTConfig.block_size else None
+    model, tokenizer = load_base(name, asked.dropout, cropped)
+    for field in dataclasses.fields(GPTConfig):
+        value, has = getattr(asked, field.name), getattr(model.config, field.name)
+        if value not in (field.default, has):
+            raise ValueError(f"model.{field.name}={value}, but {name} has {has}; leave it out, "
+                             f"init_from brings the shape")
+    return model, tokenizer
+
+
+def model_for(data: Any, start: GPT | None, config: Any) -> GPT | Classifier:
+    """The network that learns from a data set (data/sets.py), by the settings of train.py: a new
+    one, or the start with a row for each token, or with a head for the classes."""
+    if start is None:
+        if config.model.vocab_size not in (data.vocab_size, GPTConfig.vocab_size):
+            raise ValueError(f"model.vocab_size={config.model.vocab_size}, but the tokenizer of "
+                             f"{config.data} has {data.vocab_size}; leave it out, training takes "
+                             f"that")
+        with torch.device("meta" if config.dry_run else "cpu"):
+            return GPT(dataclasses.replace(config.model, vocab_size=data.vocab_size))
+    if data.classes:
+        return Classifier(start, data.classes, config.pooling)
+    if not data.template and start.config.vocab_size != data.vocab_size:
+        raise ValueError(f"{config.data} has {data.vocab_size} tokens, {config.init_from} has "
+                         f"{start.config.vocab_size}; prepare it with "
+                         f"--tokenizer={config.init_from}")
+    return grow_embedding(start, data.vocab_size)
+
+
+def grow_embedding(model: nn.Module, vocab_size: int) -> nn.Module:
+    """Give a GPT rows for new tokens, in place, at the mean of those it has; the head stays tied.
+
+    The mean makes a new token as likely as an average one, and disturbs the others least (Hewitt
+    2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    """
+    if vocab_size < model.config.vocab_size:
+        raise ValueError(f"vocab_size={vocab_size} is below the model's "
+                         f"{model.config.vocab_size}; an embedding can only grow")
+    if vocab_size == model.config.vocab_size:
+        return model
+    wte = model.transformer.wte
+    old = wte.weight.detach()[:model.config.vocab_size]             # (V, C), without padding
+    model.config = dataclasses.replace(model.config, vocab_size=vocab_size)
+    rows = model.config.padded_vocab_size
+    weight = torch.cat([old, old.mean(dim=0, keepdim=True).expand(rows - len(old), -1)])
+    wte.weight = nn.Parameter(weight, requires_grad=wte.weight.requires_grad)
+    model.lm_head.weight = wte.weight
+    wte.num_embeddings = model.lm_head.out_features = rows
+    return model
+
+
+def add_adapter_of(model: nn.Module, run: str | Path) -> nn.Module:
+    """Give a base the adapter of a run's best checkpoint, or its last one; returns the model."""
+    state = _checkpoint_of(Path(run))
+    if not any(".lora_adapters." in key for key in state["model"]):
+        raise ValueError(f"the run {run} trained no adapter; it is a model itself")
+    lora.add_lora(model, build(lora.LoRAConfig, state["config"]["lora"]))
+    lora.load_trainable_state(model, state["model"])
+    return model
+
+
+def with_head(model: GPT, state: dict[str, Any]) -> GPT | Classifier:
+    """The model as a Classifier, where a checkpoint is one's."""
+    head = state["model"].get("head.weight")                        # (K, C)
+    return model if head is None else Classifier(model, len(head), state["config"]["pooling"])
+
+
+def run_template(name: str | Path) -> str:
+    """The template that a run was trained with; "" of what is no such run."""
+    file = Path(name) / "config.json"
+    if not is_run(name) or not file.exists():
+        return ""
+    return json.loads(file.read_text()).get("template") or ""
+
+
+def needs_tokenizer(tokenizer: Tokenizer | None, name: str | Path) -> Tokenizer:
+    """The tokenizer; ValueError where the model or data set of this name has none."""
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer.json; put its tokenizer there")
+    return tokenizer
+
+
+def _load_other(folder: Path, name: str | Path, dropout: float) -> tuple[GPT, Tokenizer | None]:
+    """A model that is not a run of ours."""
+    if (folder / "best.pt").exists() or not folder.is_dir() and folder.parent.name == "out":
+        raise FileNotFoundError(f"there is no run in {folder}")
+    model = GPT.from_pretrained(name, dropout)
+    if folder.is_dir() and any((folder / file).exists() for file in TOKENIZER_FILES):
+        return model, Tokenizer.load(folder)
+    return model, Tokenizer.gpt2() if model.config.vocab_size == GPTConfig.vocab_size else None
+
+
+def _checkpoint_of(folder: Path, which: str = "best.pt") -> dict[str, Any]:
+    state = (checkpoint.load(folder / which) if (folder / which).exists()
+             else checkpoint.load_last(folder))
+    if state is None:
+        raise FileNotFoundError(f"the run {folder} has no checkpoint yet")
+    return state
