@@ -19,7 +19,8 @@ import torch
 from bench.machine import write_results
 from run.config import parse, run_command
 from run.device import pick_device
-from eval.hellaswag import Scores, load_items, score, wilson_interval
+from eval.hellaswag import Scores, load_items, score
+from eval.scoring import wilson_interval
 from run.load import load_writer
 
 TASK = """include: {hellaswag}

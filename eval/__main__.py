@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from run.config import parse, run_command
-from data.shards import write_json
-from run.device import pick_device, pick_dtype
 from eval import hellaswag, imdb, lambada, loss
+from formats.files import write_json
+from run.config import parse, run_command
+from run.device import pick_device, pick_dtype
+from run.load import is_run, load_model, needs_tokenizer, run_settings
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     data: str = ""  # of the loss, as in eval.loss; empty: what a run was trained on
     template: str = ""  # of chat data; empty: the one that the run was trained with
-    hellaswag: str = ""  # HellaSwag file; empty: the official one, downloaded once
+    hellaswag_file: str = ""  # local HellaSwag file; empty: the official one, downloaded once
     imdb: str = ""  # JSONL of reviews {text, label}; empty: left out
     lambada: str = ""  # JSONL of passages {text}; empty: left out
     limit: int = 1000  # items of each task, at most
@@ -51,9 +52,9 @@ def load_tasks(config: EvalConfig) -> Tasks:
     """The items of each evaluation; without a file, HellaSwag is left out, which is said."""
     end = None if config.all else config.limit
     try:
-        items = hellaswag.load_items(config.hellaswag or None)
+        items = hellaswag.load_items(config.hellaswag_file or None)
     except FileNotFoundError as error:
-        if config.hellaswag:
+        if config.hellaswag_file:
             raise
         print(f"HellaSwag is left out: {error}", file=sys.stderr)
         items = []
@@ -67,7 +68,7 @@ def evaluate(name: str, model: Any, tokenizer: Any, tasks: Tasks, config: EvalCo
     dtype = pick_dtype(config.dtype, next(model.parameters()).device)
     found: dict[str, Any] = {"parameters": model.num_params(),
                              "block_size": model.config.block_size}
-    data = config.data or loss.run_settings(name).get("data", "")
+    data = config.data or run_settings(name).get("data", "")
     if data:
         how = loss.LossConfig(model=name, data=data, dtype=config.dtype,
                               template=config.template,
@@ -121,7 +122,6 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(words: list[str]) -> None:
-    from run.load import load_model
     count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
     names, words = list(dict.fromkeys(words[:count])), words[count:]
     config = parse(EvalConfig, words, "python -m eval RUN|FOLDER|gpt2 [MORE...]", about=__doc__)
@@ -130,10 +130,8 @@ def main(words: list[str]) -> None:
     device, tasks, results = pick_device(config.device), load_tasks(config), {}
     for name in names:
         model, tokenizer = load_model(name, device)
-        if tokenizer is None:
-            raise ValueError(f"{name} has no tokenizer.json; put its tokenizer there")
-        results[name] = evaluate(name, model, tokenizer, tasks, config)
-        if (Path(name) / "run.json").exists():
+        results[name] = evaluate(name, model, needs_tokenizer(tokenizer, name), tasks, config)
+        if is_run(name):
             write_json(Path(name) / "eval.json", results[name])
     print(table(results))
 

@@ -13,8 +13,8 @@ from typing import Any, Iterable
 import torch
 import torch.nn as nn
 
-from run.device import autocast
-from eval.loss import IGNORE, score_rows
+from model import IGNORE
+from eval.scoring import evaluating, score_rows
 
 LEARNED = 0.5           # the share of training samples that are answered word for word, at least
 GAP = 0.5               # nats that validation may be above training: 1.65 times the perplexity
@@ -23,15 +23,12 @@ GAP = 0.5               # nats that validation may be above training: 1.65 times
 def answer_figures(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
                    dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """loss (nats per labelled token), exact (share of samples), samples; of (x, y) batches."""
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
     nats = tokens = exact = samples = 0
-    for x, y in batches:
-        with autocast(device, dtype):
+    with evaluating(model, dtype) as device:
+        for x, y in batches:
             row_nats, row_exact = score_rows(model, x.to(device), y.to(device))
-        nats, exact = nats + row_nats.sum().item(), exact + int(row_exact.sum())
-        tokens, samples = tokens + int((y != IGNORE).sum()), samples + len(y)
-    model.train(was_training)
+            nats, exact = nats + row_nats.sum().item(), exact + int(row_exact.sum())
+            tokens, samples = tokens + int((y != IGNORE).sum()), samples + len(y)
     return {"loss": nats / tokens, "exact": exact / samples, "samples": samples}
 
 

@@ -1,6 +1,6 @@
 """HellaSwag: does the model find the right ending of a text more likely than three wrong ones?
 
-    python -m eval.hellaswag --model=gpt2|FOLDER|RUN [--file=PATH] [--limit=N] [--style=harness]
+    python -m eval.hellaswag --model=gpt2|FOLDER|RUN [--hellaswag_file=PATH] [--style=harness]
 
     items = load_items()                           # the 10,042 official validation items
     result = evaluate(model, tokenizer, items)     # acc, acc_norm, acc_bytes, n, 95% intervals
@@ -33,21 +33,23 @@ import torch.nn as nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from eval.hellaswag_items import ENDINGS, Item, Style, items_of_run, load_items, prepare
+from eval.scoring import accuracy, evaluating
+from model import IGNORE
 from run.config import parse, run_command
-from run.device import autocast, pick_device, pick_dtype
-from eval.hellaswag_items import ENDINGS, Item, Style, load_items, prepare
+from run.device import pick_device, pick_dtype
+from run.load import load_writer
 
-IGNORE = -100
 CPU_BATCH, GPU_BATCH = 4096, 32768          # tokens of a batch where none are given
 PARTS = 8           # a batch's endings run in so many parts, by length: 96 inputs an item, not 164
 LOGIT_ROWS, SOFTMAX_ROWS = 256, 16          # at once: a large product, a softmax in the cache
-METRICS = {"acc": "correct", "acc_norm": "correct_norm", "acc_bytes": "correct_bytes"}
+METRICS = ("acc", "acc_norm", "acc_bytes")
 
 
 @dataclass(frozen=True)
 class HellaSwagConfig:
     model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium
-    file: str = ""  # local HellaSwag file; empty: the official one, downloaded once
+    hellaswag_file: str = ""  # local HellaSwag file; empty: the official one, downloaded once
     limit: int = 0  # the first so many items; 0 is all
     style: Style = "completion"  # preparation of the text; acc_norm per token or character
     batch_tokens: int = 0  # tokens of a batch, at most; 0: 4096 on a CPU, 32768 on a GPU
@@ -187,7 +189,19 @@ def log_probs(model: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> torch
     return -torch.cat(found)
 
 
-@torch.no_grad()
+def score_questions(model: nn.Module, questions: list[Question], batch_tokens: int = 0,
+                    dtype: torch.dtype = torch.float32, progress: bool = False) -> torch.Tensor:
+    """The log-probability of every ending, at its slot: (endings,) float32, on the CPU."""
+    with evaluating(model, dtype) as device:
+        batch_tokens = batch_tokens or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+        sums = torch.zeros(sum(len(question.slots) for question in questions), device=device)
+        with tqdm(total=len(sums), unit="ending", disable=not progress) as bar:
+            for batch in batches_of(questions, batch_tokens):
+                score_batch(model, batch, sums)
+                bar.update(sum(len(question.slots) for question in batch))
+    return sums.cpu()
+
+
 def score(model: nn.Module, tokenizer: Any, items: Sequence[Item], style: Style = "completion",
           batch_tokens: int = 0, dtype: torch.dtype = torch.float32,
           progress: bool = False) -> Scores:
@@ -202,22 +216,11 @@ def score(model: nn.Module, tokenizer: Any, items: Sequence[Item], style: Style 
         raise ValueError("HellaSwag needs the model's tokenizer; "
                          + (f"this one has {tokenizer.vocab_size} tokens, the model "
                             f"{model.config.vocab_size}" if tokenizer else "there is none"))
-    device, block_size = next(model.parameters()).device, model.config.block_size
-    batch_tokens = batch_tokens or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+    block_size = model.config.block_size
     prepared = [prepare(tokenizer, item, style) for item in items]
     questions = [question for n, (context, endings, _) in enumerate(prepared)
                  for question in questions_of(n, context, endings, block_size)]
-    sums = torch.zeros(ENDINGS * len(items), device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        with autocast(device, dtype), tqdm(total=len(sums), unit="ending",
-                                           disable=not progress) as bar:
-            for batch in batches_of(questions, batch_tokens):
-                score_batch(model, batch, sums)
-                bar.update(sum(len(question.slots) for question in batch))
-    finally:
-        model.train(was_training)
+    sums = score_questions(model, questions, batch_tokens, dtype, progress)
     tokens = torch.zeros(len(sums), dtype=torch.long)
     for question in questions:
         tokens[question.slots] = torch.tensor([len(ending) for ending in question.endings])
@@ -225,7 +228,7 @@ def score(model: nn.Module, tokenizer: Any, items: Sequence[Item], style: Style 
                             for ending in endings], dtype=torch.long).view(len(items), ENDINGS, 2)
     cut = [len(context) + max(map(len, endings)) > block_size + 1
            for context, endings, _ in prepared]
-    return Scores(sums.double().cpu().view(len(items), ENDINGS), tokens.view(len(items), ENDINGS),
+    return Scores(sums.double().view(len(items), ENDINGS), tokens.view(len(items), ENDINGS),
                   lengths[..., 0], lengths[..., 1], torch.tensor(cut, dtype=torch.bool))
 
 
@@ -251,24 +254,17 @@ def evaluate(model: nn.Module, tokenizer: Any, items: Sequence[Item], style: Sty
         dist.all_reduce(counts)
     n, cut, *correct = counts.tolist()
     result: dict[str, Any] = {"style": style, "n": n, "cut": cut}
-    for name, k in zip(METRICS, correct):
-        result.update({name: k / n, METRICS[name]: k, f"{name}_interval": wilson_interval(k, n)})
+    for name, right in zip(METRICS, correct):
+        result.update(accuracy(right, n, name))
     return result
 
 
-def wilson_interval(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% interval of a share k / n (Wilson 1927), which stays within 0 and 1."""
-    middle, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
-    return (middle - spread) / (n + z * z), (middle + spread) / (n + z * z)
-
-
 def main(words: list[str]) -> None:
-    from run.load import load_writer
     config = parse(HellaSwagConfig, words, "python -m eval.hellaswag", about=__doc__)
     device = pick_device(config.device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                    # started by torchrun
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    items = load_items(config.file or None)[:config.limit or None]
+    items = load_items(config.hellaswag_file or None)[:config.limit or None]
     model, tokenizer = load_writer(config.model, device)
     result = evaluate(model, tokenizer, items, config.style, config.batch_tokens,
                       pick_dtype(config.dtype, device), progress=True)
@@ -281,8 +277,8 @@ def main(words: list[str]) -> None:
     print(f"{config.model} on {result['n']:,} HellaSwag items, style {config.style}")
     unit = "token" if config.style == "completion" else "character"
     for name, rule in zip(METRICS, ("", f" per {unit}", " per byte")):
-        low, high = result[f"{name}_interval"]
-        print(f"  {name:9} {result[name]:.4f}  ({result[METRICS[name]]:,} right)  95% interval "
+        right, (low, high) = result[name.replace("acc", "correct")], result[f"{name}_interval"]
+        print(f"  {name:9} {result[name]:.4f}  ({right:,} right)  95% interval "
               f"{low:.4f} to {high:.4f}  largest log-probability{rule}")
     if result["cut"]:
         print(f"  {result['cut']:,} items are longer than the context of {model.config.block_size} "

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from formats.download import download
-from eval.records import read_records
+from eval.records import check_characters, read_records
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -51,8 +51,18 @@ def load_items(path: str | Path | None = None) -> list[Item]:
     return [_item(record, place) for place, record in read_records(path, "HellaSwag")]
 
 
+def items_of_run(file: str, every: int, tokenizer: Any, data: str) -> list[Item]:
+    """What a run that trains on `data` is evaluated on every so many steps; nothing with 0."""
+    if not every:
+        return []
+    if tokenizer is None:
+        raise ValueError(f"hellaswag_every={every} needs a tokenizer, and {data} has none; put its "
+                         f"tokenizer.json there")
+    return load_items(file or None)
+
+
 def _download() -> Path:
-    instead = "python -m eval.hellaswag --file=FILE"
+    instead = "python -m eval.hellaswag --hellaswag_file=FILE"
     if not dist.is_initialized():
         return download(URL, FILE, SHA256, instead)
     first = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0     # one process a machine
@@ -79,10 +89,7 @@ def _item(record: dict[str, Any], place: str) -> Item:
         raise ValueError(f"{place}: {names[0]} is empty")
     harness = context if "query" in record else (
         f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}")
-    try:
-        "".join((context, harness, *endings)).encode()
-    except UnicodeEncodeError:                                      # JSON can spell "\ud800"
-        raise ValueError(f"{place} has half a surrogate pair, which is no character") from None
+    check_characters("".join((context, harness, *endings)), place)
     return Item(context, harness, tuple(endings), int(label))
 
 

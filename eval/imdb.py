@@ -25,12 +25,14 @@ from typing import Any, Literal, NamedTuple, Sequence
 import torch
 import torch.nn as nn
 
-from run.config import parse, run_command
 from data.labels import class_samples
 from data.samples import Samples
-from run.device import autocast, pick_device, pick_dtype
-from eval.hellaswag import CPU_BATCH, GPU_BATCH, Question, batches_of, score_batch, wilson_interval
+from eval.hellaswag import Question, score_questions
 from eval.records import read_records, text_of
+from eval.scoring import accuracy, evaluating
+from run.config import parse, run_command
+from run.device import pick_device, pick_dtype
+from run.load import load_model, needs_tokenizer
 
 BEFORE, AFTER = "Review:", "\nSentiment:"
 ANSWERS = (" negative", " positive")        # by label
@@ -73,7 +75,6 @@ def prompt(review: Review, tokenizer: Any, room: int) -> tuple[list[int], bool]:
     return before + text[-room:] + after, len(text) > room
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, tokenizer: Any, reviews: Sequence[Review], batch_tokens: int = 0,
              dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Which of the two answers is likelier after the question; or what a classifier answers."""
@@ -81,63 +82,47 @@ def evaluate(model: nn.Module, tokenizer: Any, reviews: Sequence[Review], batch_
         samples = class_samples(reviews, tokenizer, model.config.block_size)
         return evaluate_classifier(model, samples, dtype=dtype) | {
             "cut": samples.counts["truncated"]}
-    device = next(model.parameters()).device
     answers = [tokenizer.encode(answer) for answer in ANSWERS]
     room = model.config.block_size + 1 - max(map(len, answers))     # the last token is no input
     prompts = [prompt(review, tokenizer, room) for review in reviews]
     questions = [Question(tuple(ids), answers, [2 * n, 2 * n + 1])
                  for n, (ids, _) in enumerate(prompts)]
-    sums = torch.zeros(2 * len(reviews), device=device)
-    was_training = model.training
-    model.eval()
-    batch_tokens = batch_tokens or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
-    with autocast(device, dtype):
-        for batch in batches_of(questions, batch_tokens):
-            score_batch(model, batch, sums)
-    model.train(was_training)
     labels = torch.tensor([review.label for review in reviews])
-    found = sums.view(-1, 2).argmax(1).cpu()
-    return counted(labels, found) | {"cut": sum(was_cut for _, was_cut in prompts)}
+    found = score_questions(model, questions, batch_tokens, dtype).view(-1, 2).argmax(1)
+    return accuracy_and_confusion(labels, found) | {"cut": sum(was_cut for _, was_cut in prompts)}
 
 
-@torch.no_grad()
 def evaluate_classifier(model: nn.Module, samples: Samples, batch_size: int = 16,
                         dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """What `evaluate` returns (but `cut`), and the loss: of a Classifier on `class_samples`."""
     if model.classes != len(ANSWERS):
         raise ValueError(f"the classifier chooses among {model.classes} classes; reviews are "
                          f"negative or positive")
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
     labels, found, nats = [], [], 0.0
-    for x, y in samples.evaluation_batches(batch_size):
-        with autocast(device, dtype):
+    with evaluating(model, dtype) as device:
+        for x, y in samples.evaluation_batches(batch_size):
             logits, loss = model(x.to(device), y.to(device), reduction="sum")
-        labels.append(y[y >= 0])
-        found.append(logits.argmax(1).cpu())
-        nats += loss.item()
-    model.train(was_training)
-    return counted(torch.cat(labels), torch.cat(found)) | {
+            labels.append(y[y >= 0])
+            found.append(logits.argmax(1).cpu())
+            nats += loss.item()
+    return accuracy_and_confusion(torch.cat(labels), torch.cat(found)) | {
         "loss": nats / len(samples)}
 
 
-def counted(labels: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:
-    """Accuracy of classes `found` for `labels`, both (N,), with its 95% interval; `confusion` has a
-    row for each true class."""
-    n, right = len(labels), int((labels == found).sum())
-    return {"n": n, "acc": right / n, "correct": right, "acc_interval": wilson_interval(right, n),
-            "confusion": torch.bincount(2 * labels + found, minlength=4).view(2, 2).tolist()}
+def accuracy_and_confusion(labels: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:
+    """Accuracy of classes `found` for `labels`, both (N,); confusion has a row a true class."""
+    confusion = torch.bincount(2 * labels + found, minlength=4).view(2, 2).tolist()
+    return {"n": len(labels), **accuracy(int((labels == found).sum()), len(labels)),
+            "confusion": confusion}
 
 
 def main(words: list[str]) -> None:
-    from run.load import load_model
     config = parse(IMDBConfig, words, "python -m eval.imdb", about=__doc__)
     reviews = load_reviews(config.file)[:config.limit or None]
     device = pick_device(config.device)
     model, tokenizer = load_model(config.model, device)
-    if tokenizer is None:
-        raise ValueError(f"{config.model} has no tokenizer.json; put its tokenizer there")
-    r = evaluate(model, tokenizer, reviews, config.batch_tokens, pick_dtype(config.dtype, device))
+    r = evaluate(model, needs_tokenizer(tokenizer, config.model), reviews, config.batch_tokens,
+                 pick_dtype(config.dtype, device))
     low, high = r["acc_interval"]
     how = "classified" if getattr(model, "classes", 0) else "zero-shot"
     print(f"{config.model} on {r['n']:,} reviews, {how}: acc {r['acc']:.4f} (95% interval "

@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run.config import parse, run_command
-from data.shards import write_json
-from eval.hellaswag import wilson_interval
 from eval.records import read_records, text_of
+from eval.scoring import wilson_interval
+from formats.files import write_json
+from run.config import parse, run_command
 
 RUBRIC = {"helpful": "does what was asked, correctly and completely",
           "honest": "claims nothing that is wrong, and no certainty where there is none",

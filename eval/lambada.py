@@ -15,11 +15,12 @@ from typing import Any, Literal, Sequence
 import torch
 import torch.nn as nn
 
-from run.config import parse, run_command
-from run.device import autocast, pick_device, pick_dtype
-from eval.hellaswag import wilson_interval
-from eval.loss import IGNORE, score_rows
 from eval.records import read_records, text_of
+from eval.scoring import accuracy, evaluating, score_rows
+from model import IGNORE
+from run.config import parse, run_command
+from run.device import pick_device, pick_dtype
+from run.load import load_writer, needs_tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,38 +47,33 @@ def load_passages(path: str) -> list[tuple[str, str]]:
 def evaluate(model: nn.Module, tokenizer: Any, passages: Sequence[tuple[str, str]],
              batch_size: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """n, acc with its count and 95% interval, perplexity; cut: passages that lost their start."""
-    device, T = next(model.parameters()).device, model.config.block_size
+    T = model.config.block_size
     rows = [(tokenizer.encode(context), tokenizer.encode(word)) for context, word in passages]
     cut = sum(len(context) + len(word) > T + 1 for context, word in rows)
     rows = sorted([((context + word)[-T - 1:], min(len(word), T)) for context, word in rows],
                   key=lambda row: len(row[0]))
-    nats, right, was_training = 0.0, 0, model.training
-    model.eval()
-    for batch in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
-        longest = len(batch[-1][0])
-        x = torch.zeros(len(batch), longest - 1, dtype=torch.long)  # (B, T)
-        y = torch.full_like(x, IGNORE)                              # (B, T)
-        for i, (ids, length) in enumerate(batch):
-            x[i, :len(ids) - 1] = torch.tensor(ids[:-1])
-            y[i, len(ids) - 1 - length:len(ids) - 1] = torch.tensor(ids[-length:])
-        with autocast(device, dtype):
+    nats, right = 0.0, 0
+    with evaluating(model, dtype) as device:
+        for batch in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
+            longest = len(batch[-1][0])
+            x = torch.zeros(len(batch), longest - 1, dtype=torch.long)      # (B, T)
+            y = torch.full_like(x, IGNORE)                                  # (B, T)
+            for i, (ids, length) in enumerate(batch):
+                x[i, :len(ids) - 1] = torch.tensor(ids[:-1])
+                y[i, len(ids) - 1 - length:len(ids) - 1] = torch.tensor(ids[-length:])
             row_nats, row_right = score_rows(model, x.to(device), y.to(device))
-        nats, right = nats + row_nats.sum().item(), right + int(row_right.sum())
-    model.train(was_training)
+            nats, right = nats + row_nats.sum().item(), right + int(row_right.sum())
     n = len(rows)
-    return {"n": n, "cut": cut, "acc": right / n, "correct": right,
-            "acc_interval": wilson_interval(right, n), "perplexity": math.exp(min(nats / n, 700))}
+    return {"n": n, "cut": cut, **accuracy(right, n), "perplexity": math.exp(min(nats / n, 700))}
 
 
 def main(words: list[str]) -> None:
-    from run.load import load_writer
     config = parse(LambadaConfig, words, "python -m eval.lambada", about=__doc__)
     passages = load_passages(config.file)[:config.limit or None]
     device = pick_device(config.device)
     model, tokenizer = load_writer(config.model, device)
-    if tokenizer is None:
-        raise ValueError(f"{config.model} has no tokenizer.json; put its tokenizer there")
-    r = evaluate(model, tokenizer, passages, config.batch_size, pick_dtype(config.dtype, device))
+    r = evaluate(model, needs_tokenizer(tokenizer, config.model), passages, config.batch_size,
+                 pick_dtype(config.dtype, device))
     print(f"{config.model} on {r['n']:,} LAMBADA passages: acc {r['acc']:.4f} (95% interval "
           f"{r['acc_interval'][0]:.4f} to {r['acc_interval'][1]:.4f})  perplexity "
           f"{r['perplexity']:.2f}  ({r['cut']} cut to {model.config.block_size} tokens)")

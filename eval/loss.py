@@ -18,7 +18,6 @@ with its accuracy: the share of texts whose class is the likeliest.
 
 Reference: "Perplexity of fixed-length models", Hugging Face's documentation of transformers.
 """
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from data import chat, labels, loader, sets, shards, texts
+from eval.fit import fit_report
+from eval.scoring import evaluating
+from model import IGNORE
 from run.config import parse, run_command
-from data import labels, loader, sets, shards, texts
-from run.device import autocast, pick_device, pick_dtype
+from run.device import pick_device, pick_dtype
+from run.load import load_model, run_template
 
-IGNORE = loader.IGNORE
 KINDS = {"text": "text", "tokens": "text", "chat": "chat data", "classes": "texts with classes"}
 
 
@@ -63,7 +65,6 @@ def token_lengths(tokenizer: Any) -> torch.Tensor:
     return torch.tensor([len(token) for token in tokenizer.token_bytes])
 
 
-@torch.no_grad()
 def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
                   device: torch.device, lengths: torch.Tensor | None = None,
                   dtype: torch.dtype = torch.float32) -> dict[str, float]:
@@ -73,19 +74,17 @@ def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.
     Returns loss (nats per label) and tokens, the number of labels; of a GPT also perplexity and,
     with lengths, bits_per_byte; of a Classifier accuracy.
     """
-    was_training, classes = model.training, getattr(model, "classes", 0)
-    model.eval()
+    classes = getattr(model, "classes", 0)
     total = torch.zeros(4, dtype=torch.float64)                     # nats, labels, bytes, right
-    for x, y in batches:
-        with autocast(device, dtype):
+    with evaluating(model, dtype):
+        for x, y in batches:
             logits, nats = model(x.to(device), y.to(device), reduction="sum")
-        targets, spelled, right = y[y >= 0], 0, 0
-        if classes:
-            right = (logits.argmax(1).cpu() == targets).sum()
-        elif lengths is not None:
-            spelled = lengths[targets].sum()
-        total += torch.tensor([nats.item(), len(targets), spelled, right], dtype=torch.float64)
-    model.train(was_training)
+            targets, spelled, right = y[y >= 0], 0, 0
+            if classes:
+                right = (logits.argmax(1).cpu() == targets).sum()
+            elif lengths is not None:
+                spelled = lengths[targets].sum()
+            total += torch.tensor([nats.item(), len(targets), spelled, right], dtype=torch.float64)
     if dist.is_initialized():
         total = total.to(device) if device.type == "cuda" else total    # NCCL reduces on the GPU
         dist.all_reduce(total)
@@ -97,18 +96,6 @@ def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.
     if spelled:
         result["bits_per_byte"] = nats / math.log(2) / spelled
     return result
-
-
-@torch.no_grad()
-def score_rows(model: nn.Module, x: torch.Tensor, y: torch.Tensor):
-    """Of each row of x, y (B, T): the nats of its labelled tokens (B,), and whether all of them
-    are the likeliest (B,), which is what greedy decoding would say."""
-    row, t = (y != IGNORE).nonzero(as_tuple=True)                   # (N,) labelled tokens
-    logits = model.lm_head(model.features(x)[row, t])[:, :model.config.vocab_size].float()
-    nats = -logits.log_softmax(-1).gather(1, y[row, t, None])[:, 0]
-    wrong = (logits.argmax(-1) != y[row, t]).float()
-    return (nats.new_zeros(len(y)).index_add(0, row, nats),
-            wrong.new_zeros(len(y)).index_add(0, row, wrong) == 0)
 
 
 def strided_batches(tokens: shards.Tokens, block_size: int, stride: int, batch_size: int,
@@ -168,8 +155,7 @@ def kind_of(data: str) -> str:
 
 def open_chat(config: LossConfig, split: str, tokenizer: Any, block_size: int) -> Any:
     """The samples of a split of chat data, as data.samples.Samples."""
-    from data import chat
-    template = config.template or run_settings(config.model).get("template")
+    template = config.template or run_template(config.model)
     if not template:
         raise ValueError(f"{config.model} was not trained on conversations; say how to write them "
                          f"with --template={', '.join(chat.TEMPLATES)}")
@@ -185,17 +171,6 @@ def open_classes(config: LossConfig, model: nn.Module, tokenizer: Any) -> Any:
         raise ValueError(f"{config.model} chooses among {model.classes} classes, {config.data} has "
                          f"{len(names)} ({', '.join(names)}); name the data that it was trained on")
     return labels.load_samples(folder, config.split, tokenizer, model.config.block_size)
-
-
-def run_settings(name: str) -> dict[str, Any]:
-    """The settings that a run was trained with; none of what is no run."""
-    file = Path(name) / "config.json"
-    if not (Path(name) / "run.json").exists() or not file.exists():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
 
 
 def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, Any]:
@@ -227,14 +202,12 @@ def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, A
         batches = strided_batches(tokens, block_size, config.stride, size, limit)
         result["strided"] = evaluate_loss(model, batches, device, lengths, dtype)
     if config.fit:
-        from eval.fit import fit_report
         splits = [open_chat(config, split, tokenizer, block_size) for split in ("train", "val")]
         result["fit"] = fit_report(model, *splits, size, limit, dtype)
     return result
 
 
 def main(words: list[str]) -> None:
-    from run.load import load_model
     config = parse(LossConfig, words, "python -m eval.loss", about=__doc__)
     model, tokenizer = load_model(config.model, pick_device(config.device))
     result = measure(model, tokenizer, config)

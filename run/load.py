@@ -6,7 +6,6 @@
     add_adapter_of(model, "out/lora-demo")              only the adapter that a run trained
 """
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.nn as nn
 
 import lora
 from bpe import Tokenizer
+from formats.files import read_json
 from model import GPT, GPTConfig
 from run import checkpoint
 from run.classifier import Classifier
@@ -151,12 +151,15 @@ def with_head(model: GPT, state: dict[str, Any]) -> GPT | Classifier:
     return model if head is None else Classifier(model, len(head), state["config"]["pooling"])
 
 
+def run_settings(name: str | Path) -> dict[str, Any]:
+    """The settings that a run was trained with; none of what is no run."""
+    file = Path(name) / "config.json"
+    return read_json(file) if is_run(name) and file.exists() else {}
+
+
 def run_template(name: str | Path) -> str:
     """The template that a run was trained with; "" of what is no such run."""
-    file = Path(name) / "config.json"
-    if not is_run(name) or not file.exists():
-        return ""
-    return json.loads(file.read_text()).get("template") or ""
+    return run_settings(name).get("template") or ""
 
 
 def needs_tokenizer(tokenizer: Tokenizer | None, name: str | Path) -> Tokenizer:

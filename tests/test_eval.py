@@ -13,7 +13,7 @@ from data.labels import class_samples
 from data.samples import SampleLoader
 from eval import __main__ as command
 from eval import hellaswag, imdb, lambada, loss
-from eval.hellaswag import wilson_interval
+from eval.scoring import wilson_interval
 from model import IGNORE, GPT, GPTConfig
 from run.load import load_base, load_model
 from train import TrainConfig, train
@@ -282,7 +282,7 @@ def test_one_table_and_the_runs_own_file_hold_what_each_evaluation_finds(
     model.save_pretrained(folder)
     tokenizer.save(folder / "tokenizer.json")
     capsys.readouterr()
-    command.main([str(run), str(folder), f"--hellaswag={hellaswag_file}", f"--imdb={reviews}",
+    command.main([str(run), str(folder), f"--hellaswag_file={hellaswag_file}", f"--imdb={reviews}",
                   f"--lambada={passages}", "--limit=4", "--tokens=256", "--device=cpu",
                   "--dtype=float32"])
     shown = capsys.readouterr().out.splitlines()
@@ -317,7 +317,7 @@ def test_a_run_with_an_adapter_is_evaluated_as_its_merged_model_is(
     model, tokenizer = load_base(adapted)
     model.save_pretrained(tmp_path / "merged")
     tokenizer.save(tmp_path / "merged" / "tokenizer.json")
-    command.main([str(adapted), str(run), f"--hellaswag={hellaswag_file}", f"--imdb={reviews}",
+    command.main([str(adapted), str(run), f"--hellaswag_file={hellaswag_file}", f"--imdb={reviews}",
                   f"--lambada={passages}", "--device=cpu", "--dtype=float32"])
     kept, base = (json.loads((folder / "eval.json").read_text()) for folder in (adapted, run))
     for task, found in (
@@ -335,7 +335,7 @@ def test_a_run_with_an_adapter_is_evaluated_as_its_merged_model_is(
 
 
 def test_all_is_without_limits(run, hellaswag_file):
-    command.main([str(run), f"--hellaswag={hellaswag_file}", "--limit=2", "--tokens=64", "--all",
+    command.main([str(run), f"--hellaswag_file={hellaswag_file}", "--limit=2", "--tokens=64", "--all",
                   "--device=cpu"])
     kept = json.loads((run / "eval.json").read_text())
     assert kept["hellaswag_harness"]["n"] == 6 and kept["loss"]["tokens"] == 1008
@@ -349,7 +349,7 @@ def test_what_has_no_file_is_left_out_and_said_so(run, dataset, monkeypatch, cap
     assert "HellaSwag is left out: there is none" in shown.err
     assert f"{run}: its loss is left out: there is no prepared data" in shown.err
     assert json.loads((run / "eval.json").read_text()).keys() == {"parameters", "block_size"}
-    for words in ([str(run), "--hellaswag=none"], [str(run), f"--data={dataset}"]):
+    for words in ([str(run), "--hellaswag_file=none"], [str(run), f"--data={dataset}"]):
         with pytest.raises(FileNotFoundError):          # asked for, so not left out
             command.main([*words, "--device=cpu"])
 

@@ -11,11 +11,13 @@ import torch
 
 import bpe
 from eval import hellaswag, hellaswag_items
-from eval.hellaswag import evaluate, load_items, score, wilson_interval
+from eval.hellaswag import evaluate, load_items, score
 from eval.hellaswag_items import without_marks
+from eval.scoring import wilson_interval
 from model import GPT, GPTConfig
 
 REPOSITORY = Path(__file__).parent.parent
+COUNTS = {"acc": "correct", "acc_norm": "correct_norm", "acc_bytes": "correct_bytes"}
 SUMS = 2e-4     # float32; sums are some hundred nats, of which one unit in the last place is 3e-5
 
 def record(activity_label, ctx_a, ctx_b, label, *endings):
@@ -180,7 +182,7 @@ def test_folders_written_here_and_by_transformers_give_the_same_figures(
     transformers.AutoTokenizer.from_pretrained(ours).save_pretrained(theirs)
     shown = []
     for folder in (ours, theirs):
-        hellaswag.main([f"--model={folder}", f"--file={file}", "--device=cpu", "--dtype=float32"])
+        hellaswag.main([f"--model={folder}", f"--hellaswag_file={file}", "--device=cpu", "--dtype=float32"])
         shown.append(capsys.readouterr().out.splitlines()[1:])          # the first names the model
     assert shown[0] == shown[1] and len(shown[0]) == 3
     result = evaluate(model, tokenizer, items)
@@ -233,7 +235,7 @@ def test_counts_and_intervals_of_a_result(tokenizer, items):
     result, scores = evaluate(model, tokenizer, items), score(model, tokenizer, items)
     assert model.training
     labels = torch.tensor([item.label for item in items])
-    for name, count in hellaswag.METRICS.items():
+    for name, count in COUNTS.items():
         right = int((scores.decisions("completion")[name] == labels).sum())
         assert (result[count], result[name]) == (right, right / 4)
         assert result[f"{name}_interval"] == wilson_interval(right, 4)
@@ -275,7 +277,7 @@ def test_ranks_give_the_counts_of_one(tokenizer, items, file, tmp_path, ranks):
     model = small_model(tokenizer)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model" / "tokenizer.json")
-    words = ["-m", "eval.hellaswag", f"--model={tmp_path / 'model'}", f"--file={file}",
+    words = ["-m", "eval.hellaswag", f"--model={tmp_path / 'model'}", f"--hellaswag_file={file}",
              "--dtype=float32", "--device=cpu"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     alone, together = (
@@ -286,7 +288,7 @@ def test_ranks_give_the_counts_of_one(tokenizer, items, file, tmp_path, ranks):
     assert together.stdout == alone.stdout
     result = evaluate(model, tokenizer, items)
     assert "4 HellaSwag items, style completion" in alone.stdout
-    for name, count in hellaswag.METRICS.items():
+    for name, count in COUNTS.items():
         assert f"{name:9} {result[name]:.4f}  ({result[count]} right)" in alone.stdout
 
 

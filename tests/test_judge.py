@@ -7,7 +7,7 @@ import pytest
 
 from run.config import build
 from eval import judge
-from eval.hellaswag import wilson_interval
+from eval.scoring import wilson_interval
 from eval.judge import JudgeConfig, make_sheet, tally, verdict
 
 

@@ -10,7 +10,7 @@ from bpe import Tokenizer
 from data.shards import Tokens
 from eval import loss
 from eval.loss import LossConfig, evaluate_loss, measure, strided_batches, text_tokens
-from model import GPT, GPTConfig
+from model import IGNORE, GPT, GPTConfig
 
 CPU = torch.device("cpu")
 TEXT = "Every token of a long text is scored once, naïvely or not. " * 3
@@ -63,7 +63,7 @@ def test_a_limit_takes_windows_from_all_of_the_text():
     ids = np.arange(201) % 50
     batches = list(strided_batches(Tokens([ids]), 16, 4, 8, limit=20))
     x, y = (torch.cat(part) for part in zip(*batches))
-    assert len(x) == 5 and x[0, 0] == 0 and y[-1, -1] != loss.IGNORE
+    assert len(x) == 5 and x[0, 0] == 0 and y[-1, -1] != IGNORE
     assert (y >= 0).sum() == 16 + 4 * 4                 # the first scores all of its own
 
 

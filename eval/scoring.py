@@ -1,0 +1,45 @@
+"""How tokens are scored, and how sure a share of right answers is: what the evaluations share."""
+import contextlib
+import math
+from typing import Any, Iterator
+
+import torch
+import torch.nn as nn
+
+from model import IGNORE
+from run.device import autocast
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[torch.device]:
+    """The model's device; inside, dropout is off, no gradient is kept, products are in dtype."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast(device, dtype):
+            yield device
+    finally:
+        model.train(was_training)
+
+
+def score_rows(model: nn.Module, x: torch.Tensor, y: torch.Tensor):
+    """Of each row of x, y (B, T): the nats of its labelled tokens (B,), and whether all of them
+    are the likeliest (B,), which is what greedy decoding would say."""
+    row, t = (y != IGNORE).nonzero(as_tuple=True)                   # (N,) labelled tokens
+    logits = model.lm_head(model.features(x)[row, t])[:, :model.config.vocab_size].float()
+    nats = -logits.log_softmax(-1).gather(1, y[row, t, None])[:, 0]
+    wrong = (logits.argmax(-1) != y[row, t]).float()
+    return (nats.new_zeros(len(y)).index_add(0, row, nats),
+            wrong.new_zeros(len(y)).index_add(0, row, wrong) == 0)
+
+
+def accuracy(right: int, n: int, name: str = "acc") -> dict[str, Any]:
+    """{acc, correct, acc_interval}; of the name "acc_norm": acc_norm, correct_norm, ..."""
+    return {name: right / n, name.replace("acc", "correct"): right,
+            f"{name}_interval": wilson_interval(right, n)}
+
+
+def wilson_interval(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% interval of a share k / n (Wilson 1927), which stays within 0 and 1."""
+    middle, spread = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+    return (middle - spread) / (n + z * z), (middle + spread) / (n + z * z)
