@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fast.cross_entropy import IGNORE, linear_cross_entropy
-from fast.linear import Linear
 
 # The front; of each block, `python -m pydoc model` would add a thousand lines of nn.Module's.
 __all__ = ["GPT", "GPTConfig", "KVCache", "SIZES", "sample_token"]
@@ -107,8 +106,8 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
@@ -134,8 +133,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +173,7 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias),
         ))
-        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight           # tied: one tensor, two uses
         self.apply(self._init_weights)
         # Every block adds two branches to the residual stream; scaled so, the sum of all keeps

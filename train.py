@@ -39,6 +39,7 @@ from eval import hellaswag
 from eval.fit import fit_report
 from eval.loss import evaluate_loss, token_lengths
 from run.processes import Processes, processes, repeatable, stop_signals
+from fast.linear import use_fast_products
 from lora import LoRAConfig
 from model import GPT, GPTConfig
 from optim import OptimConfig, learning_rate, make_optimizer
@@ -178,7 +179,7 @@ def base_and_data(config: TrainConfig, world: Processes):
                              f"that")
         shape = dataclasses.replace(asked, vocab_size=data.vocab_size)
         with torch.device("meta" if config.dry_run else "cpu"):
-            model = GPT(shape)
+            model = use_fast_products(GPT(shape))
         return model, data, dataclasses.replace(config, model=shape, template="")
 
     crop = asked.block_size if asked.block_size != GPTConfig.block_size else None

@@ -21,6 +21,7 @@ from bpe import Tokenizer
 from run.config import parse, run_command
 from run.device import autocast, pick_device, pick_dtype, synchronize
 from eval.hellaswag import Item, Scores, load_items, score
+from fast.linear import use_fast_products
 from model import GPT, GPTConfig
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     torch.manual_seed(0)
-    model, tokenizer = GPT(config.model).to(device).eval(), Tokenizer.gpt2()
+    model = use_fast_products(GPT(config.model)).to(device).eval()
+    tokenizer = Tokenizer.gpt2()
     items = load_items(config.file or None)
     items = items[::max(1, len(items) // config.items)][:config.items]
 

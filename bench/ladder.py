@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch.nn import functional as F
 
 from bench.machine import RESULTS, in_process, matmul_peak, write_results
@@ -38,7 +37,7 @@ from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, peak_memory, pick_device
 from experiments.plots import GREY, STYLE
 from experiments.runs import PALETTE
-from fast.linear import MKL_IS_SLOW, Linear
+from fast.linear import MKL_IS_SLOW, use_fast_products
 from model import GPT, IGNORE, CausalSelfAttention, GPTConfig
 from optim import parameter_groups
 
@@ -106,10 +105,8 @@ def contestant(rung: str, config: GPTConfig, x: torch.Tensor, y: torch.Tensor,
         config = replace(config, vocab_multiple=128)
     with device:
         model = (GPT if HEAD in has else PlainHead)(config)
-    if ONEDNN not in has:
-        for module in model.modules():
-            if type(module) is Linear:
-                module.__class__ = nn.Linear
+    if ONEDNN in has:
+        use_fast_products(model)
     if FLASH not in has:
         for block in model.transformer.h:
             block.attn.__class__ = WrittenOutAttention

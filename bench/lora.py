@@ -23,6 +23,7 @@ from bench.machine import seconds, write_results
 from run.config import parse, run_command
 from run.device import autocast, peak_memory, pick_device
 from lora import LoRAConfig, add_lora
+from fast.linear import use_fast_products
 from model import GPT, GPTConfig
 from optim import OptimConfig, make_optimizer
 
@@ -59,7 +60,7 @@ class LoRABenchConfig:
 
 
 def ours(shape: GPTConfig, variant: str, config: LoRABenchConfig) -> nn.Module:
-    model = GPT(shape)
+    model = use_fast_products(GPT(shape))
     if variant != "full":
         add_lora(model, LoRAConfig(r=config.r, alpha=16, target_modules=config.targets,
                                    **VARIANTS[variant]))

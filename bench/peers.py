@@ -25,6 +25,7 @@ import torch.nn as nn
 
 from bench.machine import matmul_peak, seconds
 from run.device import DTYPES, autocast, peak_memory, synchronize
+from fast.linear import use_fast_products
 from model import GPT, GPTConfig
 
 SHAPES = {          # name: shape, its micro-batch on a CPU; all have biases, as build-nanogpt does
@@ -61,7 +62,7 @@ def our_step(config: GPTConfig, x: torch.Tensor, y: torch.Tensor, device: torch.
     from run.parallel import Parallel, compiled, full
     from train import update
     with device:
-        model = GPT(config)
+        model = use_fast_products(GPT(config))
     world = Processes(0, 1, device)
     parallel = Parallel(model, world, "none", dtype)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -238,7 +239,8 @@ def measure_generation(who: str, config: GPTConfig, batch: int, dtype: str, mode
     ids = torch.randint(min(50257, config.vocab_size), (batch, PROMPT), device=device)
     with device:
         model = (transformers_model(config, use_cache=True) if who == "transformers" else
-                 nanogpt_model(config, checkout) if who == "nanoGPT" else GPT(config))
+                 nanogpt_model(config, checkout) if who == "nanoGPT" else
+                 use_fast_products(GPT(config)))
     precision = DTYPES["float32"] if mode == "autocast" else DTYPES[dtype]
     model = model.to(precision).eval()
     if mode == "compiled":

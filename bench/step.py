@@ -16,6 +16,7 @@ import torch
 from bench.machine import matmul_peak, seconds, write_results
 from run.config import parse, run_command
 from run.device import DTYPES, autocast, has_compiler, peak_memory, pick_device
+from fast.linear import use_fast_products
 from model import GPT, GPTConfig
 from optim import OptimConfig, make_optimizer
 
@@ -43,7 +44,7 @@ def measure(shape: str, dtype: str, mode: str, device: torch.device,
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     config, on_cpu, on_gpu = SHAPES[shape]
     batch = on_gpu if device.type == "cuda" else on_cpu
-    model = GPT(config).to(device)
+    model = use_fast_products(GPT(config)).to(device)
     network = torch.compile(model, dynamic=False) if mode == "compiled" else model
     optimizer = make_optimizer(model, OptimConfig(), 1e-4, 0.1)
     ids = torch.randint(config.vocab_size, (batch, config.block_size + 1), device=device)

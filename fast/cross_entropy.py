@@ -15,8 +15,6 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from fast.linear import Linear, linear
-
 IGNORE = -100                       # the target of a position that has no label
 # A CPU wants logits that stay near its caches, a GPU enough rows to fill it.
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
@@ -43,28 +41,30 @@ def linear_cross_entropy(x: torch.Tensor, head: nn.Module, targets: torch.Tensor
     x (N, C), targets (N,) int64, IGNORE where there is no label. Products are in autocast's dtype
     where it is on, softmax and sum in float32. A head that is more than an nn.Linear without bias,
     an adapted one for example, is computed plainly; and so is float16, whose range needs the
-    gradient scaled before it is rounded, by a factor that is known only later.
+    gradient scaled before it is rounded, by a factor that is known only later. A head with another
+    `product` than F.linear's (fast/linear.py) is multiplied by that.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if type(head) not in (Linear, nn.Linear) or head.bias is not None or dtype == torch.float16:
+    product = F.linear if type(head) is nn.Linear else getattr(head, "product", None)
+    if product is None or head.bias is not None or dtype == torch.float16:
         return plain(x, head, targets, vocab_size)
     wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, head.weight)]
-    return _LinearCrossEntropy.apply(x, head.weight, targets, vocab_size, dtype, *wants)
+    return _LinearCrossEntropy.apply(x, head.weight, targets, vocab_size, dtype, product, *wants)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients, but for their common factor, are made by the forward pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, dtype, want_dx, want_dweight):
+    def forward(ctx, x, weight, targets, vocab_size, dtype, product, want_dx, want_dweight):
         device, V = x.device, weight.size(0)
         pieces = -(-x.size(0) * V // LOGITS_AT_ONCE.get(device.type, 2**25))
         total, dx, dweight = torch.zeros((), device=device), [], None
         with torch.autocast(device.type, enabled=False):
             w = weight.to(dtype)
             for rows, target in zip(x.to(dtype).chunk(pieces), targets.chunk(pieces)):
-                logits = linear(rows, w).float()                    # (n, V)
+                logits = product(rows, w).float()                    # (n, V)
                 if vocab_size < V:
                     logits[:, vocab_size:] = -math.inf
                 nats = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
@@ -75,9 +75,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         1, target.clamp(min=0)[:, None], torch.expm1(-nats)[:, None]).to(dtype)
                     labelled = (target != IGNORE)[:, None]
                 if want_dx:
-                    dx.append(linear(grad, w.T) * labelled)         # (n, C)
+                    dx.append(product(grad, w.T) * labelled)         # (n, C)
                 if want_dweight:
-                    part = linear(grad.T, (rows * labelled).T)      # (V, C)
+                    part = product(grad.T, (rows * labelled).T)      # (V, C)
                     dweight = part.float() if dweight is None else dweight + part
         ctx.save_for_backward(torch.cat(dx).to(x.dtype) if want_dx else None,
                               dweight.to(weight.dtype) if want_dweight else None)
@@ -86,4 +86,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         dx, dweight = (None if grad is None else grad * upstream for grad in ctx.saved_tensors)
-        return dx, dweight, None, None, None, None, None
+        return dx, dweight, None, None, None, None, None, None

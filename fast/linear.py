@@ -1,9 +1,9 @@
 """Linear layers, by the product that is fastest where they run.
 
-    layer = Linear(768, 3072)           # nn.Linear in all but speed
+    use_fast_products(model)            # in place: its nn.Linear layers compute by `linear`
     y = linear(x, weight, bias)         # F.linear in all but speed
 
-On a GPU both are PyTorch's own. On a CPU PyTorch asks oneDNN for bfloat16 and MKL for float32, and
+On a GPU that is PyTorch's own product. On a CPU PyTorch asks oneDNN for bfloat16 and MKL for float32, and
 two of their products are slow:
 - MKL takes AVX-512 on Intel's processors only; on others oneDNN is twice as fast. What PyTorch
   gives oneDNN in float32 is convolutions, and a linear layer is one of width 1: OpenAI's code for
@@ -35,14 +35,6 @@ def mkl_is_slow() -> bool:
 MKL_IS_SLOW = mkl_is_slow()             # a constant: torch.compile cannot read files
 
 
-class Linear(nn.Linear):
-    """An nn.Linear, its product as `linear` chooses it."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., C) -> x W^T + b (..., O)."""
-        return linear(x, self.weight, self.bias)
-
-
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + b as F.linear has it, up to rounding: x (..., C), weight (O, C), bias (O,) ->
     (..., O), in autocast's dtype where it is on."""
@@ -58,3 +50,20 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             y = F.conv2d(image, weight[:, :, None, None], bias)     # (1, O, 1, N), likewise
             return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
+
+
+class FastLinear(nn.Linear):
+    """An nn.Linear that computes by `linear`."""
+    product = staticmethod(linear)      # what fast/cross_entropy.py multiplies with, too
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., C) -> x W^T + b (..., O)."""
+        return linear(x, self.weight, self.bias)
+
+
+def use_fast_products(model: nn.Module) -> nn.Module:
+    """The model, each nn.Linear in it now a FastLinear; parameters and names stay what they are."""
+    for module in model.modules():
+        if type(module) is nn.Linear:   # not a subclass, which computes something of its own
+            module.__class__ = FastLinear
+    return model

@@ -14,6 +14,7 @@ import torch.nn as nn
 
 import lora
 from bpe import Tokenizer
+from fast.linear import use_fast_products
 from formats.files import read_json
 from model import GPT, GPTConfig
 from run import checkpoint
@@ -44,7 +45,7 @@ def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: fl
     settings = state["config"]
     shape = build(GPTConfig, {**settings["model"], "dropout": dropout})
     if not settings.get("lora"):
-        model = with_head(GPT(shape), state)
+        model = with_head(use_fast_products(GPT(shape)), state)
         model.load_state_dict(state["model"])
         return model.to(device).eval(), tokenizer
     model, _ = load_base(settings["init_from"], dropout, shape.block_size)      # it has the rest
@@ -103,7 +104,8 @@ def model_for(data: Any, start: GPT | None, config: Any) -> GPT | Classifier:
                              f"{config.data} has {data.vocab_size}; leave it out, training takes "
                              f"that")
         with torch.device("meta" if config.dry_run else "cpu"):
-            return GPT(dataclasses.replace(config.model, vocab_size=data.vocab_size))
+            return use_fast_products(
+                GPT(dataclasses.replace(config.model, vocab_size=data.vocab_size)))
     if data.classes:
         return Classifier(start, data.classes, config.pooling)
     if not data.template and start.config.vocab_size != data.vocab_size:
@@ -173,7 +175,7 @@ def _load_other(folder: Path, name: str | Path, dropout: float) -> tuple[GPT, To
     """A model that is not a run of ours."""
     if (folder / "best.pt").exists() or not folder.is_dir() and folder.parent.name == "out":
         raise FileNotFoundError(f"there is no run in {folder}")
-    model = GPT.from_pretrained(name, dropout)
+    model = use_fast_products(GPT.from_pretrained(name, dropout))
     if folder.is_dir() and any((folder / file).exists() for file in TOKENIZER_FILES):
         return model, Tokenizer.load(folder)
     return model, Tokenizer.gpt2() if model.config.vocab_size == GPTConfig.vocab_size else None

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from fast import linear as module
-from fast.linear import FEW_ROWS, Linear, linear
+from fast.linear import FEW_ROWS, FastLinear, linear
 
 SHAPES = [(1, 8), (FEW_ROWS - 1, 8), (FEW_ROWS, 8), (5, 30, 8)]         # of x
 
@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_float64(shape, compiled, slow):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_autocast_has_its_own_dtype(shape, slow):
-    x, layer = torch.randn(shape), Linear(8, 6)
+    x, layer = torch.randn(shape), FastLinear(8, 6)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
         assert y.dtype == torch.bfloat16 and torch.equal(y, F.linear(x, layer.weight, layer.bias))
@@ -57,14 +57,14 @@ def calls(function, *arguments):
 
 
 def test_many_rows_are_a_convolution_where_mkl_is_slow(slow):
-    layer = Linear(8, 6)
+    layer = FastLinear(8, 6)
     assert calls(layer, torch.randn(FEW_ROWS, 8)) == ((0, 1) if slow else (1, 0))
     assert calls(layer, torch.randn(FEW_ROWS - 1, 8)) == (1, 0)
     assert calls(layer.double(), torch.randn(FEW_ROWS, 8).double()) == (1, 0)
 
 
 def test_the_compiler_makes_its_own_product_for_one_row_and_leaves_more_rows_alone():
-    layer = Linear(8, 6)
+    layer = FastLinear(8, 6)
     for rows, expected in ((1, (0, 0)), (2, (1, 0))):
         torch._dynamo.reset()
         compiled, x = torch.compile(layer), torch.randn(rows, 8)

@@ -15,7 +15,7 @@ from bench.ranks import RanksConfig
 from run.config import parse
 from data.loader import WindowLoader
 from data.sets import TokenSet
-from fast.linear import Linear
+from fast.linear import FastLinear
 from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
@@ -71,7 +71,7 @@ def test_each_rung_adds_its_own_to_those_below():
     assert since(lambda run: type(run.model) is GPT) == HEAD
     assert since(lambda run: run.optimizer.defaults["fused"]) == FUSED
     assert since(lambda run: len(run.model.transformer.wte.weight) == 128) == PADDED
-    assert since(lambda run: type(run.model.lm_head) is Linear) == ladder.ONEDNN
+    assert since(lambda run: type(run.model.lm_head) is FastLinear) == ladder.ONEDNN
     assert since(lambda run: not any(isinstance(module, WrittenOutAttention)
                                      for module in run.model.modules())) == ladder.FLASH
 
