@@ -1,4 +1,4 @@
-"""LoRA: fine-tuning by low-rank changes of frozen linear layers.
+"""LoRA: fine-tuning by a low-rank change of frozen linear layers.
 
     model = add_lora(model, LoRAConfig(r=8, alpha=16))      # in place; only the adapter trains
     save_lora(model, "adapter")                             # PEFT's format, and back:
@@ -7,42 +7,127 @@
     with disable_lora(model): ...                           # the base
     merge_lora(model, idx);  unmerge_lora(model);  plain = unload_lora(model)
 
-`python -m run.export` writes a base with an adapter merged in.
+A layer y = W x + b gets s B A dropout(x) added, with A (R, in), B (out, R) and scale s = alpha / R.
+B starts at zero, so the model starts as its base; W is frozen and never edited.
 
-A layer W (out, in) becomes h = W x + s (B A - B0 A0) dropout(x) with A (R, in) and B (out, R),
-rank R and scale s = alpha / R. B starts at zero and there is no B0 A0, except where an init starts
-from the weight's own directions: then B0 A0 is where B A started. So the model always starts as the
-base (as NF4 holds it, where that is asked for), and the base's weights are never edited.
+The first section is all of plain LoRA. Each section after it is one idea: scale, inits, DoRA, parts
+of fused layers, NF4, which layers, several adapters, merging, checkpoints, files.
 
-The layer and its variants are in lora_layer.py, the choice of layers in lora_targets.py, switching
-and checkpoints in lora_adapters.py, PEFT's format in lora_files.py, NF4 in quant.py.
-
-Four choices: scale (use_rslora), init, forward (use_dora), weights of the base (quantize).
-Hu et al. 2022, "LoRA"; Kalajdzievski 2023, "rsLoRA"; Liu et al. 2024, "DoRA"; Meng et al. 2024,
-"PiSSA"; Büyükakyüz 2024, "OLoRA"; Li et al. 2024, "LoftQ"; Dettmers et al. 2023, "QLoRA".
-LoRA+ is a setting of optim.py.
+Shapes: in and out are the layer's features, R the rank, x is (..., in).
+Hu et al. 2022, "LoRA"; Kalajdzievski 2023, "rsLoRA"; Meng et al. 2024, "PiSSA"; Büyükakyüz 2024,
+"OLoRA"; Li et al. 2024, "LoftQ"; Liu et al. 2024, "DoRA"; Dettmers et al. 2023, "QLoRA". LoRA+ is a
+setting of optim.py.
 """
-import dataclasses
+import contextlib
+import difflib
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator, Literal, Mapping, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from formats import peft as lora_files
-from lora_adapters import (Adapters, activate, adapted_layers, adapters_of, base_hash,
-                           base_parameters, describe, disable_lora, load_trainable_state,
-                           refuse_if_merged, say, set_adapter, trainable_state)
-from formats.peft import save_lora
-from lora_layer import INITS, RANDOM, LoRAConfig, LoRALinear, LowRank, weight_of
-from lora_targets import (FUSED, full_names, is_head, linear_layers, saved_modules, summary,
-                          targets, tied_weights)
-from fast.nf4 import NF4Linear
+from fast.nf4 import NF4Linear, nf4_rounded
+from formats import peft
 
 __all__ = ["LoRAConfig", "add_lora", "merge_lora", "unmerge_lora", "unload_lora", "save_lora",
            "load_lora", "set_adapter", "disable_lora", "describe", "trainable_state",
            "load_trainable_state"]
+
+FUSED = {"c_attn": ("q", "k", "v")}     # layers that compute several things: c_attn.q is a third
+HEADS = ("lm_head", "head", "embed_out", "output_layer", "score", "classifier")  # not all-linear
+LOFTQ_STEPS = 5                         # the paper's
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What an adapter is, and which layers it goes to. ValueError for what cannot be."""
+    r: int = 8  # rank of the change
+    alpha: float = 16.0  # the change is multiplied by alpha / r
+    dropout: float = 0.0  # share of the adapter's inputs that are dropped
+    target_modules: tuple[str, ...] = ("c_attn",)  # layers to adapt: names, ends of names or
+        # regular expressions, or all-linear, which leaves out the head; c_attn.q, .k, .v are parts
+        # of c_attn
+    bias: Literal["none", "all", "lora_only"] = "none"  # biases that train: none, all, or those of
+        # adapted layers
+    use_rslora: bool = False  # multiply by alpha / sqrt(r) (rsLoRA)
+    use_dora: bool = False  # train the length of each row of the weight apart (DoRA)
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "loftq"] = "kaiming"  # where A and B
+        # start: kaiming, gaussian: a random A; pissa: the largest singular directions; olora: a QR
+        # decomposition; loftq: what quantising loses
+    layers: tuple[int, ...] | None = None  # numbers of the blocks to adapt; none: all
+    modules_to_save: tuple[str, ...] = ()  # modules to train in full and save along
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # other ranks, by the end of a
+        # layer's name
+    alpha_pattern: dict[str, float] = field(default_factory=dict)  # other alphas, in the same way
+    quantize: Literal["none", "nf4"] = "none"  # frozen linear layers in 4 bits (QLoRA)
+
+    def __post_init__(self):
+        check(self)
+
+
+class LowRank(nn.Module):
+    """The change that one adapter makes to a layer: scale * B A, with A (R, in) and B (out, R)."""
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, scale: float, dropout: float = 0.0,
+                 above: int = 0, below: int = 0):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
+        self.scale, self.dropout = scale, dropout
+        self.above, self.below = above, below       # rows of the layer around those that change
+        self.lora_magnitude = None                  # DoRA's
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+        """out + (dropout(x) @ A.T @ B.T) * scale: x (..., in), out (..., out) of the layer."""
+        x = F.dropout(x, self.dropout, self.training)
+        down = F.linear(x, self.lora_A.to(x.dtype)) * (self.scale * share)          # (..., R)
+        up = self.whole(self.lora_B.to(x.dtype))                                    # (out, R)
+        # The sum is in the product's kernel: nothing else as wide as out is made or kept.
+        return torch.addmm(out.flatten(0, -2), down.flatten(0, -2), up.t()).view(out.shape)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B such that scale * B A is the change."""
+        return self.lora_A, self.lora_B
+
+    def whole(self, rows: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+        """Rows that change, (rows, R) or (rows,), among all rows of the layer."""
+        around = (0, 0) * (rows.dim() - 1) + (self.above, self.below)
+        return F.pad(rows, around, value=value) if any(around) else rows
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with its adapters: lora_adapters.NAME.PART, PART "whole" or of FUSED."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.lora_adapters = nn.ModuleDict()
+        self.active: dict[str, float] = {}                  # adapters that compute: their shares
+        self.lora_merged: nn.Linear | None = None           # computes alone, once merged
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in) -> (..., out): the base, and the change of each active adapter."""
+        if torch.is_autocast_enabled(x.device.type):        # once, for base and adapters
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.lora_merged is not None:
+            return self.lora_merged(x)
+        out = self.base_layer(x)
+        for change, share in self.changes(self.active):
+            out = change(x, out, share)
+            if change.lora_magnitude is not None:
+                out = rescaled(out, change, self.base_layer)
+        return out
+
+    def changes(self, shares: dict[str, float]) -> list[tuple[LowRank, float]]:
+        """The changes that these adapters make here, with their shares."""
+        return [(change, share) for name, share in shares.items() if name in self.lora_adapters
+                for change in self.lora_adapters[name].values()]
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
@@ -52,92 +137,505 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
     Returns the model. ValueError where no layer matches, the name is taken, or a layer cannot have
     one; then nothing has changed.
     """
-    _attach(model, config, name)
+    check_addition(model, config, name)
+    adapters = getattr(model, "adapters", None) or Adapters(peft.base_hash(model.named_parameters()))
+    found, linear = targets(model, config), linear_layers(model)            # {layer: its parts}
+    extras = trained_names(model, config, found)
+    changes = {layer: {part: new_change(linear[layer], layer, part, config) for part in parts}
+               for layer, parts in found.items()}
+    if config.quantize == "nf4":
+        quantize_base(model, changes, extras)
+    for layer, parts in changes.items():
+        module = model.get_submodule(layer)
+        if not isinstance(module, LoRALinear):
+            module = LoRALinear(module)
+            model.set_submodule(layer, module)
+        module.lora_adapters[name] = nn.ModuleDict(parts)
+        module.train(module.base_layer.training)
+    model.adapters = adapters
+    adapters.configs[name], now = config, base_parameters(model)
+    for key in extras:
+        adapters.original.setdefault(key, now[key])
+    adapters.trained[name] = {key: nn.Parameter(adapters.original[key].detach().clone())
+                              for key in extras}
+    set_adapter(model, name)
     if not quiet:
         say(describe(model))
     return model
 
 
-def _attach(model: nn.Module, config: LoRAConfig, name: str) -> None:
-    found, linear, tied = targets(model, config), linear_layers(model), tied_weights(model)
-    saved = saved_modules(model, config, found)
-    adapters = getattr(model, "lora", None) or Adapters(base_hash(model))
-    if name in adapters.configs:
+def check(config: LoRAConfig) -> None:
+    """ValueError for a setting that cannot be."""
+    for name, rank in (("r", config.r), *(("rank_pattern." + key, rank)
+                                          for key, rank in config.rank_pattern.items())):
+        if rank <= 0:
+            raise ValueError(f"lora.{name}={rank} must be at least 1; for full training, leave "
+                             f"LoRA out")
+    for name, alpha in (("alpha", config.alpha), *(("alpha_pattern." + key, alpha)
+                                                   for key, alpha in config.alpha_pattern.items())):
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"lora.{name}={alpha} must be positive and finite")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"lora.dropout={config.dropout} is not in [0, 1)")
+    for name in ("init", "bias", "quantize"):
+        value, allowed = getattr(config, name), get_args(get_type_hints(LoRAConfig)[name])
+        if value not in allowed:
+            raise ValueError(f"lora.{name}={value!r} is unknown; choose {', '.join(allowed)}")
+    if config.init == "loftq" and config.quantize == "none":
+        raise ValueError("lora.init=loftq makes up for quantising; add lora.quantize=nf4, or take "
+                         "init=pissa")
+
+
+# ------------------------------------------------------------------------------------------------
+# Scale
+
+def rank_and_scale(config: LoRAConfig, name: str) -> tuple[int, float]:
+    """R and s of a layer, by the patterns that match its name. alpha / R shrinks the change of a
+    large R too much for it to learn as fast as a small one; alpha / sqrt(R) does not (rsLoRA)."""
+    rank = peft.by_pattern(config.rank_pattern, name, config.r)
+    alpha = peft.by_pattern(config.alpha_pattern, name, config.alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+# ------------------------------------------------------------------------------------------------
+# Inits: where A and B start. From the weight's own directions, B A starts at some B0 A0 instead of
+# zero; that is taken off again, so that the model still starts as its base.
+
+def initial_factors(base: nn.Module, rows: slice, r: int, scale: float, init: str
+                    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A (R, in) and B (rows, R), None for zeros, of these rows of a linear layer.
+
+    kaiming: uniform as nn.Linear's (loralib, PEFT). gaussian: deviation 1 / R. pissa: s B A is the
+    best approximation of rank R. olora: W = Q R; B is the first columns of Q, A the first rows of
+    R. loftq: quantise what s B A leaves, let s B A approximate what that loses, and again.
+    """
+    device = next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
+    A = torch.empty(r, base.in_features, dtype=torch.float32, device=device)
+    if init == "gaussian":
+        return A.normal_(std=1 / r), None
+    if init in ("kaiming", "loftq"):
+        A = A.uniform_(-1, 1) / base.in_features ** 0.5
+    if init == "kaiming":
+        return A, None
+    W = weight_of(base)[rows]                   # a packed one cannot be read
+    if init == "pissa":
+        return largest_directions(W, r, scale)
+    if init == "olora":
+        Q, R = torch.linalg.qr(W)
+        return R[:r], Q[:, :r]
+    B = A.new_zeros(len(W), r)
+    for _ in range(LOFTQ_STEPS):
+        A, B = largest_directions(W - nf4_rounded(W - scale * B @ A), r, scale)
+    return A, B
+
+
+def largest_directions(W: torch.Tensor, r: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of the best approximation of W as scale * B A: its largest singular directions."""
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    root = (S[:r] / scale).sqrt()
+    return root[:, None] * V[:r], U[:, :r] * root
+
+
+class LowRankFromWeight(LowRank):
+    """The change scale * (B A - B0 A0), where B0 A0 is what B A started at."""
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, *args: Any):
+        super().__init__(A, B, *args)
+        self.register_buffer("initial_A", A.clone())
+        self.register_buffer("initial_B", B.clone())
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor, share: float = 1.0) -> torch.Tensor:
+        """As LowRank's. B0 A0 is subtracted first, so that the change starts as exactly 0."""
+        x = F.dropout(x, self.dropout, self.training)
+        now, start = (F.linear(F.linear(x, A.to(x.dtype)) * (self.scale * share),
+                               self.whole(B.to(x.dtype)))
+                      for A, B in ((self.lora_A, self.lora_B), (self.initial_A, self.initial_B)))
+        return out + (now - start)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (2R, in) and B (rows, 2R), of both."""
+        return (torch.cat([self.lora_A, self.initial_A]),
+                torch.cat([self.lora_B, -self.initial_B], dim=1))
+
+
+# ------------------------------------------------------------------------------------------------
+# DoRA: the changed weight gives each row its direction; its length is a parameter of its own
+
+def start_dora(change: LowRank, base: nn.Module) -> None:
+    """Make the lengths of the rows of W + scale * B A parameters."""
+    change.lora_magnitude = nn.Parameter(row_lengths(change, base))
+
+
+@torch.no_grad()
+def row_lengths(change: LowRank, base: nn.Module) -> torch.Tensor:
+    """The length of each row of W + s B A, without forming B A (out, in):
+
+    |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b^T            for a row w, b of W, B
+    """
+    with torch.autocast(change.lora_A.device.type, enabled=False):
+        A, B = (factor.float() for factor in change.factors())
+        W, s = weight_of(base)[change.above:][:len(B)], change.scale                # (rows, in)
+        square = W.square().sum(dim=1) + 2 * s * ((W @ A.t()) * B).sum(dim=1) \
+            + s ** 2 * ((B @ (A @ A.t())) * B).sum(dim=1)
+        return square.clamp_min(1e-30).sqrt()
+
+
+def row_gains(change: LowRank, base: nn.Module) -> torch.Tensor:
+    """What each row (out,) is multiplied by; the length takes no gradient (DoRA, section 4.3)."""
+    return change.whole(change.lora_magnitude / row_lengths(change, base), 1.0)
+
+
+def rescaled(out: torch.Tensor, change: LowRank, base: nn.Module) -> torch.Tensor:
+    """out (..., out) with rows of the trained lengths; biases keep theirs."""
+    gain = row_gains(change, base)
+    shift = 0.0 if base.bias is None else base.bias * (1 - gain)
+    return (out * gain + shift).to(out.dtype)
+
+
+# ------------------------------------------------------------------------------------------------
+# Parts of fused layers: c_attn.q is the first third of c_attn's rows
+
+def full_name(layer: str, part: str) -> str:
+    """h.0.attn.c_attn.q of a part; of a whole layer its own name."""
+    return layer if part == "whole" else f"{layer}.{part}"
+
+
+def new_change(module: nn.Module, layer: str, part: str, config: LoRAConfig) -> LowRank:
+    """The change of one part of a layer, as it starts."""
+    base, name = getattr(module, "base_layer", module), full_name(layer, part)
+    parts = ("whole",) if part == "whole" else FUSED[layer.rpartition(".")[2]]
+    size = base.out_features // len(parts)
+    above = parts.index(part) * size
+    r, scale = rank_and_scale(config, name)
+    A, B = initial_factors(base, slice(above, above + size), r, scale, config.init)
+    if len(A) < r:
+        raise ValueError(f"lora.r={r} is above the {len(A)} directions of {name}, which "
+                         f"init={config.init} takes them from")
+    kind = LowRank if B is None else LowRankFromWeight
+    B = A.new_zeros(size, r) if B is None else B
+    change = kind(A.contiguous(), B.contiguous(), scale, config.dropout, above,
+                  base.out_features - above - size)         # strides would change the rounding
+    if config.use_dora:
+        start_dora(change, base)
+    return change
+
+
+# ------------------------------------------------------------------------------------------------
+# QLoRA: the frozen weights in 4 bits (fast/nf4.py)
+
+def quantize_base(model: nn.Module, changes: dict[str, dict[str, LowRank]],
+                  extras: Iterable[str]) -> None:
+    """Replace the frozen linear layers but the head by NF4 ones. What a change starts at is taken
+    off the weight before and not quantised (PiSSA, LoftQ)."""
+    tied = tied_weights(model)
+    for layer, module in linear_layers(model).items():
+        if is_head(layer, tied) or f"{layer}.weight" in extras or not isinstance(module, nn.Linear):
+            continue
+        parts = changes.get(layer, {}).values()
+        moved = [part for part in parts if isinstance(part, LowRankFromWeight)]
+        packed = NF4Linear(module, moved and (
+            torch.cat([part.whole(part.scale * part.initial_B) for part in moved], dim=1),
+            torch.cat([part.initial_A for part in moved])))
+        model.set_submodule(layer, packed)
+        for part in parts:
+            if part.lora_magnitude is not None:
+                start_dora(part, packed)                    # the lengths that the rows have now
+
+
+def weight_of(base: nn.Module) -> torch.Tensor:
+    """The weight (out, in) of a layer in float32."""
+    if isinstance(base, NF4Linear):
+        return base.dequantize()
+    if not base.weight.is_floating_point() or base.weight.shape != (base.out_features,
+                                                                    base.in_features):
+        raise ValueError(f"a {type(base).__name__} with {base.weight.dtype} weights cannot be read "
+                         f"as DoRA, PiSSA, OLoRA and merging need; use lora.quantize=nf4")
+    return base.weight.detach().float()
+
+
+# ------------------------------------------------------------------------------------------------
+# Which layers
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers by name, plain, quantised or adapted."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, NF4Linear, LoRALinear))
+            and not {"base_layer", "lora_merged"} & set(name.split("."))}
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """{name: layer} of all layers with an adapter."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, LoRALinear)}
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are no adapter's, under the names they have without adapters."""
+    return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()
+            if ".lora_" not in name}
+
+
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Modules that share a weight with another one: {"lm_head": "transformer.wte", ...}."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module._parameters.get("weight"), nn.Parameter):
+            users.setdefault(id(module.weight), []).append(name)
+    return {a: b for names in users.values() for a in names for b in names if a != b}
+
+
+def is_head(name: str, tied: dict[str, str]) -> bool:
+    """Whether a layer is the output head, or shares its weight with another."""
+    return name in tied or name.rpartition(".")[2] in HEADS
+
+
+def matches(target: str, name: str) -> bool:
+    """Whether a target is a module's name, the end of it after a dot, or a regex of all of it."""
+    try:
+        return name == target or name.endswith("." + target) or bool(re.fullmatch(target, name))
+    except re.error as error:
+        raise ValueError(f"{target!r} is neither a module nor a regular expression: {error}") \
+            from None
+
+
+def targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
+    """The layers to adapt, and which parts of each: {"h.0.attn.c_attn": ["whole"], ...}.
+
+    ValueError for a choice that matches nothing, or what cannot be adapted.
+    """
+    linear, tied, found = linear_layers(model), tied_weights(model), {}
+    for target in as_tuple(config.target_modules):
+        if target == "all-linear":
+            hits = [(layer, "whole") for layer in linear if not is_head(layer, tied)]
+        else:
+            hits = [(layer, part) for layer in linear
+                    for part in ("whole", *sorted(FUSED.get(layer.rpartition(".")[2], ())))
+                    if matches(target, full_name(layer, part))]
+        if not hits:
+            refuse_target(target, model, linear, tied)
+        for layer, part in hits:
+            found.setdefault(layer, set()).add(part)
+    found = {layer: ["whole"] if "whole" in parts else sorted(parts)
+             for layer, parts in found.items()}
+    refuse_tied(found, tied)
+    if config.layers is not None:
+        block = {layer: next((int(word) for word in layer.split(".") if word.isdigit()), None)
+                 for layer in found}
+        for number in config.layers:
+            if number not in block.values():
+                raise ValueError(f"lora.layers={config.layers}: no target is in block {number}")
+        found = {layer: found[layer] for layer in found if block[layer] in config.layers}
+    names = [full_name(layer, part) for layer, parts in found.items() for part in parts]
+    for kind in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, kind):
+            if not any(peft.by_pattern({key: True}, name, False) for name in names):
+                raise ValueError(f"lora.{kind}: {key!r} matches no adapted layer; there are "
+                                 f"{summary(names)}")
+    return found
+
+
+def refuse_target(target: str, model: nn.Module, linear: dict[str, nn.Module],
+                  tied: dict[str, str]) -> None:
+    """Say why a target matches no linear layer."""
+    for name, module in model.named_modules():
+        if name and matches(target, name) and not list(module.children()):
+            refuse_tied([name], tied)
+            raise ValueError(f"lora.target_modules: {name} is {type(module).__name__}, no linear "
+                             f"layer")
+    ends = {name.rpartition(".")[2] for name in linear}
+    near = difflib.get_close_matches(target.rpartition(".")[2], ends, n=3, cutoff=0.4)
+    raise ValueError(f"lora.target_modules: {target!r} matches no layer; " + (
+        f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(ends)}"))
+
+
+def refuse_tied(names: Iterable[str], tied: dict[str, str]) -> None:
+    """ValueError where one of these modules shares its weight."""
+    for name in names:
+        if name in tied:
+            raise ValueError(f"{name} shares its weight with {tied[name]}: training or merging one "
+                             f"would change the other; leave {name} out, or untie the two first")
+
+
+def saved_modules(model: nn.Module, config: LoRAConfig, found: Iterable[str] = ()) -> list[str]:
+    """The modules of config.modules_to_save; none may be tied or hold a layer of `found`."""
+    names = []
+    for wanted in config.modules_to_save:
+        hits = [name for name, _ in model.named_modules() if name and matches(wanted, name)]
+        if not hits:
+            raise ValueError(f"lora.modules_to_save: there is no module {wanted!r}")
+        names += hits
+    refuse_tied(names, tied_weights(model))
+    for name in names:
+        for layer in found:
+            if (layer + ".").startswith(name + "."):
+                raise ValueError(f"lora.modules_to_save: {name} holds the adapted layer {layer}; "
+                                 f"leave one of them out")
+    return names
+
+
+def trained_names(model: nn.Module, config: LoRAConfig, found: Iterable[str]) -> list[str]:
+    """The base's own parameters that the adapter trains: biases and whole modules."""
+    saved = tuple(f"{name}." for name in saved_modules(model, config, found))
+    return [key for key in base_parameters(model) for owner, _, last in [key.rpartition(".")]
+            if key.startswith(saved) or last == "bias" and (
+                config.bias == "all" or config.bias == "lora_only" and owner in found)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Several adapters. Where one trains biases or whole modules it has parameters of its own for them,
+# which take the places of the base's while it computes.
+
+@dataclass
+class Adapters:
+    """What a model with adapters knows of them, as `model.adapters`."""
+    base_hash: str
+    configs: dict[str, LoRAConfig] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)                  # {adapter: its share}
+    original: dict[str, nn.Parameter] = field(default_factory=dict)         # the base's, by name
+    trained: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)   # each adapter's
+
+
+def set_adapter(model: nn.Module, names: str | Iterable[str] | Mapping[str, float],
+                trainable: str | Iterable[str] | None = None) -> None:
+    """Choose which adapters compute, {name: share} for a linear mixture, and which train.
+
+    The active ones train unless `trainable` says otherwise; () freezes all. Every call sets every
+    parameter's requires_grad, so none is left over from before.
+    """
+    shares = as_shares(names)
+    train = tuple(shares) if trainable is None else as_tuple(trainable)
+    adapters = adapters_of(model, (*shares, *train))
+    refuse_if_merged(model, "switch")
+    for name in shares:
+        if adapters.configs[name].use_dora and shares != {name: 1.0}:
+            raise ValueError(f"the DoRA adapter {name!r} is not linear in its factors: it computes "
+                             f"alone and in full, not as {shares}")
+    activate(model, shares)
+    model.requires_grad_(False)
+    for name in train:
+        for layer in adapted_layers(model).values():
+            for change, _ in layer.changes({name: 1.0}):
+                change.requires_grad_(True)
+        for p in adapters.trained[name].values() if shares == {name: 1.0} else ():
+            p.requires_grad_(True)
+
+
+def activate(model: nn.Module, shares: dict[str, float]) -> None:
+    """Let these adapters compute."""
+    for key, p in trained_values(model, shares).items():
+        owner, _, last = key.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(getattr(module, "base_layer", module), last, p)
+    model.adapters.active = shares
+    for layer in adapted_layers(model).values():
+        layer.active = shares
+
+
+@torch.no_grad()
+def trained_values(model: nn.Module, shares: dict[str, float]) -> dict[str, nn.Parameter]:
+    """Biases and whole modules as these adapters have them; where they have none, the base's."""
+    original, trained, now = model.adapters.original, model.adapters.trained, base_parameters(model)
+    for values in (original, *trained.values()):
+        for key, p in values.items():
+            p.data = p.data.to(now[key])                            # the model may have moved
+    if list(shares.values()) == [1.0]:
+        return {**original, **trained[next(iter(shares))]}
+    mixed = dict(original)
+    for name, share in shares.items():
+        for key, p in trained[name].items():
+            mixed[key] = nn.Parameter(mixed[key] + share * (p - original[key]), False)
+    return mixed
+
+
+@contextlib.contextmanager
+def disable_lora(model: nn.Module) -> Iterator[nn.Module]:
+    """The base, inside a `with`."""
+    shares = adapters_of(model).active
+    refuse_if_merged(model, "disable them")
+    activate(model, {})
+    try:
+        yield model
+    finally:
+        activate(model, shares)
+
+
+def adapters_of(model: nn.Module, names: Iterable[str] = ()) -> Adapters:
+    """`model.adapters`, which must know these names."""
+    adapters = getattr(model, "adapters", None)
+    if adapters is None:
+        raise ValueError("the model has no adapter; add_lora or load_lora gives it one")
+    for name in names:
+        if name not in adapters.configs:
+            raise ValueError(f"there is no adapter {name!r}; there are "
+                             f"{', '.join(adapters.configs)}")
+    return adapters
+
+
+def check_addition(model: nn.Module, config: LoRAConfig, name: str) -> None:
+    """ValueError where the model cannot have this adapter beside those that it has."""
+    known = getattr(model, "adapters", None)
+    if known and name in known.configs:
         raise ValueError(f"there is an adapter {name!r} already; choose another name")
     if not name or "." in name or hasattr(nn.ModuleDict, name):
         raise ValueError(f"an adapter cannot be called {name!r}; choose another name")
     refuse_if_merged(model, "add an adapter")
-    if config.quantize != "none" and any(isinstance(getattr(linear[layer], "base_layer", None),
-                                                    nn.Linear) for layer in found):
+    if known and config.quantize != "none":
         raise ValueError(f"lora.quantize={config.quantize}: the base has adapters already; the "
                          f"first one says whether it is quantised")
-    extras = _trained_names(model, config, found, saved)
-    made = {layer: _factors(linear[layer], layer, parts, config) for layer, parts in found.items()}
-    if config.quantize == "nf4":
-        for layer, module in linear.items():
-            inside = any((layer + ".").startswith(other + ".") for other in saved)
-            if isinstance(module, nn.Linear) and not is_head(layer, tied) and not inside:
-                model.set_submodule(layer, NF4Linear(module, _taken_off(module, made.get(layer))))
-    for layer, parts in made.items():
-        module = model.get_submodule(layer)
-        if not isinstance(module, LoRALinear):
-            module = LoRALinear(module).train(module.training)
-            model.set_submodule(layer, module)
-        module.lora_adapters[name] = nn.ModuleDict({
-            part: LowRank(module.base_layer, A, B, scale, config, start)
-            for part, (A, B, scale, start) in parts.items()}).train(module.training)
-    model.lora = adapters
-    adapters.configs[name] = config
-    base = base_parameters(model)
-    for key in extras:
-        adapters.original.setdefault(key, base[key].detach().clone())
-    adapters.trained[name] = {key: adapters.original[key].clone() for key in extras}
-    set_adapter(model, name)
 
 
-def _trained_names(model: nn.Module, config: LoRAConfig, found: Iterable[str],
-                   saved: Iterable[str]) -> list[str]:
-    """The base's own parameters that the adapter trains: biases and whole modules."""
-    names = []
-    for key in base_parameters(model):
-        owner, _, last = key.rpartition(".")
-        bias = config.bias == "all" or config.bias == "lora_only" and owner in found
-        if last == "bias" and bias or any(key.startswith(other + ".") for other in saved):
-            names.append(key)
-    return names
+def refuse_if_merged(model: nn.Module, what: str) -> None:
+    """ValueError where adapters are merged; `what` says what was to be done."""
+    if any(layer.lora_merged is not None for layer in adapted_layers(model).values()):
+        raise ValueError(f"adapters are merged into the base; unmerge_lora before you {what}")
 
 
-def _factors(layer: nn.Module, name: str, parts: tuple[str, ...], config: LoRAConfig):
-    """Where the change of each part of a layer starts: {part: (A, B, scale, first row)}."""
-    base, fused, made = getattr(layer, "base_layer", layer), FUSED.get(name.rpartition(".")[2]), {}
-    device = next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
-    for part, full in zip(parts, full_names(name, parts)):
-        rows = base.out_features // (1 if part == "whole" else len(fused))
-        start = 0 if part == "whole" else fused.index(part) * rows
-        r, scale = config.rank(full), config.scale(full)
-        reads = config.use_dora or config.init not in RANDOM
-        if not reads:                                           # the weight may be packed
-            weight = torch.empty((), device=device).expand(rows, base.in_features)
-        elif config.init not in RANDOM and r > min(rows, base.in_features):
-            raise ValueError(f"lora.r={r} is above the {min(rows, base.in_features)} directions of "
-                             f"{full}, which init={config.init} takes them from")
-        else:
-            weight = weight_of(base)[start:start + rows]
-        made[part] = *INITS[config.init](weight, r, scale, config.init), scale, start
-    return made
+def as_tuple(names: str | Iterable[str]) -> tuple[str, ...]:
+    """A name as a tuple of one."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _taken_off(linear: nn.Linear, parts: dict[str, tuple] | None):
-    """What a layer's adapter starts with, to be taken off the weight before quantising."""
-    if not parts or not any(B.any() for _, B, _, _ in parts.values()):
-        return None
-    ups = [F.pad(scale * B, (0, 0, start, linear.out_features - start - len(B)))
-           for _, B, scale, start in parts.values()]
-    return torch.cat(ups, dim=1), torch.cat([A for A, *_ in parts.values()])
+def as_shares(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
+    """One name, several, or {name: share} as {name: share}."""
+    return dict(names) if isinstance(names, Mapping) else dict.fromkeys(as_tuple(names), 1.0)
+
+
+def describe(model: nn.Module) -> str:
+    """What is adapted and how much of the model trains, in two lines."""
+    lines = []
+    for name in adapters_of(model).active:
+        config = model.adapters.configs[name]
+        found = {full_name(layer, part): change for layer, module in adapted_layers(model).items()
+                 if name in module.lora_adapters
+                 for part, change in module.lora_adapters[name].items()}
+        ranks = sorted({len(change.lora_A) for change in found.values()})
+        scales = sorted({change.scale for change in found.values()})
+        lines.append(f"adapter {name}: {summary(found)}; rank {', '.join(map(str, ranks))}, scale "
+                     f"{', '.join(f'{s:.4g}' for s in scales)} (alpha / "
+                     f"{'sqrt(r)' if config.use_rslora else 'r'}), init {config.init}"
+                     + (", DoRA" if config.use_dora else "")
+                     + (f", base in {config.quantize}" if config.quantize != "none" else ""))
+    packed = sum(module.in_features * module.out_features for module in model.modules()
+                 if isinstance(module, NF4Linear))
+    total = sum(p.numel() for p in model.parameters()) + packed
+    train = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return "\n".join([*lines, f"trainable {train:,} of {total:,} parameters ({train / total:.2%})"])
+
+
+def summary(names: Iterable[str]) -> str:
+    """12 x transformer.h.*.attn.c_attn"""
+    counts = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
+
+
+def say(text: str) -> None:
+    """Print, on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 # ------------------------------------------------------------------------------------------------
-# Merging
+# Merging: the same layer as one product. The base stays as it was, and comes back bit for bit.
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, *inputs: Any) -> float:
@@ -146,36 +644,36 @@ def merge_lora(model: nn.Module, *inputs: Any) -> float:
     Prints and returns how far that moves the logits of model(*inputs), or, without inputs, the
     weights. The base is kept for `unmerge_lora`; a quantised layer becomes a plain one.
     """
-    adapters_of(model)
+    adapters = adapters_of(model)
     refuse_if_merged(model, "merge again")
-    before, rounding, packed = _logits(model, inputs), 0.0, 0
+    before, rounding, packed = logits(model, inputs), 0.0, 0
     for layer in adapted_layers(model).values():
-        if not layer.active:
+        changes, base = layer.changes(adapters.active), layer.base_layer
+        if not changes:
             continue
-        base = layer.base_layer
-        weight = weight_of(base)
-        for name, share in layer.active:
-            for part in layer.lora_adapters[name].values():
-                weight = part.change(weight, base, share)
-        dtype = torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
+        exact = weight_of(base)
+        for change, share in changes:
+            A, B = (factor.float() for factor in change.factors())
+            exact = exact + share * change.scale * change.whole(B) @ A
+            if change.lora_magnitude is not None:
+                exact = exact * row_gains(change, base)[:, None]
         merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        merged.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        dtype = torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
+        merged.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
         merged.bias = base.bias
+        layer.lora_merged = merged.train(layer.training)
+        rounding = max(rounding, (merged.weight.float() - exact).abs().max().item())
         packed += isinstance(base, NF4Linear)
-        rounding = max(rounding, (merged.weight.float() - weight).abs().max().item())
-        layer.base_layer, layer.lora_unmerged = merged.train(layer.training), base
     if packed:
         say(f"merged onto the dequantised weights of {packed} layers, which are float32 now")
-    if not inputs:
-        say(f"merged: weights are rounded by at most {rounding:.3g}")
-        return rounding
-    difference = (_logits(model, inputs) - before).abs().max().item()
-    say(f"merged: logits differ by at most {difference:.3g}")
-    return difference
+    moved = (logits(model, inputs) - before).abs().max().item() if inputs else rounding
+    say(f"merged: {'logits differ' if inputs else 'weights are rounded'} by at most {moved:.3g}")
+    return moved
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, inputs: tuple) -> torch.Tensor | None:
+def logits(model: nn.Module, inputs: tuple) -> torch.Tensor | None:
+    """What a model gives in eval mode, in float32."""
     if not inputs:
         return None
     training = model.training
@@ -186,29 +684,97 @@ def _logits(model: nn.Module, inputs: tuple) -> torch.Tensor | None:
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Take merged adapters off again; the base comes back bit for bit, for it was kept."""
+    """Take merged adapters off again; the base is as it was, bit for bit."""
     adapters_of(model)
-    layers = [layer for layer in adapted_layers(model).values() if layer.lora_unmerged is not None]
+    layers = [layer for layer in adapted_layers(model).values() if layer.lora_merged is not None]
     if not layers:
         raise ValueError("no adapter is merged")
     for layer in layers:
-        layer.base_layer, layer.lora_unmerged = layer.lora_unmerged, None
+        layer.lora_merged = None
 
 
 def unload_lora(model: nn.Module) -> nn.Module:
     """The plain model, in place: with what is merged, else without any adapter's change."""
     adapters_of(model)
     layers = adapted_layers(model)
-    if all(layer.lora_unmerged is None for layer in layers.values()):
+    if all(layer.lora_merged is None for layer in layers.values()):
         activate(model, {})
     for name, layer in layers.items():
-        model.set_submodule(name, layer.base_layer)
-    del model.lora
+        model.set_submodule(name, layer.lora_merged or layer.base_layer)
+    del model.adapters
     return model
 
 
 # ------------------------------------------------------------------------------------------------
-# Files and command line
+# Checkpoints: what training changes
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that makes this run's model out of its base, by the names of state_dict.
+
+    That is the adapter, trained biases and modules and, where the base was quantised without what
+    the adapter started with, the codes: a decomposition may differ on another machine.
+    """
+    adapters = adapters_of(model)
+    if len(adapters.configs) > 1:
+        raise ValueError(f"a run trains one adapter; this model has {', '.join(adapters.configs)}")
+    split = tuple(f"{name}.base_layer." for name, layer in adapted_layers(model).items()
+                  if getattr(layer.base_layer, "low_A", None) is not None)
+    return {key: tensor.detach() for key, tensor in model.state_dict().items()
+            if ".lora_adapters." in key or key.startswith(split)
+            or key.replace(".base_layer.", ".") in adapters.original}
+
+
+def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put a `trainable_state` back into a model with the same adapter."""
+    ours = trainable_state(model)
+    for key in (*ours, *state):
+        here, there = (tuple(tensors[key].shape) if key in tensors else "no tensor"
+                       for tensors in (ours, state))
+        if here != there:
+            raise ValueError(f"{key}: the checkpoint has {there}, this model's adapter has {here}; "
+                             f"the run has other lora settings")
+    for key, tensor in ours.items():
+        tensor.copy_(state[key])
+
+
+# ------------------------------------------------------------------------------------------------
+# Files, in PEFT's format (formats/peft.py)
+
+@torch.no_grad()
+def save_lora(model: nn.Module, folder: str | Path,
+              name: str | Mapping[str, float] = "default", base: str = "") -> None:
+    """Write an adapter, or a mixture {name: share}, as PEFT reads it; `base` names the base.
+
+    Every adapter becomes an ordinary LoRA: one that did not start at zero (PiSSA) has twice its
+    rank, parts of a layer and mixtures the sum of their ranks.
+    """
+    shares = as_shares(name)
+    adapters = adapters_of(model, shares)
+    config, *rest = [adapters.configs[name] for name in shares]
+    for other in rest:
+        for key in ("bias", "modules_to_save", "use_dora", "use_rslora"):
+            if getattr(other, key) != getattr(config, key) or other.use_dora:
+                raise ValueError(f"adapters that differ in {key}, or are DoRA, make no single one")
+    layers, magnitudes = {}, {}
+    for layer, module in adapted_layers(model).items():
+        changes = module.changes(shares)
+        if changes:
+            layers[layer] = [(share * change.scale, A, change.whole(B))
+                             for change, share in changes for A, B in [change.factors()]]
+        if changes and config.use_dora:                 # rows of no part keep their length
+            magnitudes[layer] = weight_of(module.base_layer).square().sum(1).sqrt()
+            for change, _ in changes:
+                magnitudes[layer][change.above:][:len(change.lora_B)] = change.lora_magnitude
+    values = trained_values(model, shares)
+    others = {key: values[key] for name in shares for key in adapters.trained[name]}
+    peft.write(
+        folder, layers, magnitudes, others,
+        {"use_rslora": config.use_rslora, "use_dora": config.use_dora, "bias": config.bias,
+         "lora_dropout": config.dropout, "modules_to_save": saved_modules(model, config) or None,
+         "base_model_name_or_path": base or getattr(model, "name_or_path", "") or None},
+        linear_layers(model),
+        {"base_hash": adapters.base_hash, "init": config.init, "quantize": config.quantize})
+
 
 @torch.no_grad()
 def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
@@ -218,42 +784,33 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
     Returns the model. FileNotFoundError without the two files; ValueError for an adapter of another
     base, of other shapes, or of a kind that is not here.
     """
-    settings, layers, others, notes = lora_files.read(folder)
-    here = model.lora.base_hash if getattr(model, "lora", None) else base_hash(model)
+    fields, layers, others, notes = peft.read(folder, {
+        layer: (module.in_features, module.out_features)
+        for layer, module in linear_layers(model).items()})
+    adapters = getattr(model, "adapters", None)
+    here = adapters.base_hash if adapters else peft.base_hash(model.named_parameters())
     if here and notes.get("base_hash", here) != here:
-        raise ValueError(f"{folder} was trained on another base "
-                         f"({settings.get('base_model_name_or_path') or 'unnamed'}, hash "
-                         f"{notes['base_hash'][:8]}); this model's hash is {here[:8]}")
-    config = LoRAConfig(**lora_files.config_settings(settings, layers))
-    linear = linear_layers(model)
+        raise ValueError(f"{folder} was trained on another base ({notes['base'] or 'unnamed'}, "
+                         f"hash {notes['base_hash'][:8]}); this model's hash is {here[:8]}")
     # PEFT takes every module whose name ends so, even within a word
-    config = dataclasses.replace(config, modules_to_save=tuple(
-        name for name, _ in model.named_modules() if name.endswith(config.modules_to_save or "\0")))
-    for layer, found in layers.items():
-        if layer not in linear:
-            raise ValueError(f"{folder} adapts {layer}, which this model does not have as a linear "
-                             f"layer")
-        r, module = config.rank(layer), linear[layer]
-        shapes = tuple(found["A"].shape), tuple(found["B"].shape)
-        if shapes != ((r, module.in_features), (module.out_features, r)):
-            raise ValueError(f"{folder}: A and B of {layer} are {shapes[0]} and {shapes[1]}; rank "
-                             f"{r} and the model ask for {(r, module.in_features)} and "
-                             f"{(module.out_features, r)}")
-    base = base_parameters(model)
-    extras = _trained_names(model, config, layers, config.modules_to_save)
-    for key in extras:
-        if key not in others or others[key].shape != base[key].shape:
-            raise ValueError(f"{folder} has no tensor {key} of shape {tuple(base[key].shape)}")
+    ends = tuple(fields.pop("modules_to_save")) or "\0"
+    config = LoRAConfig(**fields, target_modules=tuple(layers), modules_to_save=tuple(
+        module for module, _ in model.named_modules() if module.endswith(ends)))
+    parameters = base_parameters(model)
+    for key in trained_names(model, config, layers):
+        if key not in others or others[key].shape != parameters[key].shape:
+            raise ValueError(f"{folder} has no tensor {key} of shape "
+                             f"{tuple(parameters[key].shape)}")
     with torch.random.fork_rng(devices=[]):             # its random start is overwritten
-        _attach(model, config, name)
+        add_lora(model, config, name, quiet=True)
     for layer, found in layers.items():
-        part = model.get_submodule(layer).lora_adapters[name]["whole"]
-        part.lora_A.copy_(found["A"])
-        part.lora_B.copy_(found["B"])
-        if part.lora_magnitude is not None:
-            part.lora_magnitude.copy_(found["magnitude"])
-    for key in extras:
-        base[key].copy_(others[key])
+        change = model.get_submodule(layer).lora_adapters[name]["whole"]
+        change.lora_A.copy_(found["A"])
+        change.lora_B.copy_(found["B"])
+        if config.use_dora:
+            change.lora_magnitude.copy_(found["magnitude"])
+    for key, p in model.adapters.trained[name].items():
+        p.copy_(others[key])
     set_adapter(model, name, None if trainable else ())
     say(describe(model))
     return model

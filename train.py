@@ -312,7 +312,7 @@ def _train(config: TrainConfig, world: Processes, stop: threading.Event,
     if config.lora:
         weights = lora.trainable_state, lora.load_trainable_state
         lora.add_lora(model, config.lora)
-        base = model.lora.base_hash
+        base = model.adapters.base_hash
     if config.dry_run:
         return report.dry_run(config, model, batches, data, world, dtype)
     items = hellaswag_items(config, data)               # now, so that it cannot fail days later

@@ -1,7 +1,7 @@
 """Adapters as files, in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-    write("adapter", settings, tensors, notes)      # tensors by PEFT's names
-    settings, layers, others, notes = read("adapter")
+    write("adapter", layers, magnitudes, others, settings, linear, notes)
+    fields, layers, others, notes = read("adapter", sizes)
 
 Names: base_model.model.NAME.lora_A.weight (R, in), NAME.lora_B.weight (out, R) and
 NAME.lora_magnitude_vector (out,) for a layer; NAME.base_layer.bias for its bias; other trained
@@ -13,17 +13,16 @@ fan_in_fan_out. A and B are not affected, a whole layer that was trained is.
 
 Needs the extra "hf" (safetensors).
 """
+import hashlib
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Iterable
 
 import torch
-import torch.nn as nn
 
-from lora_adapters import adapted_layers, adapters_of, as_shares, trained_values
-from lora_layer import weight_of
-from lora_targets import linear_layers, saved_modules
+from formats.files import atomic_write, read_json, write_json
 
 PREFIX = "base_model.model."
 CONV1D = ("c_attn", "c_fc", "c_proj")
@@ -33,13 +32,172 @@ UNSUPPORTED = ("lora_bias", "trainable_token_indices", "target_parameters", "lay
                "arrow_config", "kasa_config", "monteclora_config", "velora_config")
 
 
-def _safetensors():
+def whole(value: Any) -> bool:
+    """Whether this is a rank."""
+    return type(value) is int and value > 0
+
+
+def positive(value: Any) -> bool:
+    """Whether this is an alpha."""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+FIELDS = {      # of adapter_config.json: our name, the default, what it may be
+    "r": ("r", None, whole, "a whole number above 0"),
+    "lora_alpha": ("alpha", None, positive, "a positive number"),
+    "lora_dropout": ("dropout", 0.0, lambda p: p == 0 or positive(p) and p < 1, "in [0, 1)"),
+    "bias": ("bias", "none", ("none", "all", "lora_only").__contains__, "none, all or lora_only"),
+    "use_rslora": ("use_rslora", False, (True, False).__contains__, "true or false"),
+    "use_dora": ("use_dora", False, (True, False).__contains__, "true or false"),
+    "modules_to_save": ("modules_to_save", [], lambda names: type(names) is list and all(
+        type(name) is str and name for name in names), "a list of names"),
+    "rank_pattern": ("rank_pattern", {}, lambda ranks: type(ranks) is dict and all(
+        map(whole, ranks.values())), "a whole number above 0 for each name"),
+    "alpha_pattern": ("alpha_pattern", {}, lambda alphas: type(alphas) is dict and all(
+        map(positive, alphas.values())), "a positive number for each name")}
+
+
+def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, torch.Tensor]]],
+          magnitudes: dict[str, torch.Tensor], others: dict[str, torch.Tensor],
+          settings: dict[str, Any], linear: Iterable[str], notes: dict[str, Any]) -> None:
+    """Write the changes of some of a model's `linear` layers, each a sum of scale * B A.
+
+    A file has one A and B for a layer, so the sum becomes one product of a larger rank. `others`
+    are trained tensors by name, `settings` go to adapter_config.json as they are.
+    """
+    safetensors, folder = _safetensors(), Path(folder)
+    tensors, ranks, alphas = {}, {}, {}
+    for layer, terms in layers.items():
+        scale = terms[0][0]
+        A = torch.cat([A for _, A, _ in terms])
+        B = torch.cat([B if own == scale else own / scale * B for own, _, B in terms], dim=1)
+        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = A, B
+        ranks[layer] = len(A)
+        alpha = scale * (math.sqrt(len(A)) if settings["use_rslora"] else len(A))
+        alphas[layer] = int(alpha) if alpha == int(alpha) else alpha
+    for layer, lengths in magnitudes.items():
+        tensors[f"{layer}.lora_magnitude_vector"] = lengths
+    # The commonest rank and alpha are the adapter's, the others its patterns. Targets are written
+    # by their last names where these match nothing else.
+    rank, alpha = (max(found.values(), key=list(found.values()).count)
+                   for found in (ranks, alphas))
+    ends = sorted({name.rpartition(".")[2] for name in layers})
+    simple = {name for name in linear if name.rpartition(".")[2] in ends} == set(layers)
+    conv1d = any(end in CONV1D for end in ends)
+    for key, value in others.items():
+        owner, _, last = key.rpartition(".")
+        name = f"{owner}.base_layer.{last}" if owner in layers else key
+        tensors[name] = value.t() if conv1d and is_conv1d(key) else value
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "r": rank, "lora_alpha": alpha, "target_modules": ends if simple else sorted(layers),
+        "rank_pattern": {name: found for name, found in ranks.items() if found != rank},
+        "alpha_pattern": {name: found for name, found in alphas.items() if found != alpha},
+        "fan_in_fan_out": conv1d, "init_lora_weights": True, **settings})
+    tensors = {PREFIX + name: tensor.detach().cpu().contiguous().clone()
+               for name, tensor in tensors.items()}
+    with atomic_write(folder / "adapter_model.safetensors") as temporary:
+        safetensors.torch.save_file(tensors, temporary,
+                                    metadata={"format": "pt", "oneloop": json.dumps(notes)})
+
+
+def read(folder: str | Path, sizes: dict[str, tuple[int, int]]):
+    """(fields, {layer: {"A", "B", maybe "magnitude"}}, {name: tensor} of the rest, notes).
+
+    `sizes` are (in, out) of the model's linear layers. FileNotFoundError without the two files;
+    ValueError, of one line, for what is damaged, does not fit or is of a kind that is not here.
+    """
+    folder = Path(folder)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"{folder} has no {file}; it is no adapter in PEFT's format")
+    settings = read_json(folder / "adapter_config.json")
+    fields = _fields(folder / "adapter_config.json", settings)
+    tensors, notes = _tensors(folder / "adapter_model.safetensors")
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    others: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        kind = next((kind for kind in KINDS if name.endswith("." + kind)), None)
+        if kind:
+            layers.setdefault(name[:-len(kind) - 1], {})[KINDS[kind]] = tensor
+        elif not {"original_module", "modules_to_save"} & set(name.split(".")):
+            name = name.replace(".base_layer.", ".")
+            turned = settings.get("fan_in_fan_out") and is_conv1d(name)
+            others[name] = tensor.t() if turned else tensor
+    if not layers:
+        raise ValueError(f"{folder}/adapter_model.safetensors has no tensor of a LoRA adapter "
+                         f"(NAME.lora_A.weight); save the adapter anew")
+    for layer, found in layers.items():
+        for kind in ("A", "B", "magnitude")[:3 if fields["use_dora"] else 2]:
+            if kind not in found:
+                raise ValueError(f"{folder} has no {kind} of layer {layer}")
+        if layer not in sizes:
+            raise ValueError(f"{folder} adapts {layer}, which this model does not have as a linear "
+                             f"layer")
+        r, (size, out) = by_pattern(fields["rank_pattern"], layer, fields["r"]), sizes[layer]
+        shapes, wanted = [tuple(found[kind].shape) for kind in ("A", "B")], [(r, size), (out, r)]
+        if shapes != wanted:
+            raise ValueError(f"{folder}: A and B of {layer} are {shapes[0]} and {shapes[1]}; rank "
+                             f"{r} and the model ask for {wanted[0]} and {wanted[1]}")
+        if fields["use_dora"] and found["magnitude"].shape != (out,):
+            raise ValueError(f"{folder}: the magnitude of {layer} is "
+                             f"{tuple(found['magnitude'].shape)}; the model asks for {(out,)}")
+    return fields, layers, others, {"base": settings.get("base_model_name_or_path"), **notes}
+
+
+def _fields(file: Path, settings: Any) -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} holds a {type(settings).__name__}, not an object of settings; "
+                         f"save the adapter anew")
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{file.parent} holds a {settings.get('peft_type')} adapter; only LORA is "
+                         f"read")
+    for key in UNSUPPORTED:
+        if settings.get(key):
+            raise ValueError(f"{file.parent}: {key}={settings[key]} is not supported")
+    fields = {}
+    for key, (name, default, allowed, what) in FIELDS.items():
+        value = default if settings.get(key) is None else settings[key]
+        if value is None:
+            raise ValueError(f"{file} has no {key}; it must be {what}")
+        if not allowed(value):
+            raise ValueError(f"{file}: {key}={value!r} must be {what}")
+        fields[name] = value
+    return fields
+
+
+def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    safetensors = _safetensors()
     try:
-        import safetensors.torch
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError('adapter files need the extra "hf": '
-                                  'pip install -c constraints.txt -e ".[hf]"') from None
-    return safetensors
+        with safetensors.safe_open(file, framework="pt") as opened:
+            notes = json.loads((opened.metadata() or {}).get("oneloop", "{}"))
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is truncated or damaged: {error}; copy it again") from None
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: {key} holds values that are not finite; its training "
+                             f"diverged, or the file is damaged")
+    return tensors, notes if isinstance(notes, dict) else {}
+
+
+def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """The value of the first pattern that is the name, or the end of it from a dot on."""
+    return next((value for key, value in patterns.items()
+                 if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+def base_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Identifies a base by names, shapes and values; empty where there are no values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            return ""
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def is_conv1d(name: str) -> bool:
@@ -47,132 +205,10 @@ def is_conv1d(name: str) -> bool:
     return name.endswith(tuple(f"{layer}.weight" for layer in CONV1D))
 
 
-def write(folder: str | Path, settings: dict[str, Any], tensors: dict[str, torch.Tensor],
-          notes: dict[str, Any]) -> None:
-    """Write adapter_config.json and adapter_model.safetensors; `notes` are ours, in its header."""
-    safetensors, folder = _safetensors(), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + name: tensor.detach().cpu().contiguous().clone()
-               for name, tensor in tensors.items()}
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors",
-                                metadata={"format": "pt", "oneloop": json.dumps(notes)})
-
-
-def read(folder: str | Path):
-    """(settings, {layer: {"A", "B", maybe "magnitude"}}, {name: tensor} of the rest, notes)."""
-    folder = Path(folder)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / file).exists():
-            raise FileNotFoundError(f"{folder} has no {file}; it is no adapter in PEFT's format")
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{folder} holds a {settings.get('peft_type')} adapter; only LORA is read")
-    for key in UNSUPPORTED:
-        if settings.get(key):
-            raise ValueError(f"{folder}: {key}={settings[key]} is not supported")
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    others: dict[str, torch.Tensor] = {}
-    with _safetensors().safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        notes = json.loads((file.metadata() or {}).get("oneloop", "{}"))
-        for key in file.keys():
-            name = key.removeprefix(PREFIX)
-            kind = next((kind for kind in KINDS if name.endswith("." + kind)), None)
-            if kind:
-                layers.setdefault(name[:-len(kind) - 1], {})[KINDS[kind]] = file.get_tensor(key)
-            elif not {"original_module", "modules_to_save"} & set(name.split(".")):
-                tensor, name = file.get_tensor(key), name.replace(".base_layer.", ".")
-                turned = settings.get("fan_in_fan_out") and is_conv1d(name)
-                others[name] = tensor.t() if turned else tensor
-    for name, found in layers.items():
-        for kind in ("A", "B", "magnitude")[:3 if settings.get("use_dora") else 2]:
-            if kind not in found:
-                raise ValueError(f"{folder} has no {kind} of layer {name}")
-    return settings, layers, others, notes
-
-
-def peft_settings(layers: dict[str, tuple[int, float]], linear: list[str], rslora: bool,
-                  **others: Any) -> dict[str, Any]:
-    """adapter_config.json for layers {name: (rank, alpha)} of a model with `linear` layers.
-
-    The commonest rank and alpha are the adapter's, the others its patterns. Targets are written by
-    their last names where these match nothing else.
-    """
-    def common(values: list) -> Any:
-        return max(values, key=values.count)
-
-    def plain(alpha: float) -> float:
-        return int(alpha) if alpha == int(alpha) else alpha
-
-    rank = common([rank for rank, _ in layers.values()])
-    alpha = common([alpha for _, alpha in layers.values()])
-    ends = sorted({name.rpartition(".")[2] for name in layers})
-    simple = {name for name in linear if name.rpartition(".")[2] in ends} == set(layers)
-    return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
-        "r": rank, "lora_alpha": plain(alpha), "use_rslora": rslora,
-        "target_modules": ends if simple else sorted(layers),
-        "rank_pattern": {name: found for name, (found, _) in layers.items() if found != rank},
-        "alpha_pattern": {name: plain(found) for name, (_, found) in layers.items()
-                          if found != alpha},
-        "fan_in_fan_out": any(end in CONV1D for end in ends), "init_lora_weights": True, **others}
-
-
-def config_settings(settings: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
-    """What adapter_config.json says as fields of LoRAConfig."""
-    return {
-        "r": settings["r"], "alpha": float(settings["lora_alpha"]),
-        "dropout": settings.get("lora_dropout") or 0.0, "target_modules": tuple(layers),
-        "bias": settings.get("bias") or "none", "use_rslora": bool(settings.get("use_rslora")),
-        "use_dora": bool(settings.get("use_dora")),
-        "modules_to_save": tuple(settings.get("modules_to_save") or ()),
-        "rank_pattern": settings.get("rank_pattern") or {},
-        "alpha_pattern": settings.get("alpha_pattern") or {}}
-
-
-@torch.no_grad()
-def save_lora(model: nn.Module, folder: str | Path,
-              name: str | Mapping[str, float] = "default", base: str = "") -> None:
-    """Write an adapter, or a mixture {name: share}, as PEFT reads it; `base` names the base.
-
-    Every adapter becomes an ordinary LoRA: one that did not start at zero (PiSSA) has twice its
-    rank, parts of a layer and mixtures the sum of their ranks.
-    """
-    shares = as_shares(name)
-    adapters = adapters_of(model, shares)
-    config, *rest = [adapters.configs[name] for name in shares]
-    for other in rest:
-        for key in ("bias", "modules_to_save", "use_dora", "use_rslora"):
-            if getattr(other, key) != getattr(config, key) or other.use_dora:
-                raise ValueError(f"adapters that differ in {key}, or are DoRA, make no single one")
-    tensors, layers, values = {}, {}, trained_values(model, shares)
-    for layer, module in adapted_layers(model).items():
-        parts = [(part, share) for name, share in shares.items()
-                 for part in module.lora_adapters[name].values()] \
-            if set(shares) & set(module.lora_adapters) else []
-        if not parts:
-            continue
-        scale = parts[0][0].scale
-        pairs = [(part, share * part.scale / scale, *part.factors()) for part, share in parts]
-        A = torch.cat([A for _, _, A, _ in pairs])
-        B = torch.cat([part.whole(B if factor == 1 else factor * B)
-                       for part, factor, _, B in pairs], dim=1)
-        layers[layer] = len(A), scale * (math.sqrt(len(A)) if config.use_rslora else len(A))
-        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = A, B
-        if config.use_dora:                             # rows of no part keep their length
-            length = weight_of(module.lora_unmerged or module.base_layer).square().sum(1).sqrt()
-            for part, _ in parts:
-                length[part.rows()] = part.lora_magnitude
-            tensors[f"{layer}.lora_magnitude_vector"] = length
-    settings = peft_settings(
-        layers, list(linear_layers(model)), config.use_rslora, use_dora=config.use_dora,
-        lora_dropout=config.dropout, bias=config.bias,
-        modules_to_save=saved_modules(model, config) or None,
-        base_model_name_or_path=base or getattr(model, "name_or_path", "") or None)
-    for key, value in values.items():
-        turned = settings["fan_in_fan_out"] and is_conv1d(key)
-        owner, _, last = key.rpartition(".")
-        key = f"{owner}.base_layer.{last}" if owner in layers else key
-        tensors[key] = value.t() if turned else value
-    write(folder, settings, tensors, {
-        "base_hash": adapters.base_hash, "init": config.init, "quantize": config.quantize})
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('adapter files need the extra "hf": '
+                                  'pip install -c constraints.txt -e ".[hf]"') from None
+    return safetensors

@@ -51,7 +51,7 @@ def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: fl
     model, _ = load_base(settings["init_from"], dropout, shape.block_size)      # it has the rest
     model = with_head(grow_embedding(model, shape.vocab_size), state)
     lora.add_lora(model, build(lora.LoRAConfig, settings["lora"]), quiet=True)
-    if model.lora.base_hash != state["base"]:
+    if model.adapters.base_hash != state["base"]:
         raise ValueError(f"{folder} trained an adapter of {settings['init_from']}, which has "
                          f"changed since; put the old one back")
     lora.load_trainable_state(model, state["model"])
@@ -72,7 +72,7 @@ def load_base(name: str | Path, dropout: float = 0.0, block_size: int | None = N
               ) -> tuple[GPT, Tokenizer | None]:
     """A model to train on, and its tokenizer; an adapter is merged, a longer context cropped."""
     model, tokenizer = load_writer(name, dropout=dropout)
-    if hasattr(model, "lora"):
+    if hasattr(model, "adapters"):
         lora.merge_lora(model)
         lora.unload_lora(model)
     if block_size and block_size < model.config.block_size:

@@ -236,7 +236,7 @@ def test_the_run_of_an_adapter_is_exported_merged(dataset, tmp_path, variant):
     export.main([str(tmp_path / "run"), f"--out={tmp_path / 'folder'}"])
     (base, _), (run, _), (folder, _) = (load_model(tmp_path / name)
                                         for name in ("base", "run", "folder"))
-    assert type(folder) is GPT and not hasattr(folder, "lora")
+    assert type(folder) is GPT and not hasattr(folder, "adapters")
     idx = torch.randint(base.config.vocab_size, (2, 32))
     torch.testing.assert_close(folder(idx)[0], run(idx)[0], rtol=0, atol=1e-4)
     assert (folder(idx)[0] - base(idx)[0]).abs().max() > 0.01
