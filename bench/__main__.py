@@ -2,8 +2,8 @@
 
     python -m bench [--save=false] [--only=ladder,ranks]
 
-Writes bench/results/*.json and a picture (`--save=false`: only prints); `python -m bench.readme`
-puts them into README.md. Beside these there are benchmarks that need others' programs
+Writes bench/results/*.json and a picture (`--save=false`: only prints); `python -m bench.measured`
+puts them into docs/measured.md. Beside these there are benchmarks that need others' programs
 (bench.versus_peers, bench.bpe, bench.lora, bench.chat, bench.lm_eval) or more time (bench.step for
 all shapes, which has to save all its rows at once; bench.kills; bench.shakespeare).
 """
@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
+from bench.machine import REPOSITORY, check_known
 from run.config import parse, run_command
 
 PARTS = {       # module: what it is run with, what it shows
@@ -30,9 +30,7 @@ class AllConfig:
     save: bool = True  # write to bench/results
 
     def __post_init__(self):
-        for name in self.only:
-            if name not in PARTS:
-                raise ValueError(f"only={name} is unknown; choose among {', '.join(PARTS)}")
+        check_known(self, only=PARTS)
 
 
 def commands(config: AllConfig) -> dict[str, list[str]]:
@@ -47,7 +45,7 @@ def main(words: list[str]) -> None:
     for name, arguments in commands(config).items():
         print(f"\n--- {PARTS[name][1]}: python -m bench.{name} {' '.join(arguments)}", flush=True)
         if subprocess.run([sys.executable, "-m", f"bench.{name}", *arguments],
-                          cwd=Path(__file__).parent.parent).returncode:
+                          cwd=REPOSITORY).returncode:
             failed.append(name)
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes")
     if failed:

@@ -1,54 +1,69 @@
 """Training and encoding speed and memory of bpe.py beside Hugging Face, rustbpe, minbpe, tiktoken.
 
-Every figure comes from a process of its own; times are medians of `--repeats` runs taken in turn,
-and each is given as a ratio to ours. Memory is the most that the process and its workers held
-together (proportional set size), or its own peak resident size if that is more.
+    python -m bench.bpe [--data=FOLDER] [--sizes=20,100] [--repeats=3] [--minbpe=CHECKOUT]
 
-In: a folder with novels/*.txt, imdb/*.jsonl, chinese/*.txt (ONELOOP_SHARED, or ../shared/data);
-the code is this Python's standard library and installed packages. Out: a table, and
-bench/results/bpe.json.
+Every figure comes from a process of its own; times are medians of runs taken in turn, and each is
+given as a ratio to ours. Memory is the most that the process and its workers held together
+(proportional set size), or its own peak resident size if that is more.
 
-    python -m bench.bpe [--sizes=20,100] [--repeats=3] [--minbpe=CHECKOUT] [--out=FILE]
+In: a folder with novels/*.txt, imdb/*.jsonl, chinese/*.txt; the code is this Python's standard
+library and installed packages. Out: a table, and bench/results/bpe.json.
 """
-import argparse
-import datetime
+import functools
 import importlib
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import re
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
-import time
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Callable
 
+from bench.machine import (CPU, Row, check_known, check_least, in_process, lasting, results,
+                           show_and_save, table, take_turns, where)
 from bpe import GPT2_PATTERN, TIKTOKEN_GPT2, Tokenizer
 from fast.bpe import read_blocks
+from run.config import parse, run_command
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = Path(os.environ.get("ONELOOP_SHARED", ROOT.parent / "shared/data"))
-VOCAB_SIZE = 32_000
-THREADS = os.cpu_count()
+PEERS = ("ours", "Hugging Face", "rustbpe", "tiktoken", "minbpe")
+MODULES = {"Hugging Face": "tokenizers", "rustbpe": "rustbpe"}   # importing is not timed
 
 
-# ------------------------------------------------------------------------------------- corpora
+@dataclass(frozen=True)
+class BPEBenchConfig:
+    data: str = ""  # folder of the texts; empty: what ONELOOP_SHARED names
+    sizes: tuple[int, ...] = (20, 100)  # megabytes of the mixed texts
+    repeats: int = 3  # runs of each; the median counts
+    vocab_size: int = 32_000  # tokens to train
+    minbpe: str = ""  # a checkout of karpathy/minbpe, to measure it too
+    save: bool = True  # write bench/results/bpe.json
+    row: bool = False  # print one measurement as JSON: of path, kind and who (used inside)
+    path: str = ""  # its text
+    kind: str = "train"  # train or encode
+    who: str = "ours"  # ours, Hugging Face, rustbpe, tiktoken, minbpe
 
-def documents():
+    def __post_init__(self):
+        check_known(self, kind=("train", "encode"), who=PEERS)
+        check_least(self, repeats=1)
+
+
+# ---------------------------------------------------------------------------------------- texts
+
+def documents(folder: Path) -> tuple[list[str], list[str]]:
     """(English texts, Python source files), each shuffled with a fixed seed."""
-    english = [path.read_text(encoding="utf-8") for path in sorted(SHARED.glob("novels/*.txt"))]
-    for path in sorted(SHARED.glob("imdb/*.jsonl")):
+    english = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("novels/*.txt"))]
+    for path in sorted(folder.glob("imdb/*.jsonl")):
         english += [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
     if not english:
-        raise FileNotFoundError(f"no novels/*.txt in {SHARED}; set ONELOOP_SHARED to the data")
-    paths = sysconfig.get_paths()
+        raise FileNotFoundError(f"data={folder} has no novels/*.txt; name the folder of the texts")
     code = []
-    roots = Path(paths["stdlib"]), Path(paths["purelib"])
+    roots = (Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib"))
     for path in sorted({path for root in roots for path in root.rglob("*.py")}):
         try:
             code.append(path.read_text(encoding="utf-8"))
@@ -59,13 +74,20 @@ def documents():
     return english, code
 
 
-def write_corpora(folder, sizes):
-    """Files by name, and how often the English and the code had to be repeated to fill each."""
-    english, code = documents()
-    made = {}
+def write_texts(source: Path, folder: Path, sizes: tuple[int, ...]
+                ) -> tuple[dict[str, Path], dict[str, list[float]]]:
+    """Files by name; and how often the English and the code are repeated to fill each mix."""
+    pools, made, repeated = documents(source), {}, {}
+
+    def write(name: str, data: bytes) -> None:
+        made[name] = folder / f"{len(made)}.txt"
+        made[name].write_bytes(data)
+
+    def whole(data: bytes) -> bytes:                    # without a last character that was cut
+        return data.decode("utf-8", "ignore").encode()
     for megabytes in sizes:
         texts, times = [], []
-        for pool in (english, code):
+        for pool in pools:
             size = i = 0
             while size < megabytes * 500_000:
                 texts.append(pool[i % len(pool)])
@@ -73,78 +95,63 @@ def write_corpora(folder, sizes):
                 i += 1
             times.append(round(i / len(pool), 2))
         random.Random(1).shuffle(texts)
-        data = "\n".join(texts).encode()[:megabytes * 1_000_000].decode("utf-8", "ignore").encode()
-        made[f"mix {megabytes} MB"] = (folder / f"mix{megabytes}.txt", times)
-        (folder / f"mix{megabytes}.txt").write_bytes(data)
-    mix = (folder / f"mix{sizes[0]}.txt").read_bytes()
-    made[f"mix {sizes[0]} MB, one line"] = (folder / "line.txt", None)
-    (folder / "line.txt").write_bytes(b" ".join(mix.split()))
-    chinese = "".join(path.read_text(encoding="utf-8") for path in SHARED.glob("chinese/*.txt"))
-    made["Chinese, one line"] = (folder / "chinese.txt", None)
-    (folder / "chinese.txt").write_text("".join(chinese.split()), encoding="utf-8")
-    made[f"mix {sizes[-1]} MB, 4 times"] = (folder / "four.txt", None)
-    with open(folder / "four.txt", "wb") as file:
-        for _ in range(4):
-            file.write((folder / f"mix{sizes[-1]}.txt").read_bytes())
-    made["mix 0.3 MB"] = (folder / "small.txt", None)
-    (folder / "small.txt").write_bytes(mix[:300_000].decode("utf-8", "ignore").encode())
-    return made
+        name = f"mix {megabytes} MB"
+        repeated[name] = times
+        write(name, whole("\n".join(texts).encode()[:megabytes * 1_000_000]))
+    mix = made[f"mix {sizes[0]} MB"].read_bytes()
+    write(f"mix {sizes[0]} MB, one line", b" ".join(mix.split()))
+    chinese = "".join(path.read_text(encoding="utf-8") for path in source.glob("chinese/*.txt"))
+    write("Chinese, one line", "".join(chinese.split()).encode())
+    write(f"mix {sizes[-1]} MB, 4 times", 4 * made[f"mix {sizes[-1]} MB"].read_bytes())
+    write("mix 0.3 MB", whole(mix[:300_000]))
+    return made, repeated
 
 
 # --------------------------------------------------- what is measured, each in its own process
 
-def train_ours(path, vocab_size):
-    Tokenizer.train(read_blocks([path]), vocab_size, special_tokens=())
-
-
-def train_hugging_face(path, vocab_size):
+def train_hugging_face(config: BPEBenchConfig) -> None:
     from tokenizers import Tokenizer as HF, models, pre_tokenizers, trainers
     level = pre_tokenizers.ByteLevel
     tok = HF(models.BPE())
     tok.pre_tokenizer = level(add_prefix_space=False, use_regex=True)
-    tok.train([str(path)], trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=level.alphabet(), show_progress=False))
+    tok.train([config.path], trainers.BpeTrainer(
+        vocab_size=config.vocab_size, initial_alphabet=level.alphabet(), show_progress=False))
 
 
-def train_rustbpe(path, vocab_size):
+def train_rustbpe(config: BPEBenchConfig) -> None:
     import rustbpe
 
     def blocks():
-        with open(path, encoding="utf-8") as file:
+        with open(config.path, encoding="utf-8") as file:
             while lines := file.readlines(1 << 20):
                 yield "".join(lines)
-
-    rustbpe.Tokenizer().train_from_iterator(blocks(), vocab_size, buffer_size=16,
+    rustbpe.Tokenizer().train_from_iterator(blocks(), config.vocab_size, buffer_size=16,
                                             pattern=GPT2_PATTERN)
 
 
-def train_minbpe(path, vocab_size):
-    sys.path.insert(0, os.environ["MINBPE"])
+def train_minbpe(config: BPEBenchConfig) -> None:
+    sys.path.insert(0, config.minbpe)
     from minbpe import RegexTokenizer
-    RegexTokenizer(GPT2_PATTERN).train(Path(path).read_text(encoding="utf-8"), vocab_size)
+    RegexTokenizer(GPT2_PATTERN).train(Path(config.path).read_text(encoding="utf-8"),
+                                       config.vocab_size)
 
 
-def batch(path):
-    text = Path(path).read_text(encoding="utf-8")
-    return [text[i:i + 4000] for i in range(0, len(text), 4000)]
-
-
-def encode_ours(texts):
+def encode_ours(texts: list[str]) -> Callable[[], Any]:
     tok = Tokenizer.gpt2()
     tok.encode("loaded")
-    return lambda: tok.encode_batch(texts, num_threads=THREADS)
+    return lambda: tok.encode_batch(texts, num_threads=os.cpu_count())
 
 
-def encode_tiktoken(texts):
+def encode_tiktoken(texts: list[str]) -> Callable[[], Any]:
     import tiktoken
     gpt2 = Tokenizer.gpt2()
     encoding = tiktoken.Encoding(
         "gpt2", pat_str=TIKTOKEN_GPT2, special_tokens=gpt2.special_tokens,
         mergeable_ranks={token: i for i, token in enumerate(gpt2.token_bytes) if token})
-    return lambda: encoding.encode_ordinary_batch(texts, num_threads=THREADS)
+    return lambda: encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
 
 
-def encode_hugging_face(texts):
+def encode_hugging_face(texts: list[str]) -> Callable[[], Any]:
     from tokenizers import Tokenizer as HF
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer.gpt2().save_pretrained(folder)
@@ -152,63 +159,56 @@ def encode_hugging_face(texts):
     return lambda: [encoding.ids for encoding in tok.encode_batch(texts)]
 
 
-TRAINERS = {"ours": train_ours, "Hugging Face": train_hugging_face, "rustbpe": train_rustbpe,
-            "minbpe": train_minbpe}
+TRAINERS = {"ours": lambda config: Tokenizer.train(read_blocks([config.path]), config.vocab_size,
+                                                   special_tokens=()),
+            "Hugging Face": train_hugging_face, "rustbpe": train_rustbpe, "minbpe": train_minbpe}
 ENCODERS = {"ours": encode_ours, "tiktoken": encode_tiktoken, "Hugging Face": encode_hugging_face}
 
 
-MODULES = {"Hugging Face": "tokenizers", "rustbpe": "rustbpe"}   # importing is not timed
-
-
-def child(kind, name, path, vocab_size):
-    """Runs in the process of its own: prints seconds and peak resident size as JSON."""
-    if kind == "train":
-        run = lambda: TRAINERS[name](path, int(vocab_size))   # noqa: E731
-        if name in MODULES:
-            importlib.import_module(MODULES[name])
+def measure(config: BPEBenchConfig) -> Row:
+    """What --row prints: milliseconds and peak MiB of one contestant in this process."""
+    if config.kind == "train":
+        run = functools.partial(TRAINERS[config.who], config)
+        if config.who in MODULES:
+            importlib.import_module(MODULES[config.who])
     else:
-        run = ENCODERS[name](batch(path))
-    start = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
+        text = Path(config.path).read_text(encoding="utf-8")
+        run = ENCODERS[config.who]([text[i:i + 4000] for i in range(0, len(text), 4000)])
+    taken = lasting(run)
     status = Path("/proc/self/status").read_text()   # getrusage would count the parent's peak
-    peak = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
-    print(json.dumps({"seconds": seconds, "megabytes": peak}))
+    return {"ms": 1000 * taken, "mib": int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024}
 
 
-def measure(kind, name, path, vocab_size=VOCAB_SIZE, memory=False):
-    """One run in a fresh process; `memory` samples it and its workers, which slows it a little."""
-    command = [sys.executable, "-m", "bench.bpe", "--child", kind, name, str(path),
-               str(vocab_size)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    most = [0.0]
-    if memory:
-        watcher = threading.Thread(target=watch, args=(process, most))
-        watcher.start()
-    out, _ = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"{name} failed on {path}")
-    if memory:
-        watcher.join()
-    result = json.loads(out.splitlines()[-1])
-    return result["seconds"], max(result["megabytes"], most[0])
+# -------------------------------------------------------------------------------------- compare
 
+def most_memory(config: BPEBenchConfig) -> float:
+    """MiB that the process of a row and its workers held together; looking slows it a little."""
+    most, done = [0.0], threading.Event()
 
-def watch(process, most):
-    while process.poll() is None:
-        most[0] = max(most[0], sum(map(proportional, tree(process.pid))))
-        time.sleep(0.03)
-
-
-def tree(pid):
+    def watch() -> None:
+        while not done.wait(0.03):
+            most[0] = max(most[0], sum(map(proportional, tree(os.getpid())[1:])))
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return max(in_process("bpe", config)["mib"], most[0])
+    finally:
+        done.set()
+        watcher.join()
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all below it, whichever of its threads started them."""
+    try:
+        children = " ".join(path.read_text() for path in
+                            Path(f"/proc/{pid}/task").glob("*/children")).split()
     except OSError:
         children = []
-    return [pid] + [below for c in children for below in tree(int(c))]
+    return [pid] + [below for child in children for below in tree(int(child))]
 
 
-def proportional(pid):
+def proportional(pid: int) -> float:
+    """MiB of a process; what several share counts in parts."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
@@ -216,80 +216,60 @@ def proportional(pid):
         return 0.0
 
 
-def row(kind, case, path, names, repeats, vocab_size=VOCAB_SIZE, memory=True):
-    """Medians of runs taken in turn, so that a busy machine slows all of them alike."""
-    seconds = {name: [] for name in names}
-    for _ in range(repeats):
-        for name in names:
-            seconds[name].append(measure(kind, name, path, vocab_size)[0])
-    result = {"case": case, "kind": kind, "megabytes": round(path.stat().st_size / 1e6, 1),
-              "vocab_size": vocab_size if kind == "train" else 50257,
-              "seconds": {}, "memory_mb": {}}
-    for name in names:
-        result["seconds"][name] = round(statistics.median(seconds[name]), 2)
-        if memory:
-            peak = measure(kind, name, path, vocab_size, memory=True)[1]
-            result["memory_mb"][name] = round(peak)
-    print(as_line(result), flush=True)
-    return result
+def compare(config: BPEBenchConfig, case: str, who: tuple[str, ...], memory: bool = True) -> Row:
+    """The row of a text: median seconds of each contestant in turn, and the memory of a run."""
+    turns = take_turns(who, lambda name, _: in_process("bpe", config, who=name), config.repeats)
+    return {"case": case, "kind": config.kind,
+            "megabytes": round(Path(config.path).stat().st_size / 1e6, 1),
+            "vocab_size": config.vocab_size if config.kind == "train" else 50257,
+            "seconds": {name: round(statistics.median(row["ms"] for row in rows) / 1000, 2)
+                        for name, rows in turns.rows.items()},
+            "memory_mb": {name: round(most_memory(replace(config, who=name)))
+                          for name in who if memory},
+            "matmul_gflops_before_after": turns.states}
 
 
-def as_line(result):
-    cells = [f"{result['kind']}, {result['case']}, {result['megabytes']} MB"]
-    for name in ("ours", "Hugging Face", "rustbpe", "tiktoken", "minbpe"):
-        if name not in result["seconds"]:
-            cells.append("")
-            continue
-        seconds, ours = result["seconds"][name], result["seconds"]["ours"]
-        memory = f", {result['memory_mb'][name]} MB" if name in result["memory_mb"] else ""
-        cells.append(f"{seconds:.2f} s ({seconds / ours:.2f}x){memory}")
-    return "| " + " | ".join(cells) + " |"
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown."""
+    def cell(row: Row, name: str) -> str:
+        seconds, memory = row["seconds"].get(name), row["memory_mb"].get(name)
+        return "" if seconds is None else (
+            f"{seconds:.2f} s ({seconds / row['seconds']['ours']:.2f}x)"
+            + (f", {memory:,} MB" if memory else ""))
+    return (f"Tokenizers: training with GPT-2's pattern, and encoding in batches (`python -m "
+            f"bench.bpe`; {where(found)}; medians of {found['repeats']} in turn; times as ratios "
+            f"to ours):\n\n" + table("what | vocabulary | " + " | ".join(PEERS), (
+                [f"{row['kind']}, {row['case']}", f"{row['vocab_size']:,}",
+                 *(cell(row, name) for name in PEERS)] for row in found["rows"])))
 
 
-def main():
-    parser = argparse.ArgumentParser(prog="bench.bpe", description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", default="20,100", help="megabytes of the mixed corpora")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--minbpe", help="a checkout of karpathy/minbpe, to measure it too")
-    parser.add_argument("--out", default=ROOT / "bench/results/bpe.json", type=Path)
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        return child(*args.child)
-    sizes = [int(size) for size in args.sizes.split(",")]
+def main(words: list[str]) -> None:
+    config = parse(BPEBenchConfig, words, "python -m bench.bpe", about=__doc__)
+    if config.row:
+        print(json.dumps(measure(config)))
+        return
+    source = Path(config.data or os.environ.get("ONELOOP_SHARED", "data"))
     with tempfile.TemporaryDirectory() as folder:
-        corpora = write_corpora(Path(folder), sizes)
-        print("| case | ours | Hugging Face | rustbpe | tiktoken | minbpe |")
-        print("|---|---|---|---|---|---|")
+        texts, repeated = write_texts(source, Path(folder), config.sizes)
         rows = []
-        for case, (path, _) in corpora.items():
+        for case, path in texts.items():
+            one = replace(config, path=str(path))
             if "4 times" in case:
-                rows.append(row("train", case, path, ["ours"], 1))
+                rows.append(compare(replace(one, repeats=1), case, ("ours",)))
             elif case != "mix 0.3 MB":
-                rows.append(row("train", case, path, ["ours", "Hugging Face", "rustbpe"],
-                                args.repeats))
-            elif args.minbpe:
-                os.environ["MINBPE"] = args.minbpe
-                rows.append(row("train", case, path, ["ours", "minbpe"], 1, 512, memory=False))
-        rows.append(row("encode", f"mix {sizes[0]} MB", corpora[f"mix {sizes[0]} MB"][0],
-                        list(ENCODERS), args.repeats, memory=False))
-        repeated = {case: times for case, (_, times) in corpora.items() if times}
-    names = ("tokenizers", "rustbpe", "tiktoken", "numpy", "regex")
-    args.out.write_text(json.dumps({
-        "date": datetime.date.today().isoformat(), "cpu": cpu(), "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-        "times_that_english_and_code_are_repeated": repeated, "repeats": args.repeats,
-        "rows": rows}, indent=1) + "\n", encoding="utf-8")
-
-
-def cpu():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+                rows.append(compare(one, case, ("ours", "Hugging Face", "rustbpe")))
+            elif config.minbpe:
+                rows.append(compare(replace(one, repeats=1, vocab_size=512), case,
+                                    ("ours", "minbpe"), memory=False))
+        case = f"mix {config.sizes[0]} MB"
+        rows.append(compare(replace(config, path=str(texts[case]), kind="encode"), case,
+                            tuple(ENCODERS), memory=False))
+    versions = {name: importlib.metadata.version(name)
+                for name in ("tokenizers", "rustbpe", "tiktoken", "numpy", "regex")}
+    found = results(CPU, rows, versions=versions, repeats=config.repeats,
+                    times_that_english_and_code_are_repeated=repeated)
+    show_and_save(report, found, "bpe", config.save)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

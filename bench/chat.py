@@ -16,12 +16,12 @@ import time
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench.machine import write_results
+from bench.machine import CPU, results, show_and_save, table, take_turns, where
 from bpe import find_tokenizer
 from run.config import parse, run_command
 from data import conversations, pydocs
@@ -94,6 +94,15 @@ def labels_of(batches: list[Any]) -> tuple[int, int]:
     return sum(map(len, kept)), sum(int(y.sum()) for y in kept)
 
 
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown."""
+    return (f"Conversations to batches, {found['conversations']:,} of {found['source']} (`python "
+            f"-m bench.chat`; {where(found)}): ours is {found['ratio']:.2f} times as fast as "
+            f"transformers' template and collator.\n\n" + table("way | seconds | MB/s", (
+                [row["name"], f"{row['seconds']:.3f}", f"{row['mb_per_s']:.2f}"]
+                for row in found["rows"])))
+
+
 def main(words: list[str]) -> None:
     config = parse(ChatBenchConfig, words, "python -m bench.chat", about=__doc__)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -108,33 +117,27 @@ def main(words: list[str]) -> None:
     talks = [talk for talk in talks
              if len(encode(talk, tokenizer, "chatml")[0]) <= config.block_size]
     size = sum(len(m["content"].encode()) for talk in talks for m in talk) / 1e6
-    ways: dict[str, Callable[[], Any]] = {
-        "rendering": lambda: [encode(talk, tokenizer, "chatml") for talk in talks],
-        "ours": lambda: ours(talks, tokenizer, config.batch, config.block_size),
-        "transformers": lambda: theirs(talks, other, collator, config.batch)}
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    ways = {"rendering": lambda: [encode(talk, tokenizer, "chatml") for talk in talks],
+            "ours": lambda: ours(talks, tokenizer, config.batch, config.block_size),
+            "transformers": lambda: theirs(talks, other, collator, config.batch)}
     made: dict[str, Any] = {}
-    for _ in range(config.repeats + 1):                 # the first turn warms up
-        for name, way in ways.items():
-            start = time.process_time()
-            made[name] = way()
-            times[name].append(time.process_time() - start)
-    counted = (labels_of([y for _, y in made["ours"]]),
-               labels_of([batch["labels"] for batch in made["transformers"]]))
-    if counted[0] != counted[1]:
-        print(f"labels differ: {counted[0][0]:,} of ours, {counted[1][0]:,} of theirs")
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+
+    def measure(name: str, _: list) -> dict[str, float]:
+        start = time.process_time()
+        made[name] = ways[name]()
+        return {"s": time.process_time() - start}
+    turns = take_turns(ways, measure, config.repeats + 1)           # the first turn warms up
+    labels, their_labels = (labels_of([y for _, y in made["ours"]]),
+                            labels_of([batch["labels"] for batch in made["transformers"]]))
+    if labels != their_labels:
+        print(f"labels differ: {labels[0]:,} of ours, {their_labels[0]:,} of theirs")
+    medians = {name: statistics.median(row["s"] for row in rows[1:])
+               for name, rows in turns.rows.items()}
     rows = [{"name": name, "seconds": round(median, 4), "mb_per_s": round(size / median, 2)}
             for name, median in medians.items()]
-    print(f"{len(talks):,} conversations, {size:.2f} MB, {counted[0][0]:,} labels")
-    for row in rows:
-        print(f"{row['name']:14}{row['seconds']:9.3f} s{row['mb_per_s']:9.2f} MB/s")
-    ratio = medians["transformers"] / medians["ours"]
-    print(f"ratio {ratio:.2f}")
-    if config.save:
-        path = write_results("chat", torch.device("cpu"), rows, ratio=round(ratio, 2),
-                             conversations=len(talks), source=Path(config.from_).name or "pydocs")
-        print("written:", path.name)
+    found = results(CPU, rows, turns, ratio=round(medians["transformers"] / medians["ours"], 2),
+                    conversations=len(talks), source=Path(config.from_).name or "pydocs")
+    show_and_save(report, found, "chat", config.save)
 
 
 if __name__ == "__main__":

@@ -9,23 +9,25 @@ is left then is what the shared context and the fewer logits save. A random GPT-
 --model.n_layer=...); all ways take turns, the best of --repeats counts. Decisions and sums are
 compared in float32 too, where rounding hides nothing. Writes bench/results/hellaswag_DTYPE.json.
 """
-import time
 from dataclasses import dataclass
-from typing import Any, Callable, Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
-from bench.machine import write_results
+from bench.machine import Turns, lasting, results, show_and_save, table, take_turns, where
 from bpe import Tokenizer
 from run.config import parse, run_command
-from run.device import autocast, pick_device, pick_dtype, synchronize
+from run.device import autocast, pick_device, pick_dtype
 from eval.hellaswag import Item, Scores, load_items, score
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
 
+WAYS = ("one_at_a_time", "casts_once", "ours")
+
+
 @dataclass(frozen=True)
-class BenchConfig:
+class HellaswagBenchConfig:
     file: str = ""  # HellaSwag file; empty: the official one, downloaded once
     items: int = 100  # how many of its items, spread over it
     repeats: int = 4  # turns of each way; the best counts, as others may use the machine
@@ -60,15 +62,8 @@ def score_item(model: GPT, tokenizer: Tokenizer, item: Item, dtype: torch.dtype)
     return -(nats * scored[:, 1:]).sum(1).double().cpu()
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    synchronize(device)
-    start = time.perf_counter()
-    result = run()
-    synchronize(device)
-    return result, time.perf_counter() - start
-
-
-def measure(config: BenchConfig) -> dict[str, Any]:
+def measure(config: HellaswagBenchConfig) -> tuple[dict[str, Any], Turns]:
+    """The row, and the turns that it was measured in."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     torch.manual_seed(0)
@@ -87,12 +82,12 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     one_at_a_time(model, tokenizer, items[:2], dtype)               # warm up
     ways = {"one_at_a_time": lambda: theirs(dtype), "casts_once": lambda: theirs(dtype, True),
             "ours": lambda: ours(dtype)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    answers = {}
-    for _ in range(config.repeats):
-        for name, run in ways.items():
-            answers[name], spent = timed(run, device)
-            seconds[name].append(spent)
+    answers: dict[str, Any] = {}
+
+    def timed(name: str, _: list) -> dict[str, float]:
+        return {"s": lasting(lambda: answers.update({name: ways[name]()}), device)}
+    turns = take_turns(ways, timed, config.repeats, device)
+    seconds = {name: [row["s"] for row in rows] for name, rows in turns.rows.items()}
     speed = {name: len(items) / min(values) for name, values in seconds.items()}
     return {
         "parameters": model.num_params(), "items": len(items), "batch_tokens": config.batch_tokens,
@@ -104,7 +99,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         "seconds": {name: [round(s, 2) for s in values] for name, values in seconds.items()},
         "in_float32": compare(theirs(torch.float32), ours(torch.float32)),
         "in_this_dtype": compare(answers["one_at_a_time"], answers["ours"]),
-    }
+    }, turns
 
 
 def compare(other: torch.Tensor, mine: Scores) -> dict[str, Any]:
@@ -117,11 +112,23 @@ def compare(other: torch.Tensor, mine: Scores) -> dict[str, Any]:
             "largest_difference_of_sums": float((other - mine.sums).abs().max())}
 
 
+def report(found: dict[str, Any]) -> str:
+    """Results as markdown, a row for each precision."""
+    return (f"HellaSwag beside one item at a time, items/s (`python -m bench.hellaswag`; "
+            f"{where(found)}; best of the turns):\n\n" + table(
+                "precision | items | one at a time | weights cast once | ours | times | decisions "
+                "that differ, float32 | in this precision",
+                [[row["dtype"], str(row["items"]),
+                  *(f"{row['items_per_s'][way]:.1f}" for way in WAYS), f"{row['speedup']:.2f}",
+                  *(str(sum(row[which]["decisions_that_differ"].values()))
+                    for which in ("in_float32", "in_this_dtype"))] for row in found["rows"]]))
+
+
 def main(words: list[str]) -> None:
-    config = parse(BenchConfig, words, "python -m bench.hellaswag", about=__doc__)
-    result = measure(config)
-    path = write_results(f"hellaswag_{result['dtype']}", pick_device(config.device), [result])
-    print(path.read_text())
+    config = parse(HellaswagBenchConfig, words, "python -m bench.hellaswag", about=__doc__)
+    row, turns = measure(config)
+    show_and_save(report, results(pick_device(config.device), [row], turns),
+                  f"hellaswag_{row['dtype']}", save=True)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, Callable, Literal
 
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 from tqdm import tqdm
 
 from run import checkpoint
 import train
-from bench.machine import write_results
+from bench.machine import CPU, results, show_and_save, table, where
 from run.config import build, parse, run_command
 from data.conversations import write_dataset as write_conversations
 from run.watch import PHASES, Watch
@@ -94,8 +95,9 @@ def differences(one: Path, two: Path) -> list[str]:
     """What two finished runs do not have in common: files, tensors, log lines."""
     found = []
     for name in ("last.pt", "best.pt"):
-        a, b = (dict(_flat(checkpoint.load(folder / name))) for folder in (one, two))
-        found += [f"{name}: {key}" for key in {**a, **b} if not key.endswith("config.out")
+        a, b = ({keystr(path): value for path, value in
+                 tree_flatten_with_path(checkpoint.load(folder / name))[0]} for folder in (one, two))
+        found += [f"{name}: {key}" for key in {**a, **b} if not key.endswith("['config']['out']")
                   and not _equal(a.get(key), b.get(key))]
     logs = [[{key: value for key, value in line.items() if key != "tokens_per_s"}
              for line in read_log(folder / "log.jsonl")] for folder in (one, two)]
@@ -178,10 +180,14 @@ def settings_of(kind: str, folder: Path) -> dict[str, Any]:
     return sft if kind == "sft" else {**sft, "lora": dict(r=2, dropout=0.1)}
 
 
-def line(counts: dict[str, Any]) -> str:
-    return (f"{counts['kills']} kills, {counts['exact']} exact, {counts['lost']} lost "
-            f"({counts['runs']} runs; " + ", ".join(f"{counts[name]} {name}" for name in
-                                                    (*PHASES, "in a save")) + ")")
+def report(found: dict[str, Any]) -> str:
+    """Results as markdown, a row for each kind of run."""
+    columns = ("kind", "ranks", "runs", "kills", "exact", "lost", *PHASES, "in a save")
+    return (f"SIGKILL at random moments of a short run (`python -m bench.kills`; {where(found)}); "
+            f"exact: the run ended as one left in peace; lost: a checkpoint that had been there "
+            f"was not, or could not be read; behind it where the kills hit:\n\n"
+            + table(" | ".join(columns), ([str(row[name]) for name in columns]
+                                          for row in found["rows"])))
 
 
 def main(words: list[str]) -> None:
@@ -189,21 +195,10 @@ def main(words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         counts = campaign(Path(folder), settings_of(config.kind, Path(folder)), config.ranks,
                           config.kills, random.Random(config.seed or time.time_ns()))
-    print(f"{config.kind}, {config.ranks} rank(s): {line(counts)}")
-    if config.save:
-        write_results(f"kills-{config.kind}-{config.ranks}", torch.device("cpu"),
-                      [{"kind": config.kind, "ranks": config.ranks, **counts}])
+    found = results(CPU, [{"kind": config.kind, "ranks": config.ranks, **counts}])
+    show_and_save(report, found, f"kills-{config.kind}-{config.ranks}", config.save)
     if counts["exact"] != counts["kills"] or counts["lost"]:
         raise ValueError("not every kill was survived; see above")
-
-
-def _flat(value: Any, name: str = ""):
-    if isinstance(value, (dict, list, tuple)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from _flat(item, f"{name}.{key}")
-    else:
-        yield name, value
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -22,7 +22,6 @@ in the same precision, measured in the same processes. --save writes bench/resul
 "plots".
 """
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from bench.machine import RESULTS, in_process, matmul_peak, write_results
+from bench import machine
+from bench.machine import (Row, check_known, check_least, in_process, matmul_peak, median_step,
+                           results, show_and_save, spread, table, take_turns, where, with_shares)
 from bench.peers import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, peer_step, step_time
-from bench.versus_peers import median_row, spread, with_shares
 from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, peak_memory, pick_device
 from experiments.plots import GREY, STYLE
@@ -65,14 +65,8 @@ class LadderConfig:
     row: bool = False  # print one measurement as JSON (used inside)
 
     def __post_init__(self):
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape={self.shape} is unknown; choose {', '.join(SHAPES)}")
-        for name in self.rungs:
-            if name not in RUNGS:
-                raise ValueError(f"rungs={name} is unknown; choose among {', '.join(RUNGS)}")
-        for name, least in (("rounds", 1), ("repeats", 1), ("micro_batch", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        check_known(self, shape=SHAPES, rungs=RUNGS)
+        check_least(self, rounds=1, repeats=1, micro_batch=0)
 
 
 class WrittenOutAttention(CausalSelfAttention):
@@ -150,17 +144,21 @@ def left_out(rung: str, device: torch.device) -> str:
     return ""
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines; `faster` is over the rung before and over the first, `spread` the rounds' range."""
-    lines = [f"{'rung':20}{'ms':>11}{'tokens/s':>12}{'spread':>8}{'of peak':>9}{'MiB':>9}"
-             f"{'faster':>9}{'in all':>8}"]
-    for before, row in zip([rows[0], *rows], rows):
-        lines.append(f"{row['rung']:20}{row['ms']:11,.1f}{row['tokens_per_s']:12,.0f}"
-                     f"{spread(row):8.1%}{row['share']:9.1%}{row['memory_mib']:9,.0f}"
-                     f"{before['ms'] / row['ms']:9.2f}{rows[0]['ms'] / row['ms']:8.2f}")
-    for name, limit in {row["limit_of"]: row["limit"] for row in rows}.items():
-        lines.append(f"peak of {name}: {limit / 1e9:,.0f} GFLOP/s")
-    return lines
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown; `faster` is over the rung before, `spread` the rounds' range."""
+    rows = found["rows"]
+    peaks = {row["limit_of"]: f"{row['limit'] / 1e9:,.0f} GFLOP/s" for row in rows}
+    notes = [f"peak of {name}: {peak}" for name, peak in peaks.items()]
+    notes += [f"without {rung}: {why}" for rung, why in found["skipped"].items()]
+    return (f"The steps that make training fast, each on top of the ones before (`python -m "
+            f"bench.ladder`; {found['shape']}, {rows[0]['micro_batch']} sequences; {where(found)}; "
+            f"medians of {found['rounds']}):\n\n" + table(
+                "rung | ms | tokens/s | spread | of peak | MiB | faster | in all",
+                [[row["rung"], f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.0f}",
+                  f"{spread(row):.1%}", f"{row['share']:.1%}", f"{row['memory_mib']:,.0f}",
+                  f"{before['ms'] / row['ms']:.2f}", f"{rows[0]['ms'] / row['ms']:.2f}"]
+                 for before, row in zip([rows[0], *rows], rows)])
+            + "\n\n" + "\n".join(f"- {note}" for note in notes))
 
 
 def picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -200,35 +198,21 @@ def main(words: list[str]) -> None:
         return
     wanted = [rung for rung in RUNGS if rung in (config.rungs or RUNGS)]
     skipped = {rung: why for rung in wanted if (why := left_out(rung, device))}
-    found: dict[str, list[dict[str, Any]]] = {rung: [] for rung in wanted if rung not in skipped}
-    for turn in range(config.rounds):
-        for rung, rounds in list(found.items()):
-            try:
-                rounds.append(in_process("ladder", [
-                    f"--rungs={rung}", f"--shape={config.shape}", f"--micro_batch={micro_batch}",
-                    f"--repeats={config.repeats}", f"--device={config.device}", "--row=true"]))
-            except RuntimeError as error:               # out of memory: the others are of use
-                skipped[rung] = str(error)
-                del found[rung]
-                continue
-            print(f"round {turn + 1}: {rung}: {rounds[-1]['ms']:,.1f} ms", file=sys.stderr,
-                  flush=True)
-    if not found:
+
+    def measure_rung(rung: str, _: list[Row]) -> Row:
+        return in_process("ladder", config, rungs=(rung,), micro_batch=micro_batch)
+    turns = take_turns([rung for rung in wanted if rung not in skipped], measure_rung,
+                       config.rounds, device, strict=False)     # out of memory: others are of use
+    skipped.update(turns.missing)
+    if not turns.rows:
         raise ValueError(f"rungs={','.join(wanted)}: {'; '.join(skipped.values())}")
-    rows = with_shares([median_row(rounds) for rounds in found.values()])
-    print(f"{config.shape}, {micro_batch} sequences of {shape.block_size} tokens")
-    print(*table(rows), sep="\n")
-    for rung, why in skipped.items():
-        print(f"without {rung}: {why}")
+    rows = with_shares([median_step(rounds) for rounds in turns.rows.values()])
+    found = results(device, rows, turns, shape=config.shape, rounds=config.rounds, skipped=skipped)
+    name = f"ladder-{device.type}" + ("" if config.shape == "small" else f"-{config.shape}")
+    show_and_save(report, found, name, config.save)
     if config.save:
-        name = f"ladder-{device.type}" + ("" if config.shape == "small" else f"-{config.shape}")
-        path = write_results(name, device, rows, shape=config.shape, rounds=config.rounds,
-                             skipped=skipped)
-        title = json.loads(path.read_text())
         picture(rows, f"GPT-2 {config.shape}, {micro_batch} x {shape.block_size} tokens a step, "
-                      f"on {title['processor']}, {title['device']}, PyTorch {title['torch']}",
-                RESULTS / f"{name}.png")
-        print(f"written: {path.name}, {name}.png")
+                      f"on {where(found)}", machine.RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from bench.machine import write_results
+from bench.machine import results, show_and_save, table, where
 from run.config import parse, run_command
 from run.device import pick_device
 from eval.hellaswag import Scores, load_items, score
 from eval.scoring import wilson_interval
+from run.export import export
 from run.load import load_writer
 
 TASK = """include: {hellaswag}
@@ -79,30 +80,34 @@ def compare(sums: torch.Tensor, theirs: dict[str, torch.Tensor], ours: Scores,
 
 
 def measure(config: LMEvalConfig) -> dict[str, Any]:
-    from formats import gpt2 as model_files
     if not config.file:
         raise ValueError("file is empty; give --file=HELLASWAG.jsonl, as the harness is offline")
     items = load_items(config.file)[:config.limit or None]
     model, tokenizer = load_writer(config.model, pick_device(config.device))
     with tempfile.TemporaryDirectory() as name:
-        model_files.export(config.model, name)
+        export(config.model, name)
         sums, right = harness_scores(Path(name), config, len(items))
     labels = torch.tensor([item.label for item in items])
     return {"parameters": model.num_params(), "vocab_size": tokenizer.vocab_size,
             **compare(sums, right, score(model, tokenizer, items, "harness"), labels)}
 
 
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown."""
+    row = found["rows"][0]
+    return (f"HellaSwag beside lm-evaluation-harness {found['lm_eval']} (`python -m "
+            f"bench.lm_eval`; {where(found)}): {row['items']:,} items, {row['parameters']:,} "
+            f"parameters, sums differ by at most {row['largest_difference_of_sums']:.1e} nats.\n\n"
+            + table("metric | harness | ours | items that differ", (
+                [name, f"{row[name]['harness']:.4f}", f"{row[name]['ours']:.4f}",
+                 str(row[name]["items_that_differ"])] for name in ("acc", "acc_norm"))))
+
+
 def main(words: list[str]) -> None:
     from importlib.metadata import version
     config = parse(LMEvalConfig, words, "python -m bench.lm_eval", about=__doc__)
-    row = measure(config)
-    path = write_results("lm_eval", pick_device(config.device), [row], lm_eval=version("lm-eval"))
-    print(f"{config.model}, {row['items']:,} items, {row['parameters']:,} parameters")
-    print(f"{'':10}{'harness':>10}{'ours':>10}  items that differ")
-    for name in ("acc", "acc_norm"):
-        print(f"{name:10}{row[name]['harness']:10.4f}{row[name]['ours']:10.4f}  "
-              f"{row[name]['items_that_differ']}")
-    print(f"largest difference of a sum: {row['largest_difference_of_sums']:.1e} nats; {path}")
+    found = results(pick_device(config.device), [measure(config)], lm_eval=version("lm-eval"))
+    show_and_save(report, found, "lm_eval", save=True)
 
 
 if __name__ == "__main__":

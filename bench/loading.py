@@ -16,25 +16,25 @@ import contextlib
 import io
 import json
 import os
-import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bench.machine import in_process, write_results
+from bench.machine import (CPU, Row, check_known, check_least, in_process, lasting, median_row,
+                           results, show_and_save, take_turns, where)
 from bpe import Tokenizer, has_gpt2
-from run.config import parse, run_command
 from data import shards
 from data.corpus import documentation, named_tokenizer, sources
 from data.fineweb import FinewebConfig, prepare
 from data.loader import WindowLoader
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter
+from run.config import parse, run_command
 
 RATE, MOST_OF_A_CORE = 2_000_000, 0.05      # tokens/s of a rank; what loading them may take
 LEAST_OF_TIKTOKEN = 0.9
@@ -54,16 +54,12 @@ class LoadingConfig:
     block_size: int = 1024  # tokens of a sequence
     rounds: int = 3  # times each is measured; the median counts
     save: bool = False  # write bench/results/loading.json
-    who: str = ""  # print one measurement as JSON (used inside)
+    who: str = "oneloop"  # whose text --row measures: oneloop, tiktoken (used inside)
+    row: bool = False  # print one measurement as JSON (used inside)
 
     def __post_init__(self):
-        for name in ("megabytes", "tokens", "block_size", "rounds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        if self.threads < 0:
-            raise ValueError(f"threads={self.threads} must not be negative")
-        if self.who not in ("", *WHO):
-            raise ValueError(f"who={self.who} is unknown; choose {', '.join(WHO)}")
+        check_known(self, who=WHO)
+        check_least(self, megabytes=0.001, tokens=1, block_size=1, rounds=1, threads=0)
 
 
 class Numbers:
@@ -105,36 +101,32 @@ def loader_row(folder: Path, micro_batch: int, block_size: int) -> dict[str, Any
             "tokens_per_cpu_s": served / seconds, "of_a_core": RATE * seconds / served}
 
 
-def measure_loader(config: LoadingConfig) -> list[dict[str, Any]]:
+def measure_loader(config: LoadingConfig) -> list[Row]:
     """A row for each micro-batch, the median of the rounds."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = generated(Path(scratch) / "data", config.tokens)
-        found = []
-        for micro_batch in config.micro_batches:
-            rows = [loader_row(folder, micro_batch, config.block_size)
-                    for _ in range(config.rounds)]
-            found.append(sorted(rows, key=lambda row: row["of_a_core"])[len(rows) // 2])
-    return found
+        found = [[loader_row(folder, micro_batch, config.block_size) for _ in range(config.rounds)]
+                 for micro_batch in config.micro_batches]
+    return [sorted(rows, key=lambda row: row["of_a_core"])[len(rows) // 2] for rows in found]
 
 
-def measure_text(who: str, config: LoadingConfig) -> dict[str, Any]:
-    """What --who prints: seconds of one contestant in this process, and the tokens it made."""
-    if who == "oneloop":
+def measure_text(config: LoadingConfig) -> Row:
+    """What --row prints: seconds of one contestant in this process, and the tokens it made."""
+    if config.who == "oneloop":
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            start = time.perf_counter()
-            prepare(FinewebConfig(from_=config.from_, tokenizer=config.tokenizer, out=out,
-                                  num_threads=config.threads))
-            seconds = time.perf_counter() - start
+            seconds = lasting(lambda: prepare(FinewebConfig(
+                from_=config.from_, tokenizer=config.tokenizer, out=out,
+                num_threads=config.threads)))
             meta = shards.read_meta(Path(out))
         tokens = sum(split["tokens"] for split in meta["splits"].values())
         starts = named_tokenizer(config.tokenizer).eot is not None      # one before each document
-        return {"seconds": seconds, "tokens": tokens - meta["documents"] * starts}
-    texts = list(read_documents(find_files(config.from_)))
+        return {"ms": 1000 * seconds, "tokens": tokens - meta["documents"] * starts}
+    texts, rows = list(read_documents(find_files(config.from_))), []
     encoding = named_tokenizer(config.tokenizer).to_tiktoken()
     encoding.encode_ordinary("loaded")
-    start = time.perf_counter()
-    rows = encoding.encode_ordinary_batch(texts, num_threads=config.threads)
-    return {"seconds": time.perf_counter() - start, "tokens": sum(map(len, rows))}
+    seconds = lasting(lambda: rows.extend(
+        encoding.encode_ordinary_batch(texts, num_threads=config.threads)))
+    return {"ms": 1000 * seconds, "tokens": sum(map(len, rows))}
 
 
 def write_text(path: Path, megabytes: float) -> None:
@@ -150,7 +142,7 @@ def write_text(path: Path, megabytes: float) -> None:
                     break
 
 
-def compare_text(config: LoadingConfig, scratch: Path) -> dict[str, Any]:
+def compare_text(config: LoadingConfig, scratch: Path) -> Row:
     """The row of both contestants: median seconds, MB/s, and ours over tiktoken's speed."""
     source, tokenizer = config.from_, config.tokenizer
     if not source:
@@ -163,49 +155,49 @@ def compare_text(config: LoadingConfig, scratch: Path) -> dict[str, Any]:
     elif not tokenizer:
         tokenizer = str(scratch / "tok.json")
         Tokenizer.train(texts, 32_000).save(tokenizer)
-    threads = config.threads or os.cpu_count() or 1
-    found: dict[str, list[dict[str, Any]]] = {who: [] for who in WHO}
-    for _ in range(config.rounds):
-        for who, rows in found.items():
-            rows.append(in_process("loading", [f"--who={who}", f"--from={source}",
-                                               f"--tokenizer={tokenizer}", f"--threads={threads}"]))
-    made = {row["tokens"] for rows in found.values() for row in rows}
+    config = replace(config, from_=source, tokenizer=tokenizer,
+                     threads=config.threads or os.cpu_count() or 1)
+    turns = take_turns(WHO, lambda who, _: in_process("loading", config, who=who), config.rounds)
+    made = {row["tokens"] for rows in turns.rows.values() for row in rows}
     if len(made) > 1:
         raise ValueError(f"the two do not make the same tokens of {source}: {sorted(made)}")
-    seconds = {who: statistics.median(row["seconds"] for row in rows)
-               for who, rows in found.items()}
-    return {"documents": len(texts), "bytes": size, "tokens": made.pop(), "threads": threads,
+    seconds = {who: median_row(rows, "ms")["ms"] / 1000 for who, rows in turns.rows.items()}
+    return {"documents": len(texts), "bytes": size, "tokens": made.pop(),
+            "threads": config.threads,
             "tokenizer": "gpt2" if tokenizer == "gpt2" else named_tokenizer(tokenizer).vocab_size,
             "seconds": seconds, "of_tiktoken": seconds["tiktoken"] / seconds["oneloop"],
-            "seconds_rounds": {who: [row["seconds"] for row in rows]
-                               for who, rows in found.items()}}
+            "seconds_rounds": {who: [row["ms"] / 1000 for row in rows]
+                               for who, rows in turns.rows.items()}}
+
+
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown."""
+    text, verdict = found["text"], {True: "held", False: "NOT held"}
+    lines = [f"loader, {row['micro_batch']} x {row['block_size']}: "
+             f"{row['tokens_per_cpu_s'] / 1e6:.1f} million tokens a CPU second, "
+             f"{row['of_a_core']:.1%} of a core at {RATE:,} tokens/s (at most "
+             f"{MOST_OF_A_CORE:.0%}: {verdict[row['of_a_core'] < MOST_OF_A_CORE]})"
+             for row in found["rows"]]
+    lines += [f"{who}: {text['bytes'] / 1e6:.1f} MB in {seconds:.2f} s, "
+              f"{text['bytes'] / 1e6 / seconds:.1f} MB/s with {text['threads']} threads"
+              for who, seconds in text["seconds"].items()]
+    lines.append(f"text to shards has {text['of_tiktoken']:.2f} of the speed of tiktoken's "
+                 f"`encode_ordinary_batch` alone (at least {LEAST_OF_TIKTOKEN}: "
+                 f"{verdict[text['of_tiktoken'] >= LEAST_OF_TIKTOKEN]})")
+    return (f"Reading data (`python -m bench.loading`; {where(found)}):\n\n"
+            + "\n".join(f"- {line}" for line in lines))
 
 
 def main(words: list[str]) -> None:
     config = parse(LoadingConfig, words, "python -m bench.loading", about=__doc__)
-    if config.who:
-        print(json.dumps(measure_text(config.who, config)))
+    if config.row:
+        print(json.dumps(measure_text(config)))
         return
     loader = measure_loader(config)
-    for row in loader:
-        print(f"loader, {row['micro_batch']} x {row['block_size']}: "
-              f"{row['tokens_per_cpu_s'] / 1e6:.1f} million tokens a CPU second, "
-              f"{row['of_a_core']:.1%} of a core at {RATE:,} tokens/s "
-              f"(at most {MOST_OF_A_CORE:.0%}: {verdict(row['of_a_core'] < MOST_OF_A_CORE)})")
     with tempfile.TemporaryDirectory() as scratch:
         text = compare_text(config, Path(scratch))
-    for who, seconds in text["seconds"].items():
-        print(f"{who:9} {text['bytes'] / 1e6:.1f} MB in {seconds:.2f} s: "
-              f"{text['bytes'] / 1e6 / seconds:.1f} MB/s with {text['threads']} threads")
-    print(f"text to shards has {text['of_tiktoken']:.2f} of tiktoken's speed (at least "
-          f"{LEAST_OF_TIKTOKEN}: {verdict(text['of_tiktoken'] >= LEAST_OF_TIKTOKEN)})")
-    if config.save:
-        print("written:", write_results("loading", torch.device("cpu"), loader, text=text,
-                                        rounds=config.rounds).name)
-
-
-def verdict(held: bool) -> str:
-    return "held" if held else "NOT held"
+    show_and_save(report, results(CPU, loader, text=text, rounds=config.rounds), "loading",
+                  config.save)
 
 
 if __name__ == "__main__":

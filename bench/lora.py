@@ -8,9 +8,6 @@ turns; medians. "full" is our model against transformers' without an adapter. Ne
 peft and, for qlora, bitsandbytes.
 """
 import json
-import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +16,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.machine import seconds, write_results
-from run.config import parse, run_command
-from run.device import autocast, peak_memory, pick_device
+from bench.machine import (Row, check_known, in_process, median_row, results, seconds,
+                           show_and_save, table, take_turns, where)
+from bench.peers import peer_step, transformers_model
 from lora import LoRAConfig, add_lora
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
 from optim import OptimConfig, make_optimizer
+from run.config import parse, run_command
+from run.device import peak_memory, pick_device
 
 SHAPES = {
     "124M": GPTConfig(block_size=256, n_layer=12, n_head=12, n_embd=768),
@@ -33,13 +32,14 @@ SHAPES = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {}, "lora": {}, "dora": {"use_dora": True}, "qlora": {"quantize": "nf4"}}
+SIDES = ("ours", "peft")
 
 
 @dataclass(frozen=True)
 class LoRABenchConfig:
     shape: str = "124M"  # which of 124M, tiny
     variants: tuple[str, ...] = tuple(VARIANTS)  # which of full, lora, dora, qlora
-    sides: tuple[str, ...] = ("ours", "peft")  # ours, peft
+    sides: tuple[str, ...] = SIDES  # ours, peft
     targets: tuple[str, ...] = ("c_attn",)  # layers with adapters: names, or all-linear
     r: int = 8  # rank
     batch: int = 4  # sequences of a step
@@ -51,12 +51,7 @@ class LoRABenchConfig:
     row: bool = False  # print one measurement as JSON (used inside)
 
     def __post_init__(self):
-        for name, allowed in (("shape", SHAPES), ("variants", VARIANTS),
-                              ("sides", ("ours", "peft"))):
-            values = getattr(self, name)
-            for value in (values,) if isinstance(values, str) else values:
-                if value not in allowed:
-                    raise ValueError(f"{name}={value} is unknown; choose {', '.join(allowed)}")
+        check_known(self, shape=SHAPES, variants=VARIANTS, sides=SIDES)
 
 
 def ours(shape: GPTConfig, variant: str, config: LoRABenchConfig) -> nn.Module:
@@ -68,18 +63,16 @@ def ours(shape: GPTConfig, variant: str, config: LoRABenchConfig) -> nn.Module:
 
 
 def theirs(shape: GPTConfig, variant: str, config: LoRABenchConfig) -> nn.Module:
-    from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=shape.vocab_size, n_positions=shape.block_size, n_embd=shape.n_embd,
-        n_layer=shape.n_layer, n_head=shape.n_head, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0))
+    model = transformers_model(shape)
+    model.config.use_cache = False
     if variant == "full":
         return model
     import peft
     if variant == "qlora":
+        from transformers import BitsAndBytesConfig
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
-            model = GPT2LMHeadModel.from_pretrained(
+            model = type(model).from_pretrained(
                 folder, device_map={"": config.device}, quantization_config=BitsAndBytesConfig(
                     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                     bnb_4bit_compute_dtype=torch.bfloat16))
@@ -89,30 +82,24 @@ def theirs(shape: GPTConfig, variant: str, config: LoRABenchConfig) -> nn.Module
         fan_in_fan_out=variant != "qlora", task_type="CAUSAL_LM"))
 
 
-def measure(side: str, variant: str, config: LoRABenchConfig) -> dict[str, Any]:
+def measure(side: str, variant: str, config: LoRABenchConfig) -> Row:
     """One process's row."""
     torch.manual_seed(0)
     # PEFT runs as it is: pick_device has ours reuse memory.
     device = torch.device(config.device) if side == "peft" else pick_device(config.device)
     shape = SHAPES[config.shape]
     model = {"ours": ours, "peft": theirs}[side](shape, variant, config).to(device).train()
-    network = torch.compile(model, dynamic=False) if config.compile else model
-    trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, OptimConfig(), 1e-4, 0.0)
     ids = torch.randint(shape.vocab_size, (config.batch, shape.block_size + 1), device=device)
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def step() -> None:
-        with autocast(device, torch.bfloat16):
-            if side == "ours":
-                _, loss = network(x, y)
-            else:
-                loss = F.cross_entropy(network(x).logits.flatten(0, 1).float(), y.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def loss_of(network: nn.Module) -> torch.Tensor:
+        if side == "ours":
+            return network(x, y)[1]
+        return F.cross_entropy(network(x).logits.flatten(0, 1).float(), y.flatten())
 
+    step = peer_step(model, optimizer, loss_of, device, torch.bfloat16,
+                     "compiled" if config.compile else "eager").step
     step()                              # compiles, and makes the optimizer's state
     before = peak_memory(device)
     if device.type == "cuda":
@@ -121,7 +108,24 @@ def measure(side: str, variant: str, config: LoRABenchConfig) -> dict[str, Any]:
     time = seconds(step, device, config.repeats)
     return {"side": side, "variant": variant, "ms": 1000 * time,
             "mib": max(before, peak_memory(device)) / 2**20,
-            "trainable": sum(p.numel() for p in trainable)}
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+
+
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown."""
+    rows = {(row["variant"], row["side"]): row for row in found["rows"]}
+    lines = []
+    for (variant, side), row in rows.items():
+        peft = rows.get((variant, "peft"))
+        lines.append([variant, side, f"{row['trainable']:,}", f"{row['ms']:,.0f}",
+                      f"{row['mib']:,.0f}"] + (
+            [f"{row[key] / peft[key]:.2f}" for key in ("ms", "mib")]
+            if peft and side == "ours" else ["", ""]))
+    return (f"A fine-tuning step beside PEFT on transformers (`python -m bench.lora`; "
+            f"{where(found)}; GPT-2 {found['shape']}, {found['batch']} sequences, bf16, "
+            f"{'compiled' if found['compile'] else 'eager'}, adapters of rank {found['r']} on "
+            f"{', '.join(found['targets'])}):\n\n" + table(
+                "variant | side | trained | ms | MiB | of PEFT's time | of its memory", lines))
 
 
 def main(words: list[str]) -> None:
@@ -130,31 +134,13 @@ def main(words: list[str]) -> None:
         print(json.dumps(measure(config.sides[0], config.variants[0], config)))
         return
     device = pick_device(config.device)
-    pairs = [(variant, side) for variant in config.variants for side in config.sides]
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {pair: [] for pair in pairs}
-    for _ in range(config.rounds):
-        for variant, side in pairs:
-            out = subprocess.run(
-                [sys.executable, "-m", "bench.lora", *words, "--row=true", "--save=false",
-                 f"--variants={variant}", f"--sides={side}", f"--device={device.type}"],
-                check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[variant, side].append(json.loads(out.splitlines()[-1]))
-    rows = []
-    print(f"{'variant':9}{'side':7}{'trainable':>13}{'ms':>10}{'MiB':>9}")
-    for variant, side in pairs:
-        row = {**found[variant, side][0],
-               **{key: round(statistics.median(row[key] for row in found[variant, side]), 1)
-                  for key in ("ms", "mib")}}
-        rows.append(row)
-        print(f"{variant:9}{side:7}{row['trainable']:13,}{row['ms']:10.1f}{row['mib']:9,.0f}")
-    for variant in config.variants if len(config.sides) == 2 else ():
-        mine, other = (next(row for row in rows if (row["variant"], row["side"]) == (variant, side))
-                       for side in ("ours", "peft"))
-        print(f"{variant}: {mine['ms'] / other['ms']:.2f} of the time, "
-              f"{mine['mib'] / other['mib']:.2f} of the memory")
-    if config.save:
-        facts = {key: getattr(config, key) for key in ("shape", "targets", "r", "batch", "compile")}
-        print("written:", write_results(f"lora-{device.type}", device, rows, **facts).name)
+    turns = take_turns([(variant, side) for variant in config.variants for side in config.sides],
+                       lambda key, _: in_process("lora", config, variants=key[:1], sides=key[1:],
+                                                 device=device.type), config.rounds, device)
+    rows = [median_row(rounds, "ms", "mib") for rounds in turns.rows.values()]
+    found = results(device, rows, turns, shape=config.shape, targets=config.targets, r=config.r,
+                    batch=config.batch, compile=config.compile)
+    show_and_save(report, found, f"lora-{device.type}", config.save)
 
 
 if __name__ == "__main__":

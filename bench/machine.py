@@ -1,35 +1,50 @@
-"""What this machine can do, measured: the limits that the benchmarks are shares of.
+"""What all benchmarks share: the machine's limits, measuring in turn, tables, JSON.
 
-    peak = matmul_peak(device, torch.bfloat16)      # FLOP/s
+    peak = matmul_peak(device, torch.bfloat16)                          # FLOP/s
+    turns = take_turns(("ours", "peer"), measure, rounds=3, device=device)
+    row = median_row(turns.rows["ours"], "ms")
+    show_and_save(report, results(device, [row], turns), "ladder-cpu", save=True)
+
+A benchmark's `report` makes markdown of what `results` gave it or of what stands in its file, so
+the screen and docs/measured.md say the same.
 """
 import datetime
 import json
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import torch
 
-from run.device import device_name, synchronize
 from fast.linear import linear
+from run.device import device_name, synchronize
 
-RESULTS = Path(__file__).parent / "results"
+REPOSITORY = Path(__file__).parent.parent
+RESULTS = REPOSITORY / "bench" / "results"
+CPU = torch.device("cpu")
+Row = dict[str, Any]
 
 
-def seconds(call: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
+# ------------------------------------------------------------------------------ time and limits
+
+def lasting(call: Callable[[], Any], device: torch.device = CPU) -> float:
+    """Seconds of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def seconds(call: Callable[[], Any], device: torch.device = CPU, repeats: int = 5) -> float:
     """Median time of a call, after one that warms up."""
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median([lasting(call, device) for _ in range(repeats + 1)][1:])
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -42,15 +57,128 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def in_process(module: str, words: list[str]) -> dict[str, Any]:
-    """The JSON that `python -m bench.MODULE WORDS` prints last: a row measured in a process of its
-    own. RuntimeError with its last words where it dies."""
+def memory_bandwidth(device: torch.device, mib: int = 1024) -> float:
+    """Bytes/s that large tensors are read with: the best of a sum and of a matrix-vector product,
+    or read and written with by a copy."""
+    side = math.isqrt(mib * 2**20 // 4)
+    a = torch.ones(side, side, device=device)
+    b, row = torch.empty_like(a), torch.ones(side, device=device)
+    size = a.numel() * a.element_size()
+    return max(size / seconds(lambda: a.sum(), device), size / seconds(lambda: a @ row, device),
+               2 * size / seconds(lambda: b.copy_(a), device))
+
+
+def machine_state(device: torch.device) -> float:
+    """GFLOP/s of one float32 product, always the same: how fast the machine is just now."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device)
+    return round(2e-9 * size**3 / seconds(lambda: a @ a, device, 9), 1)
+
+
+# ---------------------------------------------------------------------------------------- turns
+
+@dataclass
+class Turns:
+    """What take_turns measured: each key's rows in the order of the rounds, why a key has none or
+    fewer, and the machine's state before and after."""
+    rows: dict[Any, list[Row]] = field(default_factory=dict)
+    missing: dict[Any, str] = field(default_factory=dict)
+    states: list[float] = field(default_factory=list)
+
+
+def take_turns(keys: Iterable[Any], measure: Callable[[Any, list[Row]], Row], rounds: int,
+               device: torch.device = CPU, until: float = math.inf, strict: bool = True) -> Turns:
+    """Call measure(key, its rows so far) for each key, all keys once a round, so that a change of
+    the machine's speed meets all. Not strict: a key that ends in a RuntimeError is left out from
+    then on. None is begun after `until` (time.monotonic)."""
+    turns = Turns(states=[machine_state(device)])
+    for number in range(1, rounds + 1):
+        for key in keys:
+            if key in turns.missing:
+                continue
+            name = key if isinstance(key, str) else " ".join(key)
+            try:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"round {number} was not begun within --minutes")
+                row = measure(key, turns.rows.get(key, []))
+            except (RuntimeError, TimeoutError) as error:
+                if strict:
+                    raise
+                turns.missing[key] = str(error)
+                print(f"warning: {name}: {error}", file=sys.stderr, flush=True)
+                continue
+            turns.rows.setdefault(key, []).append(row)
+            said = f": {row['ms']:,.1f} ms" if "ms" in row else ""
+            print(f"round {number}: {name}{said}", file=sys.stderr, flush=True)
+    turns.states.append(machine_state(device))
+    return turns
+
+
+def in_process(module: str, config: Any, **changes: Any) -> Row:
+    """The row that bench.MODULE measures with these settings and --row, in a process of its own, so
+    that its memory is its own. RuntimeError with its last words where it dies."""
+    config = replace(config, row=True, save=False, **changes)
+    words = [f"--{one.name.rstrip('_')}={_word(value)}" for one in fields(config)
+             if (value := getattr(config, one.name)) != one.default]
     done = subprocess.run([sys.executable, "-m", f"bench.{module}", *words], text=True,
-                          capture_output=True, cwd=Path(__file__).parent.parent)
+                          capture_output=True, cwd=REPOSITORY)
     if done.returncode:
         died = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
         raise RuntimeError(f"bench.{module} {' '.join(words)}: {died}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else \
+        str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def median_row(rows: list[Row], *keys: str) -> Row:
+    """One row of several rounds': medians of the named figures, to a tenth."""
+    return {**rows[0], **{key: round(statistics.median(row[key] for row in rows), 1)
+                          for key in keys}}
+
+
+def median_step(rounds: list[Row]) -> Row:
+    """One row of several rounds' of a training step, or of a generation."""
+    row = median_row(rounds, "ms", "tokens_per_s", "memory_mib")
+    speeds = [round(one["tokens_per_s"], 1) for one in rounds]
+    return {**row, "limit": max(one["limit"] for one in rounds), "tokens_per_s_rounds": speeds}
+
+
+def spread(row: Row) -> float:
+    """The range of the rounds' speeds over their median."""
+    speeds = row["tokens_per_s_rounds"]
+    return (max(speeds) - min(speeds)) / row["tokens_per_s"]
+
+
+def with_shares(rows: list[Row]) -> list[Row]:
+    """Rows with their share of the machine's limit, the best that any of them measured: their
+    processes ran at different moments."""
+    limits: dict[str, float] = {}
+    for row in rows:
+        limits[row["limit_of"]] = max(limits.get(row["limit_of"], 0.0), row["limit"])
+    return [{**row, "limit": limits[row["limit_of"]],
+             "share": round(row["tokens_per_s"] * row["work"] / limits[row["limit_of"]], 3)}
+            for row in rows]
+
+
+# ----------------------------------------------------------------------------- settings, output
+
+def check_known(config: Any, **allowed: Iterable[str]) -> None:
+    """ValueError for a setting, or an item of it, that is none of those allowed."""
+    for name, choices in allowed.items():
+        values = getattr(config, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value not in choices:
+                raise ValueError(f"{name}={value} is unknown; choose among {', '.join(choices)}")
+
+
+def check_least(config: Any, **least: float) -> None:
+    """ValueError for a setting below its least value."""
+    for name, value in least.items():
+        if getattr(config, name) < value:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least {value}")
 
 
 def processor() -> str:
@@ -61,13 +189,37 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def write_results(name: str, device: torch.device, rows: list[dict[str, Any]],
-                  **facts: Any) -> Path:
-    """bench/results/<name>.json: the rows with date, machine and versions."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({
-        "date": datetime.date.today().isoformat(), "device": device_name(device),
-        "processor": processor(), "torch": torch.__version__, "python": platform.python_version(),
-        **facts, "rows": rows}, indent=1) + "\n")
-    return path
+def results(device: torch.device, rows: list[Row], turns: Turns | None = None,
+            **facts: Any) -> dict[str, Any]:
+    """What a benchmark found: the rows with date, machine, its states and versions."""
+    states = {"matmul_gflops_before_after": turns.states} if turns else {}
+    return {"date": datetime.date.today().isoformat(), "device": device_name(device),
+            "processor": processor(), "torch": torch.__version__,
+            "python": platform.python_version(), **states, **facts, "rows": rows}
+
+
+def show_and_save(report: Callable[[dict[str, Any]], str], found: dict[str, Any], name: str,
+                  save: bool) -> None:
+    """Print a result, and write bench/results/NAME.json where it is to be saved."""
+    print(report(found))
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"written: {name}.json; python -m bench.measured makes docs/measured.md of all")
+
+
+def table(head: str, rows: Iterable[Iterable[str]]) -> str:
+    """A markdown table with columns of even width. head: titles with " | " between them."""
+    lines = [head.split(" | "), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def where(found: dict[str, Any]) -> str:
+    """Date, machine and versions of a result, in a line."""
+    states = found.get("matmul_gflops_before_after")
+    return ", ".join([found["date"], found["processor"], found["device"],
+                      *([f"PyTorch {found['torch']}"] if "torch" in found else []),
+                      *([f"a product ran at {states[0]:,} GFLOP/s before and {states[-1]:,} after"]
+                        if states else [])])

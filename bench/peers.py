@@ -9,12 +9,12 @@ Each has the optimizer that it makes itself; bench/versus_peers.py compares them
 """
 import ast
 import contextlib
+import functools
 import gc
 import importlib.util
 import math
 import statistics
 import sys
-import time
 import types
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Any, Callable
 import torch
 import torch.nn as nn
 
-from bench.machine import matmul_peak, seconds
-from run.device import DTYPES, autocast, peak_memory, synchronize
+from bench.machine import lasting, matmul_peak, memory_bandwidth, seconds
+from run.device import DTYPES, autocast, peak_memory
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
 
@@ -57,7 +57,8 @@ class Contestant:
 def our_step(config: GPTConfig, x: torch.Tensor, y: torch.Tensor, device: torch.device,
              dtype: torch.dtype, mode: str, checkout: str = "") -> Contestant:
     """What train.py does with a batch of one micro-batch."""
-    from run.processes import Processes        # here: the memory of peers is without what these import
+    # Imported here: the memory of peers is without what these bring.
+    from run.processes import Processes
     from optim import OptimConfig, make_optimizer
     from run.parallel import Parallel, compiled, full
     from train import update
@@ -111,14 +112,7 @@ def nanogpt_model(config: GPTConfig, checkout: str) -> nn.Module:
         n_head=config.n_head, n_embd=config.n_embd, dropout=0.0, bias=True))
 
 
-def nanogpt_step(config, x, y, device, dtype, mode, checkout) -> Contestant:
-    with device:
-        model = nanogpt_model(config, checkout)
-    optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, device.type)
-    return peer_step(model, optimizer, lambda network: network(x, y)[1], device, dtype, mode)
-
-
-def build_nanogpt_step(config, x, y, device, dtype, mode, checkout) -> Contestant:
+def build_nanogpt_model(config: GPTConfig, checkout: str) -> nn.Module:
     """Its file trains when it is imported, so only its imports and classes are executed; of these,
     not its HellaSwag, which wants packages of its own."""
     path = Path(checkout) / "train_gpt2.py"
@@ -129,37 +123,44 @@ def build_nanogpt_step(config, x, y, device, dtype, mode, checkout) -> Contestan
     sys.modules["peer_build_nanogpt"] = peer = types.ModuleType("peer_build_nanogpt")
     peer.master_process = False                         # a global of its script: who prints
     exec(compile(tree, str(path), "exec"), peer.__dict__)
-    with device:
-        model = peer.GPT(peer.GPTConfig(
-            block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
-            n_head=config.n_head, n_embd=config.n_embd))
-    optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, device.type)
-    return peer_step(model, optimizer, lambda network: network(x, y)[1], device, dtype, mode)
+    return peer.GPT(peer.GPTConfig(
+        block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
+        n_head=config.n_head, n_embd=config.n_embd))
 
 
-def transformers_model(config: GPTConfig, use_cache: bool) -> nn.Module:
+def transformers_model(config: GPTConfig, checkout: str = "") -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd,
         n_layer=config.n_layer, n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, use_cache=use_cache, bos_token_id=None, eos_token_id=None))
+        attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)).train()
 
 
-def transformers_step(config, x, y, device, dtype, mode, checkout) -> Contestant:
-    """With what its Trainer takes by default: AdamW, fused since PyTorch 2.8, and no cache."""
+MODELS = {OURS: lambda config, checkout: use_fast_products(GPT(config)), "nanoGPT": nanogpt_model,
+          "build-nanogpt": build_nanogpt_model, "transformers": transformers_model}
+
+
+def their_step(who: str, config: GPTConfig, x: torch.Tensor, y: torch.Tensor,
+               device: torch.device, dtype: torch.dtype, mode: str, checkout: str) -> Contestant:
+    """A peer with the optimizer of its own training script. transformers has none: it gets what
+    its Trainer takes by default, AdamW, fused since PyTorch 2.8, and no cache."""
     with device:
-        model = transformers_model(config, use_cache=False).train()
+        model = MODELS[who](config, checkout)
+    if who != "transformers":
+        betas = (BETAS,) if who == "nanoGPT" else ()        # build-nanogpt has them written in
+        optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, *betas, device.type)
+        return peer_step(model, optimizer, lambda network: network(x, y)[1], device, dtype, mode)
+    model.config.use_cache = False
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
          {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}],
         lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
-    return peer_step(model, optimizer, lambda network: network(input_ids=x, labels=y,
-                                                               shift_labels=y).loss,
-                     device, dtype, mode)
+    return peer_step(model, optimizer, lambda network: network(
+        input_ids=x, labels=y, shift_labels=y).loss, device, dtype, mode)
 
 
-STEPS = {OURS: our_step, LOOSE: our_step, "nanoGPT": nanogpt_step,
-         "build-nanogpt": build_nanogpt_step, "transformers": transformers_step}
+STEPS = {OURS: our_step, LOOSE: our_step,
+         **{who: functools.partial(their_step, who) for who in WHO if who not in (OURS, LOOSE)}}
 
 
 def step_time(step: Callable[[], Any], device: torch.device, repeats: int,
@@ -179,15 +180,6 @@ def step_time(step: Callable[[], Any], device: torch.device, repeats: int,
     events[-1].record()
     torch.cuda.synchronize(device)
     return statistics.median(a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:]))
-
-
-def lasting(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def measure_step(who: str, config: GPTConfig, micro_batches: tuple[int, ...], dtype: str, mode: str,
@@ -238,9 +230,7 @@ def measure_generation(who: str, config: GPTConfig, batch: int, dtype: str, mode
     torch.manual_seed(0)
     ids = torch.randint(min(50257, config.vocab_size), (batch, PROMPT), device=device)
     with device:
-        model = (transformers_model(config, use_cache=True) if who == "transformers" else
-                 nanogpt_model(config, checkout) if who == "nanoGPT" else
-                 use_fast_products(GPT(config)))
+        model = MODELS[who](config, checkout)
     precision = DTYPES["float32"] if mode == "autocast" else DTYPES[dtype]
     model = model.to(precision).eval()
     if mode == "compiled":
@@ -264,16 +254,3 @@ def measure_generation(who: str, config: GPTConfig, batch: int, dtype: str, mode
     return {"micro_batch": batch, "ms": 1000 * taken, "tokens_per_s": batch * new_tokens / taken,
             "memory_mib": memory, "work": read / batch, "limit_of": "reading memory",
             "limit": memory_bandwidth(device)}
-
-
-def memory_bandwidth(device: torch.device, mib: int = 1024) -> float:
-    """Bytes/s that large tensors are read with: the best of a sum and of a matrix-vector product,
-    or read and written with by a copy."""
-    side = math.isqrt(mib * 2**20 // 4)
-    a = torch.ones(side, side, device=device)
-    b, row = torch.empty_like(a), torch.ones(side, device=device)
-    size = a.numel() * a.element_size()
-    return max(size / seconds(lambda: a.sum(), device), size / seconds(lambda: a @ row, device),
-               2 * size / seconds(lambda: b.copy_(a), device))
-
-

@@ -26,7 +26,8 @@ from run import parallel
 import train
 from bench.kills import start
 from bench.loading import generated
-from bench.machine import write_results
+from bench.machine import (CPU, Row, check_known, check_least, median_row, results, show_and_save,
+                           table, take_turns, where)
 from bench.peers import SHAPES as PEERS_SHAPES
 from run.config import build, parse, run_command
 from data.shards import read_json, write_json
@@ -56,12 +57,8 @@ class RanksConfig:
     save: bool = False  # write bench/results/ranks-cpu.json
 
     def __post_init__(self):
-        for name in (*self.shapes, *filter(None, [self.memory_shape])):
-            if name not in SHAPES:
-                raise ValueError(f"shape={name} is unknown; choose among {', '.join(SHAPES)}")
-        for name, least in (("ranks", 2), ("rounds", 1), ("looks", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        check_known(self, shapes=SHAPES, memory_shape=(*SHAPES, ""))
+        check_least(self, ranks=2, rounds=1, looks=2)
         for name in self.shapes:
             if SHAPES[name][1] % self.ranks:
                 raise ValueError(f"ranks={self.ranks} do not divide the {SHAPES[name][1]} "
@@ -88,7 +85,7 @@ def rank_main(settings: dict[str, Any], threads: int, notes: str) -> None:
 
     def noting(self: Watch, step: int, phase: str) -> None:
         if phase == "evaluating":                       # after each step, before the last save
-            found["memory_mib"] = peak_memory(torch.device("cpu")) / 2**20
+            found["memory_mib"] = peak_memory(CPU) / 2**20
         at(self, step, phase)
     if notes:                                           # not where the speed is measured
         parallel.DistributedDataParallel, Watch.at = Counting, noting
@@ -98,7 +95,7 @@ def rank_main(settings: dict[str, Any], threads: int, notes: str) -> None:
 
 
 def run(folder: Path, settings: dict[str, Any], ranks: int, threads: int,
-        notes: str = "") -> list[dict[str, Any]]:
+        notes: str = "") -> list[Row]:
     """Train in a new folder as so many ranks; the lines of its log, a line a step."""
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
     processes = start(rank_main, ranks, {**settings, "out": str(out)}, threads, notes)
@@ -119,7 +116,7 @@ def settings_of(shape: str, folder: Path, config: RanksConfig) -> dict[str, Any]
                   val=model.block_size)
     compile = config.compile
     if compile == "auto":                               # train.py's auto is off for short runs
-        compile = "on" if has_compiler(torch.device("cpu")) else "off"
+        compile = "on" if has_compiler(CPU) else "off"
     return dict(data=str(data), device="cpu", dtype=config.dtype, compile=compile, eval_every=0,
                 save_every=0, sample_tokens=0, max_steps=config.looks * every, log_every=every,
                 batch_tokens=sequences * model.block_size,
@@ -127,22 +124,27 @@ def settings_of(shape: str, folder: Path, config: RanksConfig) -> dict[str, Any]
                                                                "n_embd")})
 
 
-def compare_speed(shape: str, config: RanksConfig, folder: Path) -> dict[str, Any]:
+def compare_speed(shape: str, config: RanksConfig, folder: Path) -> Row:
     """The row of a shape: tokens/s of ranks and of threads, medians, and their ratio."""
     settings, sequences, every = settings_of(shape, folder, config), *SHAPES[shape][1:]
-    speeds: dict[str, list[float]] = {"threads": [], "ranks": []}
-    for _ in range(config.rounds):
-        for who, ranks, threads in (("threads", 1, config.ranks), ("ranks", config.ranks, 1)):
-            lines = run(folder, {**settings, "micro_batch": sequences // ranks}, ranks, threads)
-            speeds[who].append(statistics.median(line["tokens_per_s"] for line in lines[every:]))
-    medians = {who: statistics.median(found) for who, found in speeds.items()}
+    processes = {"threads": (1, config.ranks), "ranks": (config.ranks, 1)}
+
+    def measure(who: str, _: list[Row]) -> Row:
+        ranks, threads = processes[who]
+        lines = run(folder, {**settings, "micro_batch": sequences // ranks}, ranks, threads)
+        return {"tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines[every:])}
+    turns = take_turns(processes, measure, config.rounds)
+    speeds = {who: median_row(rows, "tokens_per_s")["tokens_per_s"]
+              for who, rows in turns.rows.items()}
     return {"shape": shape, "ranks": config.ranks, "sequences": sequences,
-            "compile": settings["compile"], "dtype": config.dtype,
-            "tokens_per_s": medians, "of_threads": medians["ranks"] / medians["threads"],
-            "tokens_per_s_rounds": speeds}
+            "compile": settings["compile"], "dtype": config.dtype, "tokens_per_s": speeds,
+            "of_threads": speeds["ranks"] / speeds["threads"],
+            "matmul_gflops_before_after": turns.states,
+            "tokens_per_s_rounds": {who: [row["tokens_per_s"] for row in rows]
+                                    for who, rows in turns.rows.items()}}
 
 
-def compare_accumulation(shape: str, config: RanksConfig, folder: Path) -> list[dict[str, Any]]:
+def compare_accumulation(shape: str, config: RanksConfig, folder: Path) -> list[Row]:
     """Rows of 1, 2, 4 micro-batches a step, and of one that is four times as large."""
     settings, (model, sequences, _) = settings_of(shape, folder, config), SHAPES[shape]
     micro_batch, steps, rows = max(1, sequences // config.ranks // 2), 3, []
@@ -159,22 +161,23 @@ def compare_accumulation(shape: str, config: RanksConfig, folder: Path) -> list[
     return rows
 
 
-def table(speed: list[dict[str, Any]], accumulation: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for row in speed:
-        held = "held" if row["of_threads"] >= LEAST_OF_THREADS else "NOT held"
-        lines.append(f"{row['shape']}, {row['sequences']} sequences a step: {row['ranks']} ranks "
-                     f"{row['tokens_per_s']['ranks']:,.0f} tokens/s, {row['ranks']} threads "
-                     f"{row['tokens_per_s']['threads']:,.0f}: {row['of_threads']:.2f} (at least "
-                     f"{LEAST_OF_THREADS}: {held})")
-    if accumulation:
-        lines.append(f"{'micro-batch':>11}{'a step':>8}{'reductions':>12}{'MB reduced':>12}"
-                     f"{'MiB of a rank':>15}")
-    for row in accumulation:
-        lines.append(f"{row['micro_batch']:11}{row['accumulation']:8}"
-                     f"{row['reductions_per_step']:12.1f}"
-                     f"{row['reduced_bytes_per_step'] / 1e6:12,.1f}{row['memory_mib']:15,.0f}")
-    return lines
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown."""
+    text = (f"Ranks (`python -m bench.ranks`; {where(found)}; medians of {found['rounds']}): gloo "
+            f"ranks with a thread each beside one process with as many threads, tokens/s; at least "
+            f"{LEAST_OF_THREADS} is to be reached:\n\n" + table(
+                "shape | sequences a step | ranks | tokens/s | of threads' | held",
+                [[row["shape"], str(row["sequences"]), str(row["ranks"]),
+                  f"{row['tokens_per_s']['ranks']:,.0f}", f"{row['of_threads']:.2f}",
+                  "held" if row["of_threads"] >= LEAST_OF_THREADS else "NOT held"]
+                 for row in found["rows"]]))
+    if found["accumulation"]:
+        text += "\n\nA step in several micro-batches (the same):\n\n" + table(
+            "micro-batch | of them a step | reductions | MB reduced | MiB of a rank",
+            [[str(row["micro_batch"]), str(row["accumulation"]),
+              f"{row['reductions_per_step']:.1f}", f"{row['reduced_bytes_per_step'] / 1e6:,.1f}",
+              f"{row['memory_mib']:,.0f}"] for row in found["accumulation"]])
+    return text
 
 
 def main(words: list[str]) -> None:
@@ -184,10 +187,8 @@ def main(words: list[str]) -> None:
         speed = [compare_speed(shape, config, folder) for shape in config.shapes]
         accumulation = (compare_accumulation(config.memory_shape, config, folder)
                         if config.memory_shape else [])
-    print(*table(speed, accumulation), sep="\n")
-    if config.save:
-        print("written:", write_results("ranks-cpu", torch.device("cpu"), speed,
-                                        rounds=config.rounds, accumulation=accumulation).name)
+    show_and_save(report, results(CPU, speed, rounds=config.rounds, accumulation=accumulation),
+                  "ranks-cpu", config.save)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from run import checkpoint
-from bench.machine import write_results
-from bench.peers import SHAPES, lasting, our_step
+from bench.machine import (Row, check_known, check_least, lasting, machine_state, results,
+                           show_and_save, table, where)
+from bench.peers import SHAPES, our_step
 from run.config import parse, run_command
 from run.device import has_compiler, pick_device, pick_dtype
 from run.processes import repeatable
@@ -34,27 +36,17 @@ class SavesConfig:
     save: bool = False  # write bench/results/saves-DEVICE.json
 
     def __post_init__(self):
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape={self.shape} is unknown; choose {', '.join(SHAPES)}")
-        if self.repeats < 1:
-            raise ValueError(f"repeats={self.repeats} must be at least 1")
+        check_known(self, shape=SHAPES)
+        check_least(self, repeats=1)
 
 
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors of a state, one that has two names once."""
-    found: dict[tuple, torch.Tensor] = {}
-
-    def walk(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found[value.data_ptr(), value.shape] = value
-        elif isinstance(value, (dict, list, tuple)):
-            for item in value.values() if isinstance(value, dict) else value:
-                walk(item)
-    walk(value)
-    return list(found.values())
+def size_of(state: dict) -> int:
+    """Bytes of the tensors of a state, one that has two names once."""
+    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+    return sum({(t.data_ptr(), t.shape): t.nbytes for t in tensors}.values())
 
 
-def measure(config: SavesConfig, device: torch.device, folder: Path) -> dict[str, Any]:
+def measure(config: SavesConfig, device: torch.device, folder: Path) -> Row:
     """One row: seconds of each, and the ratios."""
     torch.manual_seed(0)
     shape, micro_batch = SHAPES[config.shape]
@@ -68,7 +60,7 @@ def measure(config: SavesConfig, device: torch.device, folder: Path) -> dict[str
     quiet = statistics.median(lasting(run.step, device) for _ in range(config.repeats))
 
     state = {"step": 2, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
+    size = size_of(state)
     saver = checkpoint.Saver(folder, max_failed=0)
     copies, during, extra = [], [], []
     for _ in range(config.repeats + 1):                 # the first has to find memory for the copy
@@ -100,20 +92,26 @@ def measure(config: SavesConfig, device: torch.device, folder: Path) -> dict[str
                    "step while writing / step": statistics.mean(during) / quiet}}
 
 
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown."""
+    row = found["rows"][0]
+    return (f"A checkpoint of {row['shape']}, {row['bytes'] / 1e9:.2f} GB, beside a training step "
+            f"(`python -m bench.saves`; {where(found)}):\n\n" + table("what | measured", (
+                *([name, f"{1000 * taken:,.1f} ms"] for name, taken in row["seconds"].items()),
+                *([name, f"{ratio:.3f}"] for name, ratio in row["ratios"].items()))))
+
+
 def main(words: list[str]) -> None:
     config = parse(SavesConfig, words, "python -m bench.saves", about=__doc__)
     device = pick_device(config.device)
     Path(config.folder).mkdir(parents=True, exist_ok=True)
+    states = [machine_state(device)]
     with tempfile.TemporaryDirectory(dir=config.folder) as folder, repeatable(True):
         row = measure(config, device, Path(folder))
-    print(f"{config.shape}: a state of {row['bytes'] / 1e9:.2f} GB")
-    for name, taken in row["seconds"].items():
-        print(f"{name:34}{1000 * taken:12,.1f} ms")
-    for name, ratio in row["ratios"].items():
-        print(f"{name:34}{ratio:12.3f}")
-    if config.save:
-        print("written:", write_results(f"saves-{device.type}", device, [row],
-                                        repeats=config.repeats).name)
+    states.append(machine_state(device))
+    show_and_save(report, results(device, [row], repeats=config.repeats,
+                                  matmul_gflops_before_after=states),
+                  f"saves-{device.type}", config.save)
 
 
 if __name__ == "__main__":

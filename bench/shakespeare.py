@@ -15,10 +15,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from bench.machine import write_results
+from bench.machine import (CPU, REPOSITORY, Row, median_row, results, show_and_save, table,
+                           take_turns, where)
 from run.config import parse, run_command
 from data.shakespeare import ShakespeareConfig, prepare
 from data.shards import DATA
@@ -30,60 +30,60 @@ RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class ShakespeareBenchConfig:
     nanogpt: str = ""  # a checkout of nanoGPT; empty: only ours
     input: str = ""  # a local copy of the text; empty: data.shakespeare downloads it
     rounds: int = 1  # how often each runs; medians count
     save: bool = False  # write bench/results/shakespeare.json
 
 
-def ours(folder: Path) -> tuple[float, float]:
-    """Validation loss per byte and wall time of `train.py shakespeare`."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "train.py", "shakespeare", f"--out={folder}", "--device=cpu"],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    taken = time.perf_counter() - start
-    losses = [line["val_loss"] for line in read_log(folder / "log.jsonl") if "val_loss" in line]
-    return losses[-1], taken
+def measure(who: str, nanogpt: str, text: Path) -> Row:
+    """Validation loss per byte and wall time of `train.py shakespeare`, or of nanoGPT's recipe."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, where_run = f"{scratch}/run", REPOSITORY
+        words = ["train.py", "shakespeare", f"--out={folder}", "--device=cpu"]
+        if who == "nanoGPT":
+            where_run, words = Path(nanogpt).resolve(), ["train.py", *RECIPE, f"--out_dir={folder}"]
+            data = where_run / "data" / "shakespeare_char"
+            if not (data / "train.bin").exists():
+                shutil.copy(text, data / "input.txt")
+                subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True,
+                               stdout=subprocess.DEVNULL)
+        start = time.perf_counter()
+        said = subprocess.run([sys.executable, *words], cwd=where_run, check=True,
+                              capture_output=True, text=True).stdout
+        taken = time.perf_counter() - start
+        loss = (re.findall(r"val loss ([\d.]+)", said)[-1] if who == "nanoGPT" else
+                [line["val_loss"] for line in read_log(Path(folder) / "log.jsonl")
+                 if "val_loss" in line][-1])
+    return {"val_loss_per_byte": float(loss), "seconds": taken}
 
 
-def theirs(checkout: Path, text: Path, folder: Path) -> tuple[float, float]:
-    """The same of nanoGPT."""
-    data = checkout / "data" / "shakespeare_char"
-    if not (data / "train.bin").exists():
-        shutil.copy(text, data / "input.txt")
-        subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True,
-                       stdout=subprocess.DEVNULL)
-    start = time.perf_counter()
-    out = subprocess.run([sys.executable, "train.py", *RECIPE, f"--out_dir={folder}"], check=True,
-                         cwd=checkout, capture_output=True, text=True).stdout
-    taken = time.perf_counter() - start
-    return float(re.findall(r"val loss ([\d.]+)", out)[-1]), taken
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown."""
+    seconds = {row["who"]: row["seconds"] for row in found["rows"]}
+    share = (f"; ours takes {seconds['oneloop'] / seconds['nanoGPT']:.2f} of nanoGPT's time"
+             if "nanoGPT" in seconds else "")
+    return (f"Tiny shakespeare with nanoGPT's CPU recipe (4 layers, width 128, context 64, 2,000 "
+            f"steps of 12 sequences), whole commands in turn (`python -m bench.shakespeare`; "
+            f"{where(found)}; medians of {found['rounds']}{share}):\n\n"
+            + table("who | validation loss per byte | seconds", (
+                [row["who"], f"{row['val_loss_per_byte']:.4f}", f"{row['seconds']:.1f}"]
+                for row in found["rows"])))
 
 
 def main(words: list[str]) -> None:
-    config = parse(BenchConfig, words, "python -m bench.shakespeare", about=__doc__)
+    config = parse(ShakespeareBenchConfig, words, "python -m bench.shakespeare", about=__doc__)
     if config.input:
         prepare(ShakespeareConfig(from_=config.input))
     text = Path(config.input or DATA / "shakespeare" / "input.txt").resolve()
-    runs: dict[str, list[tuple[float, float]]] = {"oneloop": []}
-    with tempfile.TemporaryDirectory() as scratch:
-        for i in range(config.rounds):
-            runs["oneloop"].append(ours(Path(scratch) / f"ours{i}"))
-            if config.nanogpt:
-                runs.setdefault("nanoGPT", []).append(
-                    theirs(Path(config.nanogpt).resolve(), text, Path(scratch) / f"theirs{i}"))
-    rows = [{"who": who,
-             "val_loss_per_byte": round(statistics.median(loss for loss, _ in found), 4),
-             "seconds": round(statistics.median(taken for _, taken in found), 1)}
-            for who, found in runs.items()]
-    for row in rows:
-        print(f"{row['who']:10} validation loss per byte {row['val_loss_per_byte']:.4f}   "
-              f"{row['seconds']:.1f} s")
-    if config.nanogpt:
-        print(f"ours takes {rows[0]['seconds'] / rows[1]['seconds']:.2f} of nanoGPT's time")
-    if config.save:
-        write_results("shakespeare", torch.device("cpu"), rows, rounds=config.rounds)
+    turns = take_turns(["oneloop", *(["nanoGPT"] if config.nanogpt else [])],
+                       lambda who, _: measure(who, config.nanogpt, text), config.rounds)
+    rows = [{"who": who, "val_loss_per_byte": round(statistics.median(
+                run["val_loss_per_byte"] for run in runs), 4),
+             "seconds": median_row(runs, "seconds")["seconds"]} for who, runs in turns.rows.items()]
+    show_and_save(report, results(CPU, rows, turns, rounds=config.rounds), "shakespeare",
+                  config.save)
 
 
 if __name__ == "__main__":

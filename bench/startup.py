@@ -9,17 +9,13 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.machine import write_results
+from bench.machine import (CPU, REPOSITORY, check_least, lasting, results, show_and_save, table,
+                           take_turns, where)
 from run.config import parse, run_command
 
-REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {"python": ["-c", "pass"], "import torch": ["-c", "import torch"],
             "train.py --help": ["train.py", "--help"], "bpe.py --help": ["bpe.py", "--help"],
             "sample.py --help": ["sample.py", "--help"]}
@@ -32,54 +28,51 @@ class StartupConfig:
     save: bool = False  # write bench/results/startup.json
 
     def __post_init__(self):
-        if self.rounds < 1:
-            raise ValueError(f"rounds={self.rounds} must be at least 1")
+        check_least(self, rounds=1)
 
 
-def run(arguments: list[str]) -> tuple[float, str]:
-    """Seconds of a command of this Python in the repository's folder, and what it says on stderr.
+def run(arguments: list[str]) -> str:
+    """Run a command of this Python in the repository's folder; what it says on stderr.
     RuntimeError if it fails."""
-    start = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    taken = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}: {done.stderr.strip()[-300:]}")
-    return taken, done.stderr
+    return done.stderr
 
 
 def imported(arguments: list[str]) -> set[str]:
     """The packages that a command imports, as Python itself reports them."""
-    _, report = run(["-X", "importtime", *arguments])
+    report = run(["-X", "importtime", *arguments])
     return {name.split(".")[0] for name in re.findall(r"^import time:.*\|\s*(\S+)$", report, re.M)}
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def row_of(taken: dict[str, list[float]]) -> dict[str, Any]:
     """Median seconds of each command; train.py's beyond torch, each round's own difference."""
-    taken: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for _ in range(rounds + 1):
-        for name, arguments in COMMANDS.items():
-            taken[name].append(run(arguments)[0])
     beyond = [train - torch_alone for train, torch_alone in
-              zip(taken["train.py --help"][1:], taken["import torch"][1:])]
-    return {"seconds": {name: statistics.median(times[1:]) for name, times in taken.items()},
+              zip(taken["train.py --help"], taken["import torch"])]
+    return {"seconds": {name: statistics.median(times) for name, times in taken.items()},
             "train_beyond_torch": statistics.median(beyond),
             "bpe_imports_torch": "torch" in imported(COMMANDS["bpe.py --help"])}
 
 
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown."""
+    row = found["rows"][0]
+    held = "held" if row["train_beyond_torch"] < MOST_SECONDS else "NOT held"
+    torch = "imports torch: NOT held" if row["bpe_imports_torch"] else "does not import torch"
+    return (f"Start-up (`python -m bench.startup`; {where(found)}). `train.py --help` takes "
+            f"{row['train_beyond_torch']:.2f} s beyond `import torch` (at most {MOST_SECONDS:g}: "
+            f"{held}); `bpe.py --help` {torch}.\n\n" + table("command | seconds", (
+                [name, f"{seconds:.2f}"] for name, seconds in row["seconds"].items())))
+
+
 def main(words: list[str]) -> None:
     config = parse(StartupConfig, words, "python -m bench.startup", about=__doc__)
-    row = measure(config.rounds)
-    for name, seconds in row["seconds"].items():
-        print(f"{name:18}{seconds:8.2f} s")
-    held = row["train_beyond_torch"] < MOST_SECONDS
-    print(f"train.py --help takes {row['train_beyond_torch']:.2f} s beyond import torch (at most "
-          f"{MOST_SECONDS:g} s: {'held' if held else 'NOT held'})")
-    print("bpe.py --help " + ("imports torch: NOT held" if row["bpe_imports_torch"]
-                              else "does not import torch"))
-    if config.save:
-        print("written:", write_results("startup", torch.device("cpu"), [row],
-                                        rounds=config.rounds).name)
+    turns = take_turns(COMMANDS, lambda name, _: {"s": lasting(lambda: run(COMMANDS[name]))},
+                       config.rounds + 1)
+    row = row_of({name: [one["s"] for one in rows[1:]] for name, rows in turns.rows.items()})
+    show_and_save(report, results(CPU, [row], turns, rounds=config.rounds), "startup", config.save)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +22,8 @@ from typing import Any
 
 import torch
 
-from bench.machine import write_results
+from bench.machine import (Row, Turns, check_known, check_least, in_process, median_step, results,
+                           show_and_save, spread, table, take_turns, where, with_shares)
 from bench.peers import GENERATE, LOOSE, OURS, SHAPES, WHO, measure_generation, measure_step
 from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, pick_device
@@ -53,14 +51,9 @@ class PeersConfig:
     row: bool = False  # print one measurement as JSON (used inside)
 
     def __post_init__(self):
-        for name, allowed in (("only", (*SHAPES, *GENERATE)), ("who", WHO), ("dtypes", DTYPES),
-                              ("modes", ("eager", "compiled", "autocast"))):
-            for value in getattr(self, name):
-                if value not in allowed:
-                    raise ValueError(f"{name}={value} is unknown; choose {', '.join(allowed)}")
-        for name in ("rounds", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        check_known(self, only=(*SHAPES, *GENERATE), who=WHO, dtypes=DTYPES,
+                    modes=("eager", "compiled", "autocast"))
+        check_least(self, rounds=1, repeats=1)
         for name, file in (("nanogpt", "model.py"), ("build_nanogpt", "train_gpt2.py")):
             folder = getattr(self, name)
             if folder and not (Path(folder) / file).is_file():
@@ -101,42 +94,7 @@ def plan(config: PeersConfig, what: str, device: torch.device) -> list[tuple[str
             if (mode == "eager" and who != LOOSE) or (mode == "compiled" and has_compiler(device))]
 
 
-def in_process(words: list[str]) -> dict[str, Any] | str:
-    """A row measured by another process, or the last line of what it died of."""
-    done = subprocess.run([sys.executable, "-m", "bench.versus_peers", *words, "--row=true"],
-                          capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def median_row(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of those that several rounds measured."""
-    speeds = [row["tokens_per_s"] for row in rounds]
-    medians = {key: round(statistics.median(row[key] for row in rounds), 1)
-               for key in ("ms", "tokens_per_s", "memory_mib")}
-    return {**rounds[0], **medians, "limit": max(row["limit"] for row in rounds),
-            "tokens_per_s_rounds": [round(speed, 1) for speed in speeds]}
-
-
-def spread(row: dict[str, Any]) -> float:
-    """The range of the rounds' speeds over their median."""
-    speeds = row["tokens_per_s_rounds"]
-    return (max(speeds) - min(speeds)) / row["tokens_per_s"]
-
-
-def with_shares(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows with their share of the machine's limit, the best that any of them measured: their
-    processes ran at different moments."""
-    limits: dict[str, float] = {}
-    for row in rows:
-        limits[row["limit_of"]] = max(limits.get(row["limit_of"], 0.0), row["limit"])
-    return [{**row, "limit": limits[row["limit_of"]],
-             "share": round(row["tokens_per_s"] * row["work"] / limits[row["limit_of"]], 3)}
-            for row in rows]
-
-
-def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def ratios(rows: list[Row]) -> list[Row]:
     """Per shape and precision, our fastest row over the peers' fastest: tokens/s (more than 1 is
     faster), and its memory over the least of any peer's row (less than 1 is less)."""
     found = []
@@ -154,54 +112,36 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows and ratios as lines; `spread` is the rounds' range over their median."""
-    lines = [f"{'what':14}{'dtype':10}{'who':29}{'mode':9}{'batch':>5}{'ms':>10}{'tokens/s':>12}"
-             f"{'spread':>8}{'of limit':>9}{'MiB':>9}"]
-    for row in rows:
-        lines.append(f"{row['what']:14}{row['dtype']:10}{row['who']:29}{row['mode']:9}"
-                     f"{row['micro_batch']:5}{row['ms']:10,.1f}{row['tokens_per_s']:12,.1f}"
-                     f"{spread(row):8.1%}{row['share']:9.1%}{row['memory_mib']:9,.0f}")
-    for name, limit in {row["limit_of"]: row["limit"] for row in rows}.items():
-        unit = "GB/s" if name == "reading memory" else "GFLOP/s"
-        lines.append(f"limit of {name}: {limit / 1e9:,.1f} {unit}")
-    for ratio in ratios(rows):
-        lines.append(f"{ratio['what']}, {ratio['dtype']}: ours ({ratio['mode']}) has "
-                     f"{ratio['speed']:.2f} of the tokens/s of the best peer "
-                     f"({ratio['best_peer']}), and {ratio['memory']:.2f} of the least memory")
-    return lines
+def report(found: dict[str, Any]) -> str:
+    """A result as markdown; `spread` is the rounds' range over their median."""
+    limits = {row["limit_of"]: row["limit"] for row in found["rows"]}
+    lines = [f"limit of {name}: {limit / 1e9:,.1f} "
+             f"{'GB/s' if name == 'reading memory' else 'GFLOP/s'}"
+             for name, limit in limits.items()]
+    lines += [f"{one['what']}, {one['dtype']}: ours ({one['mode']}) has {one['speed']:.2f} of the "
+              f"tokens/s of the best peer ({one['best_peer']}), and {one['memory']:.2f} of the "
+              f"least memory" for one in found["ratios"]]
+    lines += [f"missing: {line}" for line in found["missing"]]
+    return (f"Steps and generations beside peers (`python -m bench.versus_peers`; {where(found)}; "
+            f"medians of {found['rounds']}):\n\n" + table(
+                "what | precision | who | mode | batch | ms | tokens/s | spread | of limit | MiB",
+                [[row["what"], row["dtype"], row["who"], row["mode"], str(row["micro_batch"]),
+                  f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.1f}", f"{spread(row):.1%}",
+                  f"{row['share']:.1%}", f"{row['memory_mib']:,.0f}"] for row in found["rows"]])
+            + "\n\n" + "\n".join(f"- {line}" for line in lines))
 
 
-def rounds_of(config: PeersConfig, what: str, device: torch.device, until: float
-              ) -> tuple[list[dict[str, Any]], list[str]]:
-    """All rows of a shape, and what is missing with its reason."""
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    missing: dict[tuple[str, str, str], str] = {}
+def measure_shape(config: PeersConfig, what: str, device: torch.device, until: float) -> Turns:
+    """All turns of a shape; after the first round with the micro-batch that was its fastest."""
     default = (4, 8, 16, 32, 64) if device.type == "cuda" else SHAPES.get(what, (None, 1))[1:]
-    for turn in range(config.rounds):
-        for who, dtype, mode in plan(config, what, device):
-            key = who, dtype, mode
-            if key in missing:
-                continue
-            if time.monotonic() > until:
-                missing[key] = f"round {turn + 1} was not begun after {config.minutes:g} minutes"
-                continue
-            micro = ([found[key][0]["micro_batch"]] if key in found     # the sweep's best
-                     else config.micro_batches or default)
-            row = in_process([
-                f"--only={what}", f"--who={who}", f"--dtypes={dtype}", f"--modes={mode}",
-                f"--micro_batches={','.join(map(str, micro))}", f"--repeats={config.repeats}",
-                f"--device={device.type}", f"--nanogpt={config.nanogpt}",
-                f"--build_nanogpt={config.build_nanogpt}"])
-            if isinstance(row, str):
-                missing[key] = row
-                print(f"warning: {what} {who} {dtype} {mode}: {row}", file=sys.stderr, flush=True)
-                continue
-            found.setdefault(key, []).append(row)
-            print(f"round {turn + 1}: {what} {who} {dtype} {mode}: {row['ms']:,.1f} ms",
-                  file=sys.stderr, flush=True)
-    return ([median_row(rows) for rows in found.values()],
-            [f"{what} {' '.join(key)}: {reason}" for key, reason in missing.items()])
+
+    def measure(key: tuple[str, str, str], before: list[Row]) -> Row:
+        who, dtype, mode = key
+        micro = (before[0]["micro_batch"],) if before else config.micro_batches or default
+        return in_process("versus_peers", config, only=(what,), who=(who,), dtypes=(dtype,),
+                          modes=(mode,), micro_batches=micro, device=device.type)
+    return take_turns(plan(config, what, device), measure, config.rounds, device, until,
+                      strict=False)
 
 
 def main(words: list[str]) -> None:
@@ -215,19 +155,20 @@ def main(words: list[str]) -> None:
         print(json.dumps(measure(config, device)))
         return
     until = time.monotonic() + 60 * (config.minutes or math.inf)
-    rows, missing = [], []
+    rows, every = [], Turns()
     usual = ("124M",) if device.type == "cuda" else ("recipe", "small", "124M", "generate",
-                                                      "generate-32")
+                                                     "generate-32")
     for what in config.only or usual:
-        more, gone = rounds_of(config, what, device, until)
-        rows, missing = rows + more, missing + gone
+        turns = measure_shape(config, what, device, until)
+        rows += [median_step(rounds) for rounds in turns.rows.values()]
+        every.states += turns.states
+        every.missing.update({(what, *key): why for key, why in turns.missing.items()})
         shared = with_shares(rows)
-        if config.save and rows:        # after each shape: what is measured stays
-            write_results("-".join(["versus-peers", device.type, *config.only]), device, shared,
-                          rounds=config.rounds, ratios=ratios(shared), missing=missing)
-    print(*table(with_shares(rows)), sep="\n")
-    for line in missing:
-        print("missing:", line)
+        found = results(device, shared, every, rounds=config.rounds, ratios=ratios(shared),
+                        missing=[f"{' '.join(key)}: {why}" for key, why in every.missing.items()])
+        # After each shape: what is measured stays.
+        show_and_save(report, found, "-".join(["versus-peers", device.type, *config.only]),
+                      config.save and bool(rows))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The comparison with peers: all contestants take the same step, and the table is formed right."""
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import peers, saves, versus_peers
+from bench import machine, peers, saves, versus_peers
 from bench.peers import LOOSE, OURS, STEPS
 from bench.versus_peers import PeersConfig
 from model import GPTConfig
@@ -26,6 +28,10 @@ def checkout(who):
     if not path.is_dir():
         pytest.skip(f"no checkout of {who} in ONELOOP_PEERS")
     return str(path)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def tokens(config, micro_batch=2):
@@ -124,37 +130,39 @@ def test_the_sweep_ends_with_the_first_slower_micro_batch(monkeypatch):
 def test_rounds_take_turns_and_keep_the_best_micro_batch(monkeypatch):
     asked = []
 
-    def measured(words):
-        given = dict(word[2:].split("=", 1) for word in words)
-        asked.append((given["who"], given["micro_batches"]))
-        if given["who"] == LOOSE:
-            return "RuntimeError: broken"
-        return row(who=given["who"], micro_batch=4, tokens_per_s=10.0 * len(asked))
+    def measured(module, config, who, micro_batches, **given):
+        asked.append((*who, micro_batches))
+        if who == (LOOSE,):
+            raise RuntimeError("broken")
+        return row(who=who[0], micro_batch=4, tokens_per_s=10.0 * len(asked))
 
     monkeypatch.setattr(versus_peers, "in_process", measured)
     monkeypatch.setattr(versus_peers, "has_compiler", lambda device: True)
     config = PeersConfig(who=(OURS, LOOSE, "nanoGPT"), dtypes=("float32",), modes=("compiled",),
                          micro_batches=(4, 8))
-    rows, missing = versus_peers.rounds_of(config, "small", CPU, math.inf)
-    assert asked == [(OURS, "4,8"), (LOOSE, "4,8"), (OURS, "4"), (OURS, "4")]   # no checkout: out
-    assert missing == [f"small {LOOSE} float32 compiled: RuntimeError: broken"]
-    assert [row["tokens_per_s"] for row in rows] == [30.0]
-    assert rows[0]["tokens_per_s_rounds"] == [10.0, 30.0, 40.0]
+    turns = versus_peers.measure_shape(config, "small", CPU, math.inf)
+    assert asked == [(OURS, (4, 8)), (LOOSE, (4, 8)), (OURS, (4,)), (OURS, (4,))]   # no checkout
+    assert turns.missing == {(LOOSE, "float32", "compiled"): "broken"} and len(turns.states) == 2
+    (rounds,) = turns.rows.values()
+    found = machine.median_step(rounds)
+    assert found["tokens_per_s"] == 30.0
+    assert found["tokens_per_s_rounds"] == [10.0, 30.0, 40.0]
 
 
 def test_what_time_did_not_allow_is_named():
     config = PeersConfig(who=(OURS,), modes=("eager",), dtypes=("float32",), minutes=1)
-    assert versus_peers.rounds_of(config, "small", CPU, until=0.0) == (
-        [], [f"small {OURS} float32 eager: round 1 was not begun after 1 minutes"])
+    turns = versus_peers.measure_shape(config, "small", CPU, until=0.0)
+    assert not turns.rows and turns.missing == {
+        (OURS, "float32", "eager"): "round 1 was not begun within --minutes"}
 
 
 def test_the_table_of_hand_made_numbers():
     """Ours 100 and 150 tokens/s, peers 120 and 80: 150 / 120. Memory 60 over the least, 40. Not
     deterministic is no mode of ours, and no peer."""
     rounds = [row(tokens_per_s=speed) for speed in (90.0, 100.0, 130.0)]
-    ours = versus_peers.median_row(rounds)
+    ours = machine.median_step(rounds)
     assert ours["tokens_per_s"] == 100.0 and ours["tokens_per_s_rounds"] == [90.0, 100.0, 130.0]
-    rows = versus_peers.with_shares([ours, *(versus_peers.median_row([one]) for one in (
+    rows = machine.with_shares([ours, *(machine.median_step([one]) for one in (
         row(mode="compiled", tokens_per_s=150.0, memory_mib=60.0, limit=2000.0),
         row(who=LOOSE, mode="compiled", tokens_per_s=500.0, memory_mib=1.0),
         row(who="nanoGPT", tokens_per_s=80.0, memory_mib=40.0),
@@ -164,23 +172,28 @@ def test_the_table_of_hand_made_numbers():
         "what": "small", "dtype": "float32", "mode": "compiled", "speed": 1.25, "memory": 1.5,
         "best_peer": "transformers, compiled"}]             # bfloat16 has no peer
     assert [row["share"] for row in rows] == [0.15, 0.225, 0.75, 0.12, 0.18, 0.18]
-    lines = versus_peers.table(rows)
-    assert lines[1].split() == ["small", "float32", OURS, "eager", "2", "10.0", "100.0", "40.0%",
-                                "15.0%", "50"]
-    assert "limit of matrix products in float32: 0.0 GFLOP/s" in lines
-    assert lines[-1] == ("small, float32: ours (compiled) has 1.25 of the tokens/s of the best "
-                         "peer (transformers, compiled), and 1.50 of the least memory")
+    lines = versus_peers.report(machine.results(
+        CPU, rows, rounds=3, ratios=versus_peers.ratios(rows), missing=["124M: slow"])).splitlines()
+    assert cells(lines[4]) == ["small", "float32", OURS, "eager", "2", "10.0", "100.0", "40.0%",
+                               "15.0%", "50"]
+    assert "- limit of matrix products in float32: 0.0 GFLOP/s" in lines
+    assert lines[-2:] == ["- small, float32: ours (compiled) has 1.25 of the tokens/s of the best "
+                          "peer (transformers, compiled), and 1.50 of the least memory",
+                          "- missing: 124M: slow"]
 
 
 def test_the_command_measures_in_processes_and_prints_the_table(capsys):
     versus_peers.main(["--only=tiny", f"--who={OURS}", "--modes=eager", "--dtypes=float32",
                        "--rounds=1", "--repeats=1", "--device=cpu"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[1].split()[:4] == ["tiny", "float32", OURS, "eager"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(lines) == 3 and cells(lines[2])[:4] == ["tiny", "float32", OURS, "eager"]
 
 
 def test_a_measurement_that_fails_tells_why():
-    assert "no_such" in versus_peers.in_process(["--only=no_such"])
+    config = PeersConfig(only=("tiny",), who=("build-nanogpt",), dtypes=("float32",),
+                         modes=("eager",), micro_batches=(1,), device="cpu")    # no checkout
+    with pytest.raises(RuntimeError, match="bench.versus_peers --only=tiny .*train_gpt2.py"):
+        machine.in_process("versus_peers", config)
 
 
 def test_wrong_settings_are_named(tmp_path):
@@ -204,3 +217,12 @@ def test_saves_counts_the_bytes_of_weights_and_moments(tmp_path):
         assert found["bytes"] < (tmp_path / name).stat().st_size < 2 * found["bytes"]
     seconds, ratios = found["seconds"], found["ratios"]
     assert ratios["copy / foreground"] * seconds["foreground"] == pytest.approx(seconds["copy"])
+
+
+def test_the_compiler_is_looked_for_in_a_fresh_process():
+    """torch.utils._triton is not there after `import torch` alone."""
+    code = ("import torch; from run.device import has_compiler;"
+            "print(has_compiler(torch.device('cuda')))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=machine.REPOSITORY, text=True,
+                          capture_output=True, check=True)
+    assert done.stdout.strip() in ("True", "False")

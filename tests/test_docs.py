@@ -2,26 +2,17 @@
 import ast
 import dataclasses
 import importlib
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
 import bpe
 import train
-from bench import scaling
-from bench.kills import start
-from bench.scaling import ScalingConfig, shape_of
 from run.config import parse, settings_of
-from run.device import autocast
 from eval.judge import JudgeConfig
 from eval.loss import LossConfig
-from run.processes import processes
-from model import GPT, GPTConfig
-from run.parallel import Parallel
 from run.presets import DEFAULT_PRESET, PRESETS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -43,7 +34,6 @@ COMMANDS = [line.strip() for block in re.findall("```\n(.*?)```", README, flags=
 COMMANDS += re.findall(r"`((?:python|make|pip) [^`]*)`", README)
 COMMANDS = list(dict.fromkeys(part.strip() for line in COMMANDS
                               for part in line.partition("#")[0].split(";")))
-TINY = dict(block_size=16, vocab_size=128, n_layer=3, n_head=2, n_embd=32)
 
 
 # ---- names and commands
@@ -145,7 +135,7 @@ def test_named_files_functions_and_settings_exist(page):
     for file in (span for span in spans if re.fullmatch(r"[\w/]+\.py|\w+/[\w/.-]+", span)):
         if not file.startswith("out/"):                 # what the commands make
             assert (REPOSITORY / file).exists(), file
-    settings = {name for config in (train.TrainConfig, ScalingConfig, LossConfig, JudgeConfig)
+    settings = {name for config in (train.TrainConfig, LossConfig, JudgeConfig)
                 for name in settings_of(config)}
     for flag in (span for span in spans if re.match(r"--[\w.]+(=|$)", span)):
         assert flag[2:].partition("=")[0] in settings, flag
@@ -212,118 +202,3 @@ def test_every_advice_in_the_guide_is_marked_with_what_it_rests_on():
             assert re.search(r'study|LOG "', row[-1]), row
         if "**published**" in row[-1]:
             assert re.search(r"\d{4}\.\d{5}|et al\.", row[-1]), row
-
-
-# ---- the tables, and the formulas behind them
-
-def test_the_tables_are_what_the_script_prints():
-    page = PAGES["scaling.md"]
-    assert scaling.filled(page, ScalingConfig()) == page, "python -m bench.scaling --write"
-
-
-def test_the_script_prints_every_table_and_writes_only_the_pages_own(capsys):
-    scaling.main(["--price=3"])
-    printed = capsys.readouterr().out
-    assert scaling.memory_table(ScalingConfig()) in printed
-    assert scaling.speed_table(ScalingConfig(price=3.0)) in printed
-    with pytest.raises(ValueError, match="give it alone"):
-        scaling.main(["--price=3", "--write"])
-
-
-def test_hand_worked_figures_of_124m():
-    shape = shape_of("gpt2-124m", PRESETS["gpt2-124m"].settings)
-    N = 124_439_808 + 47 * 768                          # padded to 50,304 rows
-    assert shape.parameters == N and shape.block == 7_087_872
-    assert scaling.state_bytes(shape, "none", 8, True) == 18 * N
-    assert scaling.sent_bytes(shape, "none", 8, 2) == 7 * N             # 2 x 7/8 x 4
-    assert scaling.sent_bytes(shape, "fsdp", 2, 3) == 8 * N             # 1/2 x (3 x 2 x 2 + 4)
-    assert scaling.sent_bytes(shape, "zero2", 2, 3) == 5 * N            # 1/2 x (3 x 2 + 4)
-    # 12 layers x 768 channels x 36 and two last inputs; 12 a logit, 4 a weight of the head
-    head = 12 * 50304 + 4 * 50304 * 768
-    assert scaling.activation_bytes(shape, 1) == 36 * 12 * 768 + 6 * 768 + head
-    assert scaling.activation_bytes(shape, 1, recompute=True) == (4 * 12 + 42) * 768 + head
-    config = ScalingConfig(mfu=0.5, peak=1e15)
-    flops = 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
-    assert scaling.seconds_of_step(shape, 8, config) == pytest.approx(flops * 2**19 / 4e15)
-    assert [scaling.bandwidth(n, config) for n in (8, 16)] == [450e9, 400e9]
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_backward_keeps_the_activations_that_are_counted(dtype, recompute):
-    """The difference of two depths, so that only blocks are counted."""
-    B, T, C = 2, 128, 128
-
-    def kept(layers):
-        model = GPT(GPTConfig(block_size=T, vocab_size=64, n_layer=layers, n_head=2, n_embd=C))
-        model.recompute_activations = recompute
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        found = {}
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            # Copies of weights are counted with the weights; rows of B x T tokens are activations.
-            if storage.data_ptr() not in own and tensor.numel() % (B * T) == 0 and tensor.dim() > 1:
-                if {B, B * T} & {tensor.size(0), tensor.size(-1)}:      # last: of a convolution
-                    found[storage.data_ptr()] = (storage.nbytes(), tensor)
-            return tensor
-        idx = torch.zeros(B, T, dtype=torch.long)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
-                autocast(torch.device("cpu"), getattr(torch, dtype)):
-            model(idx, idx)
-        return sum(size for size, _ in found.values())
-    a_block = (kept(4) - kept(2)) / 2 / (B * T * C)
-    counted = scaling.KEPT_OF_A_BLOCK if recompute else scaling.KEPT[dtype]
-    # Above it: means and deviations of two LayerNorms, and attention's 2 sums; 24 / 128 bytes.
-    assert counted <= a_block <= counted + 0.2
-
-
-def exchange(out):
-    """Bytes of the tensors that 2 ranks exchange in a step, and of what each gathers to save."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            if (name := str(function)).startswith("c10d.") and "barrier" not in name:
-                flat = torch.utils._pytree.tree_leaves((arguments, keywords))
-                sizes.append((name, max(t.nbytes for t in flat if isinstance(t, torch.Tensor))))
-            return function(*arguments, **(keywords or {}))
-
-    found = []
-    with processes("cpu") as world:
-        for shard in ("none", "zero2", "fsdp"):
-            for accumulation in (1, 3):
-                torch.manual_seed(0)
-                model = GPT(GPTConfig(**TINY))
-                parallel = Parallel(model, world, shard, torch.bfloat16)
-                optimizer = torch.optim.AdamW(model.parameters())
-                idx = torch.zeros(2, 16, dtype=torch.long)
-                sizes.clear()
-                with Sizes():
-                    for i in range(accumulation):
-                        parallel.sync(i == accumulation - 1)
-                        with autocast(world.device, torch.bfloat16):
-                            _, loss = parallel.network(idx, idx)
-                        loss.backward()
-                sent = sum(size * (1 if "allreduce" in name else 0.5) for name, size in sizes)
-                optimizer.step()
-                leaves = torch.utils._pytree.tree_leaves(parallel.state(optimizer))
-                whole = {t.data_ptr(): t.nbytes for t in leaves if isinstance(t, torch.Tensor)
-                         and t.dim()}
-                found.append((shard, accumulation, sent, sum(whole.values())))
-        Path(out, f"{world.rank}.json").write_text(json.dumps(found))
-
-
-def test_two_ranks_exchange_and_gather_what_is_counted(tmp_path):
-    ranks = start(exchange, 2, str(tmp_path))
-    for process in ranks:
-        process.join(timeout=120)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    shape = shape_of("tiny", dict(model=TINY, batch_tokens=0, micro_batch=0))
-    for rank in range(2):
-        for shard, accumulation, sent, whole in json.loads((tmp_path / f"{rank}.json").read_text()):
-            expected = scaling.sent_bytes(shape, shard, 2, accumulation)
-            assert sent == expected, (shard, accumulation)
-            counted = (scaling.WEIGHTS + scaling.MOMENTS) * shape.parameters
-            assert whole == (counted if rank == 0 or shard == "none" else 0), shard

@@ -15,7 +15,7 @@ from run import checkpoint
 from run import watch as faults
 import ranks
 from run import log as report
-from bench.kills import campaign, differences, line, settings_of, start
+from bench.kills import campaign, differences, settings_of, start
 from run.config import build
 from train import TrainConfig, train
 
@@ -79,7 +79,7 @@ def test_a_run_killed_at_any_call_goes_on_as_if_nothing_had_been(peace, tmp_path
 @pytest.mark.parametrize("kind,number", [("pretraining", 2), ("lora", 1)])
 def test_runs_killed_at_random_moments_equal_one_that_was_not(tmp_path, kind, number):
     counts = campaign(tmp_path, settings_of(kind, tmp_path), number, 3, random.Random())
-    assert counts["exact"] == counts["kills"] >= 3 and counts["lost"] == 0, line(counts)
+    assert counts["exact"] == counts["kills"] >= 3 and counts["lost"] == 0, counts
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_runs_killed_at_random_moments_equal_one_that_was_not(tmp_path, kind, nu
 @pytest.mark.parametrize("kind", ["pretraining", "sft", "lora"])
 def test_fifty_kills_at_random_moments_lose_nothing(tmp_path, kind, number):
     counts = campaign(tmp_path, settings_of(kind, tmp_path), number, 50, random.Random())
-    assert counts["exact"] == counts["kills"] >= 50 and counts["lost"] == 0, line(counts)
+    assert counts["exact"] == counts["kills"] >= 50 and counts["lost"] == 0, counts
 
 
 def test_torchrun_restarts_a_run_whose_rank_died_and_it_goes_on(settings, tmp_path):

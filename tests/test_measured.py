@@ -1,4 +1,5 @@
-"""What `make bench` measures, and what README.md says of it: steps, data, start-up, ranks."""
+"""What `make bench` measures, and what docs/measured.md says of it: steps, data, start-up, ranks."""
+import dataclasses
 import json
 import math
 import subprocess
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from bench import __main__ as whole
-from bench import ladder, loading, machine, ranks, readme, startup
+from bench import kills, ladder, loading, machine, measured, ranks, startup
 from bench.ladder import FUSED, HEAD, PADDED, RUNGS, TF32, LadderConfig, WrittenOutAttention
 from bench.loading import LoadingConfig
 from bench.ranks import RanksConfig
 from run.config import parse
+from run.watch import PHASES
 from data.loader import WindowLoader
 from data.sets import TokenSet
 from fast.linear import FastLinear
@@ -27,9 +29,14 @@ def results(tmp_path, monkeypatch):
     """An empty bench/results."""
     folder = tmp_path / "bench" / "results"
     folder.mkdir(parents=True)
-    for module in (machine, ladder, readme):
-        monkeypatch.setattr(module, "RESULTS", folder)
+    monkeypatch.setattr(machine, "RESULTS", folder)
     return folder
+
+
+def rows_of(text):
+    """The cells of every line of a table."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+            if line.startswith("| ")]
 
 
 def rung_row(rung, ms=100.0, **changes):
@@ -89,24 +96,23 @@ def test_a_rung_is_measured_in_its_precision(monkeypatch):
 
 def test_the_ladder_is_measured_in_turn_and_drawn(results, monkeypatch, capsys):
     """Two rounds of hand-made rows: medians, shares of the best peak of both, factors; a rung that
-    fails and one that is not for this machine are named. Table, JSON, picture and README agree."""
+    fails and one that is not for this machine are named. Table, JSON, picture and page agree."""
     pytest.importorskip("matplotlib")
     asked, ms = [], {"float32": [100.0, 300.0], "bfloat16": [50.0, 50.0], FUSED: [20.0, 20.0]}
 
-    def measured(module, words):
-        given = dict(word[2:].split("=", 1) for word in words)
-        asked.append(given["rungs"])
-        if given["rungs"] == HEAD:
+    def measure(module, config, rungs, micro_batch):
+        (rung,) = rungs
+        asked.append(rung)
+        if rung == HEAD:
             raise RuntimeError("out of memory")
-        times = ms[given["rungs"]]
-        return rung_row(given["rungs"], times.pop(0), limit=1e6 * (1 + len(times)))
+        return rung_row(rung, ms[rung].pop(0), limit=1e6 * (1 + len(ms[rung])))
 
-    monkeypatch.setattr(ladder, "in_process", measured)
+    monkeypatch.setattr(ladder, "in_process", measure)
     ladder.main([f"--rungs=float32,{TF32},bfloat16,{FUSED},{HEAD}", "--rounds=2", "--shape=tiny",
                  "--device=cpu", "--save"])
     said = capsys.readouterr().out
     assert asked == ["float32", "bfloat16", FUSED, HEAD, "float32", "bfloat16", FUSED]
-    lines = {line[:20].strip(): line[20:].split() for line in said.splitlines()}
+    lines = {cells[0]: cells[1:] for cells in rows_of(said)}
     assert lines["float32"] == ["200.0", "427", "100.0%", "21.3%", "300", "1.00", "1.00"]
     assert lines["bfloat16"] == ["50.0", "1,280", "0.0%", "64.0%", "300", "4.00", "4.00"]
     assert lines[FUSED][-2:] == ["2.50", "10.00"]
@@ -114,16 +120,16 @@ def test_the_ladder_is_measured_in_turn_and_drawn(results, monkeypatch, capsys):
     found = json.loads((results / "ladder-cpu-tiny.json").read_text())
     assert found["skipped"].keys() == {TF32, HEAD} and len(found["rows"]) == 3
     assert (results / "ladder-cpu-tiny.png").read_bytes().startswith(b"\x89PNG")
-    assert "| bfloat16 | 50 | 1,280 | 64% | 300 | 4.00 |" in readme.ladder_table()
-    assert "(bench/results/ladder-cpu-tiny.png)" in readme.ladder_table()
+    assert {cells[0]: cells[1:] for cells in rows_of(measured.page())}["float32"] == lines["float32"]
+    assert "(../bench/results/ladder-cpu-tiny.png)" in measured.page()
+    assert len(found["matmul_gflops_before_after"]) == 2
 
 
 def test_a_rung_is_measured_in_a_process_of_its_own(capsys):
     ladder.main(["--shape=tiny", "--rounds=1", "--repeats=1", "--rungs=float32", "--device=cpu"])
-    title, head, row, peak = capsys.readouterr().out.splitlines()
-    assert title == "tiny, 2 sequences of 64 tokens" and row.split()[0] == "float32"
-    with pytest.raises(RuntimeError, match="rungs=no is unknown"):
-        machine.in_process("ladder", ["--rungs=no"])
+    said = capsys.readouterr().out
+    assert "tiny, 2 sequences" in said and rows_of(said)[2][0] == "float32"
+    assert len(rows_of(said)) == 3 and "GFLOP/s before and" in said
 
 
 # ---------------------------------------------------------------------------- data and start-up
@@ -176,17 +182,16 @@ def test_text_to_shards_is_compared_on_the_same_tokens(tmp_path, monkeypatch):
     config = LoadingConfig(from_=str(tmp_path / "text.jsonl"), tokenizer="bytes", rounds=3)
     seconds = {"oneloop": [1.0, 2.0, 6.0], "tiktoken": [1.5, 1.8, 0.1]}
 
-    def measured(module, words):
-        given = parse(LoadingConfig, words, "bench." + module)
-        row = loading.measure_text(given.who, given)
-        assert row["seconds"] > 0
-        return {**row, "seconds": seconds[given.who].pop(0)}
-    monkeypatch.setattr(loading, "in_process", measured)
+    def measure(module, config, who):
+        row = loading.measure_text(dataclasses.replace(config, who=who))
+        assert row["ms"] > 0
+        return {**row, "ms": 1000 * seconds[who].pop(0)}
+    monkeypatch.setattr(loading, "in_process", measure)
     row = loading.compare_text(config, tmp_path)
     assert row["tokens"] == row["bytes"] == size and row["documents"] == 300
     assert row["seconds"] == {"oneloop": 2.0, "tiktoken": 1.5} and row["of_tiktoken"] == 0.75
-    rows = iter(({"seconds": 1.0, "tokens": 7}, {"seconds": 1.0, "tokens": 8}))
-    monkeypatch.setattr(loading, "in_process", lambda *_: next(rows))
+    rows = iter(({"ms": 1.0, "tokens": 7}, {"ms": 1.0, "tokens": 8}))
+    monkeypatch.setattr(loading, "in_process", lambda *_, who: next(rows))
     with pytest.raises(ValueError, match=r"do not make the same tokens .*\[7, 8\]"):
         loading.compare_text(LoadingConfig(from_=config.from_, tokenizer="bytes", rounds=1),
                              tmp_path)
@@ -198,7 +203,8 @@ def test_end_of_text_tokens_are_not_counted_as_text(tmp_path):
     tokenizer.save(tmp_path / "tok.json")
     config = LoadingConfig(from_=str(tmp_path / "text.jsonl"), threads=1,
                            tokenizer=str(tmp_path / "tok.json"))
-    ours, theirs = (loading.measure_text(who, config)["tokens"] for who in loading.WHO)
+    ours, theirs = (loading.measure_text(dataclasses.replace(config, who=who))["tokens"]
+                    for who in loading.WHO)
     assert tokenizer.eot is not None and ours == theirs > 0
 
 
@@ -207,11 +213,11 @@ def test_help_of_the_tokenizer_does_not_import_torch():
     code = ("import runpy, sys; sys.argv = ['bpe.py', '--help']\n"
             "try: runpy.run_path('bpe.py', run_name='__main__')\n"
             "except SystemExit: print(*{name.split('.')[0] for name in sys.modules})")
-    done = subprocess.run([sys.executable, "-c", code], cwd=startup.REPOSITORY, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=machine.REPOSITORY, text=True,
                           capture_output=True, check=True)
     modules = done.stdout.splitlines()[-1].split()
     assert "usage" in done.stdout and "torch" not in modules
-    assert {"numpy", "tiktoken", "fast.bpe"} <= set(modules)
+    assert {"numpy", "tiktoken", "fast"} <= set(modules)
     assert startup.imported(["-c", "import json.decoder"]) >= {"json"}
     assert "torch" not in startup.imported(["bpe.py", "--help"])
 
@@ -219,27 +225,24 @@ def test_help_of_the_tokenizer_does_not_import_torch():
 def test_commands_begin_without_the_compiler():
     """It takes as long to import as all of PyTorch."""
     code = "import sys, lora, sample, train; print('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=startup.REPOSITORY, text=True,
+    done = subprocess.run([sys.executable, "-c", code], cwd=machine.REPOSITORY, text=True,
                           capture_output=True, check=True)
     assert done.stdout == "False\n"
 
 
-def test_start_up_is_the_median_of_rounds_after_one(monkeypatch):
-    """Canned times: the first round is 100 times as long; train.py takes 0.3, 0.5 and 0.4 s more
-    than torch did in the same round."""
-    times = {"train.py": iter([200.0, 2.3, 4.5, 3.4])}
-    torch_alone, others = iter([100.0, 2.0, 4.0, 3.0]), []
-
-    def run(arguments):
-        if arguments[-1] == "import torch":
-            return next(torch_alone), ""
-        others.append(arguments)
-        return next(times["train.py"]) if arguments[0] == "train.py" else 0.1, ""
-    monkeypatch.setattr(startup, "run", run)
+def test_start_up_is_the_median_of_the_rounds(monkeypatch):
+    """train.py takes 0.3, 0.5 and 0.4 s more than torch did in the same round."""
     monkeypatch.setattr(startup, "imported", lambda arguments: {"json", "torch"})
-    row = startup.measure(3)
-    assert row["seconds"]["import torch"] == 3.0 and row["seconds"]["train.py --help"] == 3.4
+    row = startup.row_of({"import torch": [2.0, 4.0, 3.0], "train.py --help": [2.3, 4.5, 3.4]})
+    assert row["seconds"] == {"import torch": 3.0, "train.py --help": 3.4}
     assert row["train_beyond_torch"] == pytest.approx(0.4) and row["bpe_imports_torch"]
+
+
+def test_the_round_that_warms_up_does_not_count(monkeypatch, capsys):
+    times = iter([100.0] * len(startup.COMMANDS) + [1.0] * len(startup.COMMANDS))
+    monkeypatch.setattr(startup, "lasting", lambda call: next(times))
+    startup.main(["--rounds=1"])
+    assert {cells[1] for cells in rows_of(capsys.readouterr().out)[2:]} == {"1.00"}
 
 
 # ---------------------------------------------------------------------------------------- ranks
@@ -286,7 +289,7 @@ def test_a_run_of_ranks_that_fails_tells_why(tmp_path):
         ranks.run(tmp_path, settings, 1, 1)
 
 
-# ------------------------------------------------------------------------------ all, and README
+# ------------------------------------------------------------------------------- all, and the page
 
 def test_every_part_of_make_bench_has_a_command_line_that_is_understood(monkeypatch):
     from bench import step
@@ -317,7 +320,7 @@ def test_wrong_settings_of_the_benchmarks_are_named():
     for config, settings, message in (
             (LadderConfig, {"shape": "huge"}, "shape=huge is unknown"),
             (LadderConfig, {"rungs": ("fp8",)}, "rungs=fp8 is unknown"),
-            (LoadingConfig, {"rounds": 0}, "rounds=0 must be above 0"),
+            (LoadingConfig, {"rounds": 0}, "rounds=0 must be at least 1"),
             (RanksConfig, {"ranks": 1}, "ranks=1 must be at least 2"),
             (RanksConfig, {"ranks": 3}, "ranks=3 do not divide the 16"),
             (whole.AllConfig, {"only": ("bpe",)}, "only=bpe is unknown")):
@@ -325,45 +328,47 @@ def test_wrong_settings_of_the_benchmarks_are_named():
             config(**settings)
 
 
+def versus_file(name, date, *found):
+    """A result of versus_peers: (what, speed)."""
+    machine.show_and_save(lambda found: "", {
+        "date": date, "processor": "A", "device": "cpu (2 threads)", "torch": "2.13", "rounds": 3,
+        "missing": [], "rows": [], "ratios": [
+            {"what": what, "dtype": "float32", "mode": "eager", "best_peer": "nanoGPT, eager",
+             "speed": speed, "memory": 0.75} for what, speed in found]}, name, save=True)
+
+
 def test_the_newest_comparison_with_peers_counts(results):
     """Of two files that measured 124M, the later; the other's second shape stays."""
-    def rows(what, ours, theirs):
-        return [{"what": what, "who": who, "dtype": "float32", "mode": "eager", "share": 0.5,
-                 "tokens_per_s": speed} for who, speed in (("oneloop", ours), ("nanoGPT", theirs))]
-
-    def file(name, date, found):
-        ratios = [{"what": what, "dtype": "float32", "mode": "eager", "best_peer": "nanoGPT, eager",
-                   "speed": ours / theirs, "memory": 0.75} for what, ours, theirs in found]
-        (results / name).write_text(json.dumps({
-            "date": date, "processor": "A", "device": "cpu (2 threads)", "torch": "2.13",
-            "ratios": ratios, "rows": sum((rows(*one) for one in found), [])}))
-    file("versus-peers-cpu-124M.json", "2026-02-02", [("124M", 300.0, 200.0)])
-    file("versus-peers-cpu.json", "2026-01-01", [("124M", 100.0, 200.0), ("small", 90.0, 100.0)])
-    found = [line for line in readme.versus_table().splitlines() if "float32" in line]
-    assert found == [
-        "| 124M | float32 | 300 (eager) | 50% | 200 (nanoGPT, eager) | 1.50 | 0.75 |",
-        "| small | float32 | 90 (eager) | 50% | 100 (nanoGPT, eager) | 0.90 | 0.75 |"]
+    versus_file("versus-peers-cpu-124M", "2026-02-02", ("124M", 1.5))
+    versus_file("versus-peers-cpu", "2026-01-01", ("124M", 0.5), ("small", 0.9))
+    assert [cells[::4] for cells in rows_of(measured.summary())[2:]] == [
+        ["124M", "1.50"], ["small", "0.90"]]
 
 
-def test_readme_says_what_was_measured_around_the_step(results):
-    assert readme.around_the_step() == "" == readme.versus_table() == readme.ladder_table()
-    machine.write_results("loading", CPU, [
-        {"micro_batch": 32, "block_size": 1024, "of_a_core": 0.03},
-        {"micro_batch": 64, "block_size": 1024, "of_a_core": 0.041}],
-        text={"bytes": 5_000_000, "threads": 2, "of_tiktoken": 1.1,
-              "seconds": {"oneloop": 0.5, "tiktoken": 0.55}})
-    machine.write_results("startup", CPU, [{
-        "train_beyond_torch": 0.31, "bpe_imports_torch": False,
-        "seconds": {"import torch": 1.5, "bpe.py --help": 0.2}}])
+def test_the_page_says_what_was_measured(results):
+    assert rows_of(measured.page())[2:] == []                       # nothing was
+    machine.show_and_save(loading.report, machine.results(CPU, [
+        {"micro_batch": 64, "block_size": 1024, "tokens_per_cpu_s": 1e8, "of_a_core": 0.041}],
+        text={"bytes": 5_000_000, "threads": 2, "of_tiktoken": 0.85,
+              "seconds": {"oneloop": 0.5, "tiktoken": 0.425}}), "loading", save=True)
     row = {"micro_batch": 2, "reduced_bytes_per_step": 120.4e6, "memory_mib": 700.0}
-    machine.write_results("ranks-cpu", CPU, [{"shape": "demo", "ranks": 2, "of_threads": 1.05}],
-                          accumulation=[{**row, "accumulation": 1}, {**row, "accumulation": 2},
-                                        {**row, "accumulation": 1, "micro_batch": 8,
-                                         "memory_mib": 1900.0}])
-    text = readme.around_the_step()
-    for part in ("4.1% of a core (64 x 1024", "10.0 MB/s with 2 threads, 1.10 of the speed",
-                 "0.31 s more than `import torch` (1.50 s)", "0.20 s, without importing torch",
-                 "demo: 2 gloo ranks with a thread each have 1.05",
-                 "in 1, 2 micro-batches of 2 sequences reduces 120, 120 MB of gradients and",
-                 "takes 700, 700 MiB; one of 8 sequences 1,900 MiB"):
+    machine.show_and_save(ranks.report, machine.results(
+        CPU, [{"shape": "demo", "ranks": 2, "of_threads": 0.85, "sequences": 16,
+               "tokens_per_s": {"ranks": 85.0}}], rounds=1,
+        accumulation=[{**row, "accumulation": 2, "reductions_per_step": 1.0}]), "ranks-cpu", True)
+    for ranks_of_run in (1, 2):
+        counts = {name: 0 for name in (*PHASES, "runs", "kills", "exact", "lost", "in a save")}
+        machine.show_and_save(kills.report, machine.results(CPU, [
+            {"kind": "sft", "ranks": ranks_of_run, **counts}]), f"kills-sft-{ranks_of_run}", True)
+    text = measured.page()
+    for part in ("4.1% of a core at 2,000,000 tokens/s (at most 5%: held)", "10.0 MB/s with 2",
+                 "has 0.85 of the speed of tiktoken's", "(at least 0.9: NOT held)"):
         assert part in text, part
+    rows = rows_of(text)
+    assert ["demo", "16", "2", "85", "0.85", "NOT held"] in rows
+    assert ["2", "2", "1.0", "120.4", "700"] in rows
+    assert [cells[:2] for cells in rows if cells[0] == "sft"] == [["sft", "1"], ["sft", "2"]]
+
+
+def test_the_checked_in_page_is_what_the_results_give():
+    assert measured.PAGE.read_text(encoding="utf-8") == measured.page(), "python -m bench.measured"

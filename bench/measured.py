@@ -1,0 +1,89 @@
+"""docs/measured.md: every table that bench/results/*.json holds, and a summary before them.
+
+    python -m bench.measured             writes the page
+    python -m bench.measured --summary   prints the summary alone
+"""
+import json
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from bench import (bpe, chat, hellaswag, kills, ladder, lm_eval, loading, lora, machine, ranks,
+                   saves, shakespeare, startup, step, versus_peers)
+from bench.machine import REPOSITORY, table
+from run.config import parse, run_command
+
+PAGE = REPOSITORY / "docs" / "measured.md"
+HEAD = """# Measured
+
+Made by `python -m bench.measured` from `bench/results/*.json`; do not edit. Each table names the
+command that measured it, the day, the machine and the versions. Peers are measured in the same run,
+in turn; `bench/__main__.py` names the parts of `make bench`. Nothing here was measured on a GPU
+unless a table says so.
+"""
+TITLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {     # files: heading, report
+    "versus-peers-*": ("Steps and generation beside peers", versus_peers.report),
+    "ladder-*": ("What makes a step fast", ladder.report),
+    "step-*": ("A step", step.report),
+    "lora-*": ("Fine-tuning beside PEFT", lora.report),
+    "ranks-*": ("Ranks and accumulation", ranks.report),
+    "loading": ("Reading data", loading.report),
+    "bpe": ("Tokenizers", bpe.report),
+    "chat": ("Conversations", chat.report),
+    "hellaswag_*": ("HellaSwag", hellaswag.report),
+    "lm_eval": ("HellaSwag beside the harness", lm_eval.report),
+    "startup": ("Start-up", startup.report),
+    "shakespeare": ("A whole run beside nanoGPT", shakespeare.report),
+    "saves-*": ("Checkpoints", saves.report),
+    "kills-*": ("Kills", kills.report),
+}
+
+
+@dataclass(frozen=True)
+class MeasuredConfig:
+    summary: bool = False  # print the summary, and write nothing
+
+
+def found(pattern: str) -> list[dict[str, Any]]:
+    """The results whose files match, the oldest first."""
+    files = sorted(machine.RESULTS.glob(f"{pattern}.json"))
+    return sorted((json.loads(path.read_text(encoding="utf-8")) for path in files),
+                  key=lambda result: result["date"])
+
+
+def summary() -> str:
+    """Our fastest way over the best peer's; of two results for the same on one machine the newer."""
+    newest = {(result["processor"], result["device"], one["what"], one["dtype"]): one
+              for result in found("versus-peers-*") for one in result["ratios"]}
+    rows = [[what, dtype, one["mode"], one["best_peer"], f"{one['speed']:.2f}",
+             f"{one['memory']:.2f}", device] for (_, device, what, dtype), one in newest.items()]
+    return table("what | precision | ours | best peer | speed | memory | on", rows)
+
+
+def page() -> str:
+    """docs/measured.md."""
+    parts = [HEAD.strip(), "## Summary\n\nTokens/s of ours over the best peer's (more than 1 is "
+             "faster), and memory over the least of any peer (less than 1 is less):\n\n"
+             + summary()]
+    for pattern, (title, report) in TITLES.items():
+        results = found(pattern)
+        if pattern in ("kills-*", "hellaswag_*") and results:           # a row each: one table
+            results = [{**results[-1], "rows": [row for one in results for row in one["rows"]]}]
+        if results:
+            parts.append("\n\n".join([f"## {title}", *map(report, results)]))
+        if pattern == "ladder-*":
+            parts += [f"![ms and memory of each step](../bench/results/{path.name})"
+                      for path in sorted(machine.RESULTS.glob("ladder-*.png"))]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(words: list[str]) -> None:
+    config = parse(MeasuredConfig, words, "python -m bench.measured", about=__doc__)
+    if config.summary:
+        print(summary())
+        return
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"written: {PAGE.relative_to(REPOSITORY)}")
+
+
+if __name__ == "__main__":
+    run_command(main)
