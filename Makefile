@@ -1,17 +1,21 @@
 # make train   set up .venv, then train the demo: a small GPT, offline, in minutes
 # make test    set up .venv with the test packages, then run the tests
+# make test-all  and those that take minutes
 # make bench   speed of training, data, start-up and ranks on this machine, in under 15 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test bench clean
+.PHONY: train test test-all bench clean
 
 train: .venv/run
 	$(BIN)/python train.py
 
 test: .venv/dev
 	$(BIN)/python -m pytest
+
+test-all: .venv/dev
+	$(BIN)/python -m pytest -m 'not network and not gpu'
 
 bench: .venv/dev
 	$(BIN)/python -m bench

@@ -11,29 +11,34 @@ import pytest
 import bpe
 import train
 from run.config import parse, settings_of
+from eval.hellaswag import HellaSwagConfig
 from eval.judge import JudgeConfig
 from eval.loss import LossConfig
 from run.presets import DEFAULT_PRESET, PRESETS
 
 REPOSITORY = Path(__file__).parent.parent
-PAGES = {name: (REPOSITORY / "docs" / name).read_text() for name in ("finetuning.md", "scaling.md",
-                                                                   "steps.md")}
+PATHS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md",
+         *sorted((REPOSITORY / "docs").glob("*.md"))]
+# What is said of the project as it is: LOG.md tells its past, README.zh-CN.md repeats README.md.
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in PATHS
+         if path.name not in ("LOG.md", "README.zh-CN.md")}
 STEPS = [[cell.strip() for cell in line.strip("| ").split(" | ")]
          for line in PAGES["steps.md"].splitlines() if line.startswith("| ")][1:]
-CODE = "".join(re.findall(r"```\n(.*?)```", PAGES["scaling.md"], flags=re.S)).replace("\\\n", "")
-TITLES = re.findall(r"^## \d{4}-\d\d-\d\d: (.+)$", (REPOSITORY / "docs" / "LOG.md").read_text(), re.M)
+TITLES = re.findall(r"^## \d{4}-\d\d-\d\d: (.+)$",
+                    (REPOSITORY / "docs" / "LOG.md").read_text(encoding="utf-8"), re.M)
 GUIDE = PAGES["finetuning.md"]
-TUNING = [line for block in re.findall(r"```\n(.*?)```", GUIDE, flags=re.S)
-          for line in block.splitlines()] + re.findall(r"`(python [^`]+)`", GUIDE)
-LAUNCHES = [line for line in CODE.splitlines() if re.match("(srun |torchrun |python )", line)]
-README = (REPOSITORY / "README.md").read_text().split("<!-- map -->")[0]
-# Commands of README.md: the lines of its blocks, and spans in its text and tables.
-COMMANDS = [line.strip() for block in re.findall("```\n(.*?)```", README, flags=re.S)
-            for line in block.replace("\\\n", "").splitlines()
-            if re.match("(make|python|torchrun|[A-Z_]+=[0-9]+ torchrun) ", line)]
-COMMANDS += re.findall(r"`((?:python|make|pip) [^`]*)`", README)
-COMMANDS = list(dict.fromkeys(part.strip() for line in COMMANDS
-                              for part in line.partition("#")[0].split(";")))
+COMMAND = re.compile(r"(?:[A-Z_]+=\d+ )?(?:srun|torchrun|python|\.venv/bin/python|make|pip) [^`#]+")
+
+
+def commands_of(page):
+    """The commands of a page: lines of its blocks, and spans in its text and tables."""
+    lines = [line for block in re.findall("```\n(.*?)```", page, flags=re.S)
+             for line in block.replace("\\\n", "").splitlines()]
+    spans = re.findall("`([^`]+)`", re.sub("```.*?```", "", page, flags=re.S).replace("\n", " "))
+    return [match[0].strip() for text in lines + spans if (match := COMMAND.match(text))]
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES.values() for command in commands_of(page)))
 
 
 # ---- names and commands
@@ -52,13 +57,13 @@ def defined(path, name):
 
 def check_command(command):
     """What is wrong in a command line raises; nothing is run."""
-    words = shlex.split(command, comments=True)
+    words = shlex.split(command)
+    if words[0].endswith("/python"):
+        words[0] = "python"
     while words[0] == "srun" or "=" in words[0]:            # FOO=1 before a command
         words = words[1:]
     if words[0] == "torchrun":
         words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")):]]
-    if words[0] == "tail":
-        return
     if words[0] == "make":
         makefile = (REPOSITORY / "Makefile").read_text()
         for word in words[1:]:
@@ -81,7 +86,7 @@ def check_command(command):
     elif words[1:3] == ["-m", "pytest"]:
         for test in (word for word in words[3:] if not word.startswith("-")):
             path, _, name = test.partition("::")
-            assert defined(REPOSITORY / path, name), test
+            assert defined(REPOSITORY / path, name) if name else (REPOSITORY / path).exists(), test
     elif words[1:3] == ["-m", "pydoc"]:
         assert (REPOSITORY / f"{words[3]}.py").exists()
     elif words[1] == "-m":
@@ -112,7 +117,7 @@ def check_module(name, words):
         name = "data.inspect_chat"
     module = importlib.import_module(name)
     assert module.main
-    if names and name in ("lora", "data.chat", "model_files"):
+    if names and name == "data.chat":
         assert f'"{names[0]}"' in Path(module.__file__).read_text(), names[0]
     configs = [value for value in vars(module).values() if dataclasses.is_dataclass(value)
                and value.__module__ == module.__name__ and value.__name__.endswith("Config")]
@@ -125,23 +130,39 @@ def check_module(name, words):
     assert configs or not flags, f"{name} takes no settings"
 
 
+def test_pages_show_commands_and_name_places():
+    assert len(COMMANDS) >= 60
+    for name in ("finetuning.md", "scaling.md", "steps.md"):
+        assert re.search(r"`[\w/]+\.py:[\w.]+`", PAGES[name]), name
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_functions_and_settings_exist(page):
-    spans = re.findall(r"`([^`\n]+)`", PAGES[page])
-    places = [span.split(":") for span in spans if re.fullmatch(r"[\w/]+\.py:[\w.]+", span)]
-    assert places
-    for file, name in places:
+    text = re.sub("```.*?```", "", PAGES[page], flags=re.S)
+    spans = re.findall(r"`([^`\n]+)`", text)
+    for file, name in (span.split(":") for span in spans
+                       if re.fullmatch(r"[\w/]+\.py:[\w.]+", span)):
         assert defined(REPOSITORY / file, name), f"{file}:{name}"
     for file in (span for span in spans if re.fullmatch(r"[\w/]+\.py|\w+/[\w/.-]+", span)):
         if not file.startswith("out/"):                 # what the commands make
             assert (REPOSITORY / file).exists(), file
-    settings = {name for config in (train.TrainConfig, LossConfig, JudgeConfig)
-                for name in settings_of(config)}
+    settings = {name for config in (train.TrainConfig, LossConfig, JudgeConfig, HellaSwagConfig)
+                for name in settings_of(config)} | {"help"}
     for flag in (span for span in spans if re.match(r"--[\w.]+(=|$)", span)):
         assert flag[2:].partition("=")[0] in settings, flag
 
 
-@pytest.mark.parametrize("command", [step[3].strip("`") for step in STEPS] + LAUNCHES + COMMANDS)
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings_that_exist(path):
+    for link in re.findall(r"\]\((?!http)([^)]*)\)", path.read_text(encoding="utf-8")):
+        file, _, heading = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        assert not heading or re.search(f"^#+ {heading.replace('-', ' ')}$", target.read_text(),
+                                        re.M | re.I), link
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_commands_can_be_parsed(command):
     check_command(command)
 
@@ -152,9 +173,9 @@ def test_commands_can_be_parsed(command):
     "python -c 'from nowhere import *'", "python -c 'print('", "make trains",
     "make PYTHONS=3 train",
     'pip install -c constraints.txt -e ".[dataset]"', "python sample.py out/demo --chats",
-    "python bpe.py train FILE --vocabulary=300 --out=a", "python lora.py merges --base=gpt2",
+    "python bpe.py train FILE --vocabulary=300 --out=a",
     "python -m data.chat inspect FILE --templates=chatml", "python -m eval out/demo --model=gpt2",
-    "python -m model_files export out/demo FOLDER --to=x", "python -m eval.nothing",
+    "python -m run.export out/demo --to=x", "python -m eval.nothing",
     "python -m tests.test_fuzz --input=3",
     "FOO=1 torchrun --nproc_per_node=8 train.py gpt2-124m --shards=fsdp"])
 def test_the_check_of_commands_finds_what_is_wrong(command):
