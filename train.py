@@ -233,7 +233,8 @@ def hellaswag_items(config: TrainConfig, data: Any) -> list[hellaswag.Item]:
 
 def counted(config: TrainConfig, batches: Any) -> TrainConfig:
     """The config with epochs and warmup_ratio turned into steps."""
-    steps = math.ceil(config.epochs * batches.windows / batches.per_step) or config.max_steps
+    steps = config.epochs * batches.rows_per_epoch / batches.rows_per_step
+    steps = math.ceil(steps) or config.max_steps
     warmup = config.warmup_steps or round(config.warmup_ratio * steps)
     return dataclasses.replace(config, max_steps=steps, epochs=0.0, warmup_steps=warmup,
                                warmup_ratio=0.0)

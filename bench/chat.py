@@ -27,7 +27,9 @@ from run.config import parse, run_command
 from data import conversations, pydocs
 from data.chat import encode, extend_tokenizer
 from data.conversations import Message
-from data.samples import IGNORE, Samples
+from data.samples import Samples
+from data.texts import RECORDS, find_files
+from model import IGNORE
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
           "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}"
@@ -110,7 +112,7 @@ def main(words: list[str]) -> None:
     tokenizer = extend_tokenizer(find_tokenizer(config.tokenizer), "chatml")
     other, collator = load_theirs(tokenizer)
     talks = [talk["messages"] for talk in (
-        conversations.read(conversations.find_files([config.from_]))[0] if config.from_
+        conversations.read(find_files(config.from_, RECORDS))[0] if config.from_
         else pydocs.questions())]
     step = max(1, len(talks) // config.records) if config.records else 1
     talks = [[{"role": m["role"], "content": m["content"]} for m in talk] for talk in talks[::step]]

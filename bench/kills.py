@@ -29,7 +29,7 @@ from run import checkpoint
 import train
 from bench.machine import CPU, results, show_and_save, table, where
 from run.config import build, parse, run_command
-from data.conversations import write_dataset as write_conversations
+from data.conversations import write_conversations
 from run.watch import PHASES, Watch
 from run.log import read_log
 

@@ -88,7 +88,7 @@ def loader_row(folder: Path, micro_batch: int, block_size: int) -> dict[str, Any
     torch.set_num_threads(1)                            # CPU time is counted over all threads
     tokens = shards.open_split(folder, "train")         # mapped anew: its pages cost time, too
     loader = WindowLoader(tokens, block_size, micro_batch * block_size, micro_batch)
-    steps, served = loader.windows // micro_batch, 0
+    steps, served = loader.rows_per_epoch // micro_batch, 0
     if not steps:
         raise ValueError(f"tokens={len(tokens):,} fill no batch of {micro_batch} x {block_size}; "
                          f"give more")

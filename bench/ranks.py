@@ -30,7 +30,7 @@ from bench.machine import (CPU, Row, check_known, check_least, median_row, resul
                            table, take_turns, where)
 from bench.peers import SHAPES as PEERS_SHAPES
 from run.config import build, parse, run_command
-from data.shards import read_json, write_json
+from formats.files import read_json, write_json
 from run.device import has_compiler, peak_memory
 from run.watch import Watch
 from model import GPTConfig

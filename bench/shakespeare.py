@@ -21,7 +21,7 @@ from bench.machine import (CPU, REPOSITORY, Row, median_row, results, show_and_s
                            take_turns, where)
 from run.config import parse, run_command
 from data.shakespeare import ShakespeareConfig, prepare
-from data.shards import DATA
+from data.prepared import DATA
 from run.log import read_log
 
 RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "

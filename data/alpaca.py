@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from run.config import parse, run_command
 from data import conversations
-from data.shards import DATA
+from data.prepared import DATA
+from data.texts import RECORDS, find_files
 from formats.download import download
+from run.config import parse, run_command
 
 COMMIT = "761dc5bfbdeeffa89b8bff5d038781a4055f796a"
 URL = f"https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/{COMMIT}/alpaca_data.json"
@@ -35,13 +36,14 @@ class AlpacaConfig:
 def prepare(config: AlpacaConfig = AlpacaConfig()) -> Path:
     """Alpaca as a set of conversations; returns its folder."""
     folder = Path(config.out or DATA / "alpaca")
-    files = conversations.find_files([config.from_ or download(
-        URL, folder / "alpaca_data.json", GIT_BLOB, "python -m data.alpaca --from=FILE")])
+    files = find_files(config.from_, RECORDS) if config.from_ else [download(
+        URL, folder / "alpaca_data.json", GIT_BLOB, "python -m data.alpaca --from=FILE")]
     found, dropped = conversations.read(files, "alpaca", config.on_error)
     records = len(found) + sum(dropped.values())
     if records != RECORDS:
         print(f"{files[0]} has {records:,} records, not the {RECORDS:,} of Stanford Alpaca")
-    conversations.write_dataset(folder, found, config.from_ or URL, config.validation, dropped)
+    conversations.write_conversations(folder, found, config.from_ or URL, config.validation,
+                                      dropped)
     if config.tokenizer:
         conversations.count_tokens(folder, config.tokenizer)
     return folder

@@ -12,7 +12,7 @@ come first, up to `validation` of the bytes, validate. A single document is cut 
 Everything is in memory here; for many gigabytes, use data/fineweb.py --from.
 """
 import ast
-import hashlib
+import functools
 import importlib
 import sys
 import sysconfig
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from bpe import Tokenizer, find_tokenizer
-from run.config import parse, run_command
-from data.shards import DATA
+from data.prepared import DATA, split_by_hash
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter
+from run.config import parse, run_command
 
 BATCH = 256             # documents encoded at once
 
@@ -47,21 +47,30 @@ class CorpusConfig:
 def documentation() -> list[str]:
     """Docstrings of the standard library, a document a module, and pydoc's help topics.
 
-    Read from the source text, nothing is imported or run; tests are left out. Deterministic for a
-    Python version.
+    Deterministic for a Python version; tests are left out.
     """
-    documents = []
+    topics = importlib.import_module("pydoc_data.topics").topics
+    return (["\n\n".join(texts) + "\n" for _, texts in library_docstrings()]
+            + [topics[name].strip() + "\n" for name in sorted(topics)])
+
+
+@functools.cache
+def library_docstrings() -> list[tuple[str, list[str]]]:
+    """(name, docstrings) of the standard library's modules that have some, in a fixed order.
+
+    Read from the source text; nothing is imported or run.
+    """
+    found = []
     for path in library_files():
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):       # templates, and files that are wrong on purpose
             continue
         name = ".".join(path.relative_to(library()).with_suffix("").parts)
-        parts = list(docstrings(tree, name.removesuffix(".__init__")))
-        if parts:
-            documents.append("\n\n".join(parts) + "\n")
-    topics = importlib.import_module("pydoc_data.topics").topics
-    return documents + [topics[name].strip() + "\n" for name in sorted(topics)]
+        name = name.removesuffix(".__init__")
+        if texts := list(docstrings(tree, name)):
+            found.append((name, texts))
+    return found
 
 
 def docstrings(tree: ast.Module, name: str) -> Iterator[str]:
@@ -103,28 +112,18 @@ def library_files() -> list[Path]:
 
 def split_documents(documents: list[str], validation: float) -> tuple[list[str], list[str]]:
     """Training and validation documents; a single document is cut at a line end."""
-    if len(documents) == 1:
-        text = documents[0]
-        cut = text.rfind("\n", 0, int(len(text) * (1 - validation))) + 1
-        if not cut:
-            raise ValueError("the only document has no line end to cut it into training and "
-                             "validation; give more text, or text with line ends")
-        return [text[:cut]], [text[cut:]]
-    ranks = [hashlib.sha256(text.encode()).digest() for text in documents]
-    wanted = validation * sum(map(len, documents))
-    chosen: set[int] = set()
-    size = 0
-    for i in sorted(range(len(documents)), key=lambda i: ranks[i])[:-1]:
-        if size >= wanted:
-            break
-        chosen.add(i)
-        size += len(documents[i])
-    return ([text for i, text in enumerate(documents) if i not in chosen],
-            [text for i, text in enumerate(documents) if i in chosen])
+    if len(documents) > 1:
+        return split_by_hash(documents, validation, str, len)
+    text = documents[0]
+    cut = text.rfind("\n", 0, int(len(text) * (1 - validation))) + 1
+    if not cut:
+        raise ValueError("the only document has no line end to cut it into training and "
+                         "validation; give more text, or text with line ends")
+    return [text[:cut]], [text[cut:]]
 
 
-def write_dataset(folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer,
-                  source: str, shard_tokens: int = 100_000_000) -> dict[str, Any]:
+def write_shards(folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer,
+                 source: str, shard_tokens: int = 100_000_000) -> dict[str, Any]:
     """Encode documents, each behind an end-of-text token, into shards. Returns meta.json."""
     writer = ShardWriter(folder, tokenizer, source, shard_tokens)
     start = [] if tokenizer.eot is None else [tokenizer.eot]
@@ -164,7 +163,7 @@ def prepare(config: CorpusConfig = CorpusConfig()) -> Path:
         tokenizer = named_tokenizer(config.tokenizer)
     else:
         tokenizer = Tokenizer.train(train, config.vocab_size, progress=sys.stderr.isatty())
-    write_dataset(folder, train, val, tokenizer, source, config.shard_tokens)
+    write_shards(folder, train, val, tokenizer, source, config.shard_tokens)
     return folder
 
 

@@ -26,12 +26,12 @@ import numpy as np
 from tqdm import tqdm
 
 from bpe import Tokenizer
-from run.config import parse, run_command
 from data import shards
 from data.corpus import named_tokenizer
-from data.shards import DATA
+from data.prepared import DATA
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter, read_progress
+from run.config import parse, run_command
 
 HUB = "HuggingFaceFW/fineweb-edu"
 VALIDATION = 0.05       # of local text, at most

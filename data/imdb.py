@@ -10,18 +10,19 @@ Training and validation are the published halves train and test where the source
 of the archive, files with "test" in their name); else the hash of a review decides. Line breaks,
 <br />, become line ends. Source: ai.stanford.edu/~amaas/data/sentiment (Maas et al. 2011).
 """
+import json
 import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Literal
+from typing import Iterator, Literal
 
-from run.config import parse, run_command
-from data import labels
-from data.conversations import read_records, split, write_dataset as write_conversations
-from data.corpus import named_tokenizer, write_dataset
-from data.shards import DATA
+from data.conversations import Message, write_conversations
+from data.corpus import named_tokenizer, write_shards
+from data.labels import read_examples, write_examples
+from data.prepared import DATA, split_by_hash
 from formats.download import download
+from run.config import parse, run_command
 
 URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
@@ -64,10 +65,8 @@ def reviews_of_archive(path: Path) -> Iterator[Review]:
 def reviews_of_file(path: Path) -> Iterator[Review]:
     """The reviews of a .jsonl file; "test" in its name means the test half."""
     half = "test" if "test" in path.stem else "train"
-    for line, record in read_records(path):
-        text, label = (record.get(key) for key in ("text", "label")) \
-            if isinstance(record, dict) else (None, None)
-        if not isinstance(text, str) or type(label) is not int or label not in (0, 1):
+    for line, text, label in read_examples(path):
+        if label not in (0, 1):
             raise ValueError(f"{path}:{line} is no review: it needs a text and a label 0 or 1")
         yield half, text, label
 
@@ -89,38 +88,30 @@ def read_reviews(source: str, folder: Path) -> list[Review]:
     return [(half, text.replace("<br />", "\n").strip(), label) for half, text, label in found]
 
 
-def as_conversation(review: Review) -> dict[str, Any]:
+def as_messages(text: str, label: int) -> list[Message]:
     """A review as a question about it and its answer."""
-    _, text, label = review
-    return {"messages": [
-        {"role": "user", "content": f"{QUESTION}\n\n{text}", "input": text},
-        {"role": "assistant", "content": ANSWERS[label]}]}
-
-
-def as_examples(talks: list[dict[str, Any]]) -> list[labels.Example]:
-    """Such conversations as (text, class)."""
-    return [(question["input"], ANSWERS.index(answer["content"]))
-            for question, answer in (talk["messages"] for talk in talks)]
+    return [{"role": "user", "content": f"{QUESTION}\n\n{text}", "input": text},
+            {"role": "assistant", "content": ANSWERS[label]}]
 
 
 def prepare(config: ImdbConfig = ImdbConfig()) -> Path:
     """IMDB as the data set that `config.task` names; returns its folder."""
-    home = DATA / "imdb"
+    home, source = DATA / "imdb", config.from_ or URL
     folder = Path(config.out or (home if config.task == "text" else DATA / f"imdb_{config.task}"))
     reviews = read_reviews(config.from_, home)
-    talks = [as_conversation(review) for review in reviews]
-    train = [talk for talk, review in zip(talks, reviews) if review[0] == "train"]
-    val = [talk for talk, review in zip(talks, reviews) if review[0] == "test"]
+    train, val = ([(text, label) for half, text, label in reviews if half == name]
+                  for name in ("train", "test"))
     if not train or not val:
-        train, val = split(talks, config.validation)
-    source = config.from_ or URL
-    if config.task == "sentiment":
-        write_conversations(folder, train, source, val=val)
-    elif config.task == "classes":
-        labels.write_dataset(folder, as_examples(train), as_examples(val), ANSWERS, source)
+        train, val = split_by_hash(train + val, config.validation, lambda review: json.dumps(
+            as_messages(*review), ensure_ascii=False))
+    if config.task == "classes":
+        write_examples(folder, train, val, ANSWERS, source)
+    elif config.task == "sentiment":
+        talks = ([{"messages": as_messages(*review)} for review in part] for part in (train, val))
+        write_conversations(folder, next(talks), source, val=next(talks))
     else:
-        texts = ([talk["messages"][0]["input"] for talk in part] for part in (train, val))
-        write_dataset(folder, *texts, named_tokenizer(config.tokenizer), source)
+        texts = ([text for text, _ in part] for part in (train, val))
+        write_shards(folder, *texts, named_tokenizer(config.tokenizer), source)
     return folder
 
 

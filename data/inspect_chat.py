@@ -3,9 +3,9 @@
 Prints one rendered example with what has a label in colour, the lengths of prompts and answers,
 which answers repeat, and the shares by task, script and what a block_size would cut. NAME is a
 prepared data set (data/NAME or a folder); a FILE may be of any format that data/conversations.py
-reads. Without --tokenizer a token is a byte.
+reads. Without --tokenizer a token is a byte; with that of a run, its block_size counts.
 """
-import json
+import re
 import sys
 import unicodedata
 from collections import Counter
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bpe import Tokenizer, find_tokenizer
-from run.config import parse
+from bpe import Tokenizer
 from data import conversations
-from data.chat import cut, encode, extend_tokenizer, find_template, render
-from data.samples import IGNORE
-from data.shards import DATA
+from data.corpus import named_tokenizer
+from data.prepared import DATA, read_meta, read_split
+from data.templates import cut, encode, extend_tokenizer, find_template, render
+from formats.files import read_json
+from model import IGNORE
+from run.config import parse
 
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 WIDTH = 40              # characters of a histogram's longest bar
@@ -26,9 +28,9 @@ WIDTH = 40              # characters of a histogram's longest bar
 
 @dataclass(frozen=True)
 class InspectConfig:
-    tokenizer: str = ""  # gpt2 or a tokenizer's path; empty: bytes
+    tokenizer: str = "bytes"  # bytes, gpt2, a tokenizer's path, or a run
     template: str = "chatml"  # how conversations are written: alpaca, plain, chatml, llama3, none
-    block_size: int = 1024  # what is longer counts as truncated
+    block_size: int = 0  # what is longer counts as truncated; 0: that of the run, or 1024
     split: Literal["train", "val"] = "train"  # of a prepared data set
     example: int = 0  # which conversation is shown; the first is 0
     format: Literal["auto", "messages", "alpaca", "conversation", "sharegpt"] = "auto"
@@ -40,8 +42,20 @@ def load(name: str, split: str, format: str) -> tuple[list[dict[str, Any]], Coun
     if Path(name).is_file():
         return conversations.read([Path(name)], format)
     folder = Path(name) if Path(name).is_dir() else DATA / name
-    lines = conversations.read_split(folder, split)
-    return [json.loads(line) for line in lines], Counter(conversations.read_meta(folder)["dropped"])
+    return read_split(folder, "chat", split), Counter(read_meta(folder, "chat")["dropped"])
+
+
+def block_size_of(name: str) -> int:
+    """The block_size of a run, whose folder has a config.json; 1024 where there is none."""
+    path = Path(name) / "config.json"
+    model = read_json(path).get("model") if path.is_file() else None
+    return model.get("block_size", 1024) if isinstance(model, dict) else 1024
+
+
+def printable(text: str) -> str:
+    """A text with its control characters spelled, so that none of them acts on a terminal: the
+    escape that begins a colour comes as "\\x1b". Line ends and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def script(text: str) -> str:
@@ -102,7 +116,7 @@ def histogram(title: str, values: list[int]) -> None:
 
 def shares(title: str, counts: Counter[str], total: int, most: int = 8) -> None:
     """Print the most frequent names and their shares of `total`."""
-    listed = [f"{name} {count / total:.1%}" for name, count in counts.most_common(most)]
+    listed = [f"{printable(name)} {count / total:.1%}" for name, count in counts.most_common(most)]
     rest = total - sum(count for _, count in counts.most_common(most))
     print(f"{title}: " + ", ".join(listed + [f"others {rest / total:.1%}"] * (rest > 0)))
 
@@ -115,7 +129,7 @@ def coloured(messages: list[dict[str, str]], tokenizer: Tokenizer, template: str
     shown, start = [], 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or (labels[end] == IGNORE) != (labels[start] == IGNORE):
-            text, has_label = tokenizer.decode(ids[start:end]), labels[start] != IGNORE
+            text, has_label = printable(tokenizer.decode(ids[start:end])), labels[start] != IGNORE
             if colour:
                 shown.append(f"{GREEN if has_label else GREY}{text}{PLAIN}")
             else:
@@ -133,19 +147,19 @@ def main(names: list[str], words: list[str]) -> None:
     if not 0 <= config.example < len(talks):
         raise ValueError(f"example={config.example}, but {names[0]} has {len(talks):,} "
                          f"conversations; the first is 0")
-    tokenizer = find_tokenizer(config.tokenizer) if config.tokenizer else \
-        Tokenizer([], special_tokens=())
+    tokenizer = named_tokenizer(config.tokenizer)
+    block_size = config.block_size or block_size_of(config.tokenizer)
     colour = sys.stdout.isatty()
     print(f"--- conversation {config.example}, template {config.template}; "
           f"{'green' if colour else '[[ ]]'} has a label")
     print(coloured(talks[config.example]["messages"], tokenizer, config.template, colour))
     print("---")
-    report = examine(talks, tokenizer, config.template, config.block_size)
+    report = examine(talks, tokenizer, config.template, block_size)
     n = report["conversations"]
     print(f"{n:,} conversations, {report['answers']:,} answers; {report['several turns']:,} of "
           f"several turns, {report['system message']:,} with a system message")
     for reason, count in sorted(dropped.items()):
-        print(f"dropped {count:,}: {reason}")
+        print(f"dropped {count:,}: {printable(reason)}")
     histogram("prompts, tokens without a label", report["prompts"])
     histogram("answers, tokens with a label", report["lengths"])
     print(f"repeated answers: {report['repeated answers']:,}"
@@ -153,5 +167,5 @@ def main(names: list[str], words: list[str]) -> None:
                     if count > 1))
     shares("tasks", report["tasks"], n)
     shares("scripts", report["scripts"], n)
-    print(f"block_size={config.block_size}: {report['truncated'] / n:.1%} truncated, "
+    print(f"block_size={block_size}: {report['truncated'] / n:.1%} truncated, "
           f"{report['unlabelled'] / n:.1%} without a label left, which training leaves out")

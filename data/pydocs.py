@@ -6,7 +6,6 @@ What has a docstring in the standard library is asked about in one of several wa
 the summary, the docstring's first paragraph. A quarter goes on to a second question. Which way a
 name is asked about depends on the name only, so the data are the same for the same Python.
 """
-import ast
 import hashlib
 import sys
 from collections import Counter
@@ -14,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.conversations import write_conversations
+from data.corpus import library_docstrings
+from data.prepared import DATA
 from run.config import parse, run_command
-from data.conversations import write_dataset
-from data.corpus import docstrings, library, library_files
-from data.shards import DATA
 
 LONGEST = 400           # characters of an answer; a longer first paragraph is no summary
 REPEATED = 3            # answers given more often ("Internal function.") say too little
@@ -39,21 +38,14 @@ class PydocsConfig:
 def questions() -> list[dict[str, Any]]:
     """A conversation about everything that is documented, in the order of the files."""
     entries = []
-    for path in library_files():
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):       # templates, and files that are wrong on purpose
-            continue
-        module = ".".join(path.relative_to(library()).with_suffix("").parts)
-        module = module.removesuffix(".__init__")
-        for text in docstrings(tree, module):
+    for module, texts in library_docstrings():
+        for text in texts:
             head, _, body = text.partition("\n\n")
-            paragraphs = [" ".join(part.split()) for part in body.split("\n\n")]
+            paragraphs = tuple(" ".join(part.split()) for part in body.split("\n\n"))
             entries.append((module, head, paragraphs))
     counts = Counter(paragraphs[0] for _, _, paragraphs in entries)
     return [{"messages": conversation(module, head, paragraphs)}
-            for module, head, paragraphs in dict.fromkeys(
-                (module, head, tuple(paragraphs)) for module, head, paragraphs in entries)
+            for module, head, paragraphs in dict.fromkeys(entries)
             if 10 <= len(paragraphs[0]) <= LONGEST and counts[paragraphs[0]] <= REPEATED]
 
 
@@ -85,7 +77,7 @@ def prepare(config: PydocsConfig = PydocsConfig()) -> Path:
     folder = Path(config.out or DATA / "pydocs")
     print("asking about the documentation of this Python")
     source = f"documentation of Python {sys.version.split()[0]}"
-    write_dataset(folder, questions(), source, config.validation)
+    write_conversations(folder, questions(), source, config.validation)
     return folder
 
 

@@ -21,11 +21,11 @@ from typing import Iterator
 import numpy as np
 import torch
 
-from data.loader import IGNORE, divide_step
+from data.loader import Batch, RowLoader
+from model import IGNORE
 
 GROUP = 16              # steps sorted by length together: more pad less and shuffle less
 MULTIPLE = 16           # of padded lengths: fewer shapes to compile for
-Batch = tuple[torch.Tensor, ...]
 
 
 class Samples:
@@ -88,10 +88,10 @@ class Samples:
             yield self.padded(chosen[start:start + batch_size])
 
 
-class SampleLoader:
-    """Serves samples to one rank of `world`, as data/loader.py's WindowLoader serves windows.
+class SampleLoader(RowLoader):
+    """Serves samples, one a row or packed. The other settings are those of data.loader.RowLoader.
 
-    `windows` is the number of rows of an epoch. Shapes: B micro_batch, T at most block_size.
+    T is block_size where packed, else the length of a micro-batch's longest row, rounded up.
     """
 
     def __init__(self, samples: Samples, block_size: int, batch_tokens: int, micro_batch: int,
@@ -100,70 +100,41 @@ class SampleLoader:
         if samples.lengths.max() > block_size:
             raise ValueError(f"block_size={block_size} is below the longest sample, which has "
                              f"{samples.lengths.max()} tokens; load them with this block_size")
-        self.samples, self.block_size, self.seed = samples, block_size, seed
-        self.rank, self.world, self.pin, self.packing = rank, world, pin, packing
-        self.one_shape = packing
-        self.per_step = batch_tokens // block_size
-        self.accumulation, self.micro_batch = divide_step(batch_tokens, micro_batch, block_size,
-                                                          world)
+        self.samples, self.packing, self.one_shape = samples, packing, packing
         self.rows = pack(samples.lengths, block_size) if packing else \
             [[i] for i in range(len(samples))]          # the samples of each row
-        self.windows = len(self.rows)
         self.row_lengths, self.row_labels = (
             np.array([counts[row].sum() for row in self.rows]) if packing else counts
             for counts in (samples.lengths, samples.label_counts))
-        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))     # the one at hand, in order
+        super().__init__(len(self.rows), block_size, batch_tokens, micro_batch, seed, rank, world,
+                         pin)
 
     def order(self, step: int) -> np.ndarray:
-        """The rows of a step, for all ranks together: (batch_tokens / block_size,) int64."""
-        positions = np.arange(step * self.per_step, (step + 1) * self.per_step)
-        chosen = np.empty_like(positions)
-        for epoch in np.unique(positions // self.windows):
-            here = positions // self.windows == epoch
-            chosen[here] = self._permutation(int(epoch))[positions[here] % self.windows]
-        return chosen[np.argsort(self.row_lengths[chosen], kind="stable")]
+        """The rows of a step for all ranks, by length: (batch_tokens / block_size,) int64."""
+        rows = super().order(step)
+        return rows[np.argsort(self.row_lengths[rows], kind="stable")]
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        """All rows in the order of an epoch."""
-        if self._epoch[0] != epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            rows = rng.permutation(self.windows)
-            if not self.packing:
-                rows = self._by_length(rows, epoch, rng)
-            self._epoch = (epoch, rows)
-        return self._epoch[1]
+    def permutation(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
+        """All rows in the order of an epoch: where padded, steps of similar lengths, shuffled.
 
-    def _by_length(self, rows: np.ndarray, epoch: int, rng: np.random.Generator) -> np.ndarray:
-        """Steps of similar lengths, shuffled. Rows of steps that two epochs share stay as drawn."""
-        first = -epoch * self.windows % self.per_step   # where this epoch's first own step begins
-        steps = max(0, (self.windows - first) // self.per_step)
-        if not steps:
+        Rows of a step that two epochs share stay as drawn.
+        """
+        rows = super().permutation(epoch, rng)
+        first = -epoch * len(rows) % self.rows_per_step     # where the first step of its own begins
+        steps = max(0, (len(rows) - first) // self.rows_per_step)
+        if self.packing or not steps:
             return rows
-        own = rows[first:first + steps * self.per_step]
-        size = GROUP * self.per_step
+        own = rows[first:first + steps * self.rows_per_step]
+        size = GROUP * self.rows_per_step
         own = np.concatenate([group[np.argsort(self.row_lengths[group], kind="stable")]
                               for group in np.split(own, range(size, len(own), size))])
-        own = own.reshape(steps, self.per_step)[rng.permutation(steps)].ravel()
+        own = own.reshape(steps, self.rows_per_step)[rng.permutation(steps)].ravel()
         return np.concatenate([rows[:first], own, rows[first + len(own):]])
 
-    def labels(self, step: int) -> int:
-        """Labelled tokens of a step over all ranks, known without reading or communicating."""
-        return int(self.row_labels[self.order(step)].sum())
-
-    def where(self, step: int) -> str:
-        """The samples that a step reads, by their number, for a person to look at."""
-        found = [i for row in self.order(step) for i in self.rows[row]]
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        return f"samples {', '.join(map(str, found[:8]))}{more} of the training split"
-
-    def batches(self, step: int) -> Iterator[Batch]:
-        """This rank's micro-batches of a step: (x, y), or (x, y, positions) when packed."""
-        mine = self.order(step).reshape(self.accumulation, self.world, self.micro_batch)
-        for rows in mine[:, self.rank]:
-            batch = self._packed(rows) if self.packing else self.samples.padded(rows)
-            yield tuple(part.pin_memory() for part in batch) if self.pin else batch
-
-    def _packed(self, rows: np.ndarray) -> Batch:
+    def read(self, rows: np.ndarray) -> Batch:
+        """These rows as x, y, or x, y, positions where packed, (B, T) int64 each."""
+        if not self.packing:
+            return self.samples.padded(rows)
         shape = (len(rows), self.block_size)
         x, y = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
         positions = np.empty_like(x)
@@ -175,15 +146,25 @@ class SampleLoader:
                 positions[row, at:end] = np.arange(end - at)
                 at = end
             positions[row, at:] = np.arange(self.block_size - at)
-        return tuple(map(torch.from_numpy, (x, y, positions)))      # (B, T) each
+        return tuple(map(torch.from_numpy, (x, y, positions)))
+
+    def labels(self, step: int) -> int:
+        """Labelled tokens of a step over all ranks, known without reading or communicating."""
+        return int(self.row_labels[self.order(step)].sum())
+
+    def where(self, step: int) -> str:
+        """The samples that a step reads, by their number, for a person to look at."""
+        found = [i for row in self.order(step) for i in self.rows[row]]
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        return f"samples {', '.join(map(str, found[:8]))}{more} of the training split"
 
     @property
     def wasted(self) -> float:
         """The share of padding in all that the model computes, over the first epoch."""
         if self.packing:
-            return 1 - float(self.row_lengths.sum()) / (self.windows * self.block_size)
+            return 1 - float(self.row_lengths.sum()) / (self.rows_per_epoch * self.block_size)
         real = computed = 0
-        for step in range(max(1, self.windows // self.per_step)):
+        for step in range(max(1, self.rows_per_epoch // self.rows_per_step)):
             lengths = self.row_lengths[self.order(step)].reshape(-1, self.micro_batch)
             real += lengths.sum()
             computed += padded_length(lengths.max(axis=1), self.block_size).sum() * self.micro_batch

@@ -11,12 +11,14 @@ Each has: tokenizer (or None), vocab_size, fingerprint, template ("" of texts), 
 (nats, or None), prompts, which is what to ask a model that learns from it, and classes, how many a
 Classifier chooses among (0 where the next token is learned).
 """
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any, Iterator
 
 from bpe import Tokenizer
-from data import chat, conversations, labels, loader, samples, shards
+from data import chat, labels, loader, prepared, samples, shards
+from data.conversations import first_question
 
 EVALUATION_TOKENS = 4096        # at once, at least: small micro-batches would be slow
 PROMPTS = 3                     # of the validation split, with room for an answer
@@ -74,10 +76,12 @@ class ChatSet(_SampleSet):
                  labels: str = "all"):
         self.tokenizer, self.template = tokenizer, template
         self.vocab_size = tokenizer.vocab_size
-        self.fingerprint = chat.fingerprint(folder, tokenizer, template, labels)
+        pattern = dataclasses.asdict(chat.find_template(template))
+        self.fingerprint = prepared.fingerprint(folder, "chat", tokenizer.hash, pattern, labels)
         self.train, self.val = (chat.load_samples(folder, split, tokenizer, template, block_size,
                                                   labels) for split in ("train", "val"))
-        questions = map(conversations.first_question, conversations.read_split(folder, "val"))
+        questions = (first_question(record["messages"])
+                     for record in prepared.read_split(folder, "chat", "val"))
         self.prompts = tuple(itertools.islice((
             messages for messages in questions
             if 2 * len(chat.render_prompt(messages, tokenizer, template)) < block_size), PROMPTS))
@@ -92,9 +96,9 @@ class ClassSet(_SampleSet):
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, block_size: int):
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
-        self.names = tuple(labels.read_meta(folder)["labels"])
+        self.names = tuple(prepared.read_meta(folder, "classes")["labels"])
         self.classes = len(self.names)
-        self.fingerprint = labels.fingerprint(folder, tokenizer)
+        self.fingerprint = prepared.fingerprint(folder, "classes", self.names, tokenizer.hash)
         self.train, self.val = (labels.load_samples(folder, split, tokenizer, block_size)
                                 for split in ("train", "val"))
 
@@ -102,7 +106,7 @@ class ClassSet(_SampleSet):
 def kind(folder: Path) -> str:
     """What a prepared folder holds: "tokens", "chat" or "classes"."""
     meta = folder / "meta.json"
-    return meta.exists() and shards.read_json(meta).get("kind") or "tokens"
+    return meta.exists() and prepared.read_object(meta).get("kind") or "tokens"
 
 
 def _at_once(config: Any) -> int:

@@ -11,10 +11,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from run.config import parse, run_command
-from data.corpus import named_tokenizer, write_dataset
-from data.shards import DATA
+from data.corpus import named_tokenizer, write_shards
+from data.prepared import DATA
 from formats.download import download
+from run.config import parse, run_command
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -40,7 +40,7 @@ def prepare(config: ShakespeareConfig = ShakespeareConfig()) -> Path:
                          f"for another text use: python -m data.corpus --from={path}")
     text = raw.decode("ascii")
     cut = int(0.9 * len(text))
-    write_dataset(folder, [text[:cut]], [text[cut:]], named_tokenizer(config.tokenizer), URL)
+    write_shards(folder, [text[:cut]], [text[cut:]], named_tokenizer(config.tokenizer), URL)
     return folder
 
 

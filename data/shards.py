@@ -14,30 +14,24 @@ number of tokens), then uint16 ids of GPT-2's tokenizer, "train" or "val" in the
     tokens = open_split(folder, "train"); len(tokens); tokens.read(start, stop)
 """
 import hashlib
-import json
 import math
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-FORMAT_VERSION = 1
-# The header that np.save gives one row of ids: magic, version 1.0, length, a Python literal. Read
-# by hand, as numpy's reader evaluates what stands there and believes its sizes.
-NPY_HEADER = re.compile(rb"\x93NUMPY\x01\x00(..)\{'descr': '([^']*)', 'fortran_order': False, "
-                        rb"'shape': \((\d{1,18}),\), \} *\n", re.DOTALL)
-NPY_LONGEST = 256               # bytes of such a header, at most
+from data import prepared
+from data.prepared import AGAIN, DATA, FORMAT_VERSION, hash_facts, read_object
+from formats.files import write_json
+
 CHUNK = 1 << 23                 # bytes that verify holds at once, for each thread
-AGAIN = "delete the folder and prepare the data again"
 STAMP = ".verified.json"        # which files verify has read, so that it need not do so again
 BIN_HEADER = 256 * 4            # bytes
 BIN_MAGIC, BIN_VERSION = 20240520, 1
 GPT2_VOCAB = 50257              # what a .bin shard is made with
-DATA = Path(__file__).parent    # named data sets live beside this file
 
 
 def find(name: str | Path) -> Path:
@@ -56,12 +50,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {"version": FORMAT_VERSION, "source": "llm.c shards", "vocab_size": GPT2_VOCAB,
                 "tokenizer_hash": None, "splits": {}}
-    meta = read_json(path)
-    if "kind" in meta:                                  # data/conversations.py has its own
-        raise ValueError(f"{folder} holds {meta['kind']!r:.20} data, not token shards")
-    if meta.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{path} has version {meta.get('version')!r:.50}, this code reads "
-                         f"{FORMAT_VERSION}; prepare the data again")
+    meta = prepared.read_meta(folder, "tokens")
     check_meta(meta, path)
     return meta
 
@@ -72,28 +61,25 @@ def check_meta(meta: dict[str, Any], path: Path) -> None:
         if not right:
             raise ValueError(f"{path} is damaged: {what}; {AGAIN}")
 
-    def whole(number: Any, least: int, most: int = 2**62) -> bool:
-        return type(number) is int and least <= number <= most
+    def whole(number: Any, most: int) -> bool:
+        return type(number) is int and 1 <= number <= most
 
-    def text(value: Any) -> bool:
-        return isinstance(value, str)
-
-    need(whole(meta.get("vocab_size"), 1, 2**32), f"vocab_size is {meta.get('vocab_size')!r:.50}")
-    need(meta.get("tokenizer_hash", 0) is None or text(meta.get("tokenizer_hash")),
-         "tokenizer_hash is no text")
-    need(text(meta.get("source")), "source is no text")
-    entropy = meta.get("unigram_entropy", 0.0)
+    vocab_size, made_with = meta.get("vocab_size"), meta.get("tokenizer_hash", 0)
+    entropy, splits = meta.get("unigram_entropy", 0.0), meta.get("splits")
+    need(whole(vocab_size, 2**32), f"vocab_size is {vocab_size!r:.50}")
+    need(made_with is None or isinstance(made_with, str), "tokenizer_hash is no text")
+    need(isinstance(meta.get("source"), str), "source is no text")
     need(isinstance(entropy, float) and math.isfinite(entropy) or entropy == 0,
          f"unigram_entropy is {entropy!r:.50}")
-    need(isinstance(meta.get("splits"), dict) and len(meta["splits"]) > 0, "it names no splits")
-    for split, facts in meta["splits"].items():
+    need(isinstance(splits, dict) and len(splits) > 0, "it names no splits")
+    for split, facts in splits.items():
         need(split in ("train", "val"), f"{split!r:.50} is no split")
         files = facts.get("files") if isinstance(facts, dict) else None
         need(isinstance(files, dict) and len(files) > 0, f"split {split!r:.50} has no files")
         for i, (name, file) in enumerate(files.items()):
             need(name == shard_name(split, i), f"shard {i} of {split!r:.50} is {name!r:.50}")
-            need(isinstance(file, dict) and whole(file.get("tokens"), 1)
-                 and text(file.get("sha256")), f"{name} has no tokens or no sha256")
+            need(isinstance(file, dict) and whole(file.get("tokens"), 2**62)
+                 and isinstance(file.get("sha256"), str), f"{name} has no tokens or no sha256")
         need(facts.get("tokens") == sum(file["tokens"] for file in files.values()),
              f"the shards of {split} have not the {facts.get('tokens')!r:.50} tokens of the split")
 
@@ -104,13 +90,14 @@ def shard_name(split: str, number: int) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """What identifies a data set's content: a hash over tokenizer, shards and their checksums."""
+    """What identifies a data set's content: a hash over tokenizer, shards and their checksums.
+
+    Those of .bin shards stand in no meta.json, so this reads such files, unless `verify` has."""
     meta = read_meta(folder)
-    facts = [[name, file] for split in meta["splits"].values()
+    files = [[name, file] for split in meta["splits"].values()
              for name, file in split["files"].items()]
-    facts += [[path.name, path.stat().st_size] for path in sorted(folder.glob("*.bin"))]
-    text = json.dumps([meta["tokenizer_hash"], facts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hash_facts(meta["tokenizer_hash"],
+                      files or sorted(verify(folder, cached=True).items()))
 
 
 class Tokens:
@@ -147,40 +134,44 @@ def open_split(folder: Path, split: str) -> Tokens:
     return Tokens([open_shard(path, facts) for path, facts in files.items()])
 
 
-def verify(folder: Path, cached: bool = False) -> None:
-    """Compare every shard with its checksum, its ids with the vocabulary; ValueError if one is off.
+def verify(folder: Path, cached: bool = False) -> dict[str, str]:
+    """The checksum of every shard's ids, {file name: SHA-256}; ValueError where one differs from
+    meta.json's, or where an id is beyond the vocabulary.
 
-    What was read and found right is noted in a stamp beside it. With `cached`, files that are as
-    the stamp says (size, time of change, checksum) are not read again, so this costs nothing.
+    What was read is noted in a stamp beside the shards. With `cached`, a file whose size, time of
+    change, checksum in meta.json and vocabulary are as in the stamp is not read again. So a changed
+    file is found as long as its change left a trace in size or time; one that was put back to both
+    (`touch -r`, `rsync -t` of a file of the same length) is found without `cached` only.
     """
     meta, stamp = read_meta(folder), _read_stamp(folder)
     _check_tokenizer(folder, meta)
-    shards = files_of(folder, meta)
+    shards, noted, unread = files_of(folder, meta), {}, []
     for path, facts in shards.items():
         open_shard(path, facts)
-    wanted = {}
-    for path, facts in shards.items():
         stat = path.stat()              # before it is read: a change meanwhile outdates the stamp
-        wanted[path.name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
-                             "sha256": facts.get("sha256"), "vocab_size": meta["vocab_size"]}
-    unread = {path: facts for path, facts in shards.items()
-              if not cached or stamp.get(path.name) != wanted[path.name]}
-    if not unread:
-        return
-    # hashlib and numpy let go of Python's lock, so shards are read side by side.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(
-            desc=f"verifying {folder}", total=sum(wanted[path.name]["size"] for path in unread),
-            unit="B", unit_scale=True, delay=2, disable=None) as bar:
-        for path, _ in zip(unread, pool.map(lambda item: _verify(*item, meta["vocab_size"]),
-                                            unread.items())):
-            bar.update(wanted[path.name]["size"])
-    try:
-        write_json(folder / STAMP, wanted)
-    except OSError:                     # a folder that cannot be written: read again next time
-        pass
+        last = stamp.get(path.name)
+        sha256 = facts.get("sha256", last.get("sha256") if isinstance(last, dict) else None)
+        noted[path.name] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
+                            "sha256": sha256, "vocab_size": meta["vocab_size"]}
+        if not cached or last != noted[path.name] or not isinstance(sha256, str):
+            unread.append(path)
+    if unread:
+        # hashlib and numpy let go of Python's lock, so shards are read side by side.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, tqdm(
+                desc=f"verifying {folder}", total=sum(noted[path.name]["size"] for path in unread),
+                unit="B", unit_scale=True, delay=2, disable=None) as bar:
+            for path, sha256 in zip(unread, pool.map(
+                    lambda path: _verify(path, shards[path], meta["vocab_size"]), unread)):
+                noted[path.name]["sha256"] = sha256
+                bar.update(noted[path.name]["size"])
+        try:
+            write_json(folder / STAMP, noted)
+        except OSError:                 # a folder that cannot be written: read again next time
+            pass
+    return {name: facts["sha256"] for name, facts in noted.items()}
 
 
-def _verify(path: Path, facts: dict[str, Any], vocab_size: int) -> None:
+def _verify(path: Path, facts: dict[str, Any], vocab_size: int) -> str:
     """Read a shard once, a chunk at a time: checksum, and the largest id."""
     ids, digest = open_shard(path, facts), hashlib.sha256()
     per_chunk, beyond = CHUNK // ids.itemsize, None
@@ -192,13 +183,14 @@ def _verify(path: Path, facts: dict[str, Any], vocab_size: int) -> None:
             chunk = np.frombuffer(data, ids.dtype)
             if beyond is None and chunk.max() >= vocab_size:
                 beyond = start + int((chunk >= vocab_size).argmax())
-    if "sha256" in facts and digest.hexdigest() != facts["sha256"]:
+    if facts.get("sha256", digest.hexdigest()) != digest.hexdigest():
         raise ValueError(f"shard {path} differs from its checksum"
                          + ("" if beyond is None else f"; id {ids[beyond]} at position {beyond} is "
                             f"beyond the vocabulary") + f"; {AGAIN}")
     if beyond is not None:
         raise ValueError(f"shard {path} has id {ids[beyond]} at position {beyond}; the vocabulary "
                          f"ends at {vocab_size - 1}")
+    return digest.hexdigest()
 
 
 def files_of(folder: Path, meta: dict[str, Any], split: str = "") -> dict[Path, dict[str, Any]]:
@@ -213,44 +205,41 @@ def open_shard(path: Path, facts: dict[str, Any]) -> np.memmap:
     """A shard's ids, after a look at its header and size; no more of it is read."""
     if not path.exists():
         raise FileNotFoundError(f"shard {path} is missing; {AGAIN}")
-    dtype, offset, tokens = (_bin_header if path.suffix == ".bin" else _npy_header)(path)
-    size, expected = path.stat().st_size, offset + tokens * dtype.itemsize
+    try:
+        ids = _map_bin(path) if path.suffix == ".bin" else np.lib.format.open_memmap(path, mode="r")
+    except OSError:                     # it cannot be read, which says nothing of what is in it
+        raise
+    except Exception as error:          # a damaged header can say anything: numpy evaluates it
+        raise ValueError(f"shard {path} is truncated or damaged ({error!r:.150}); "
+                         f"{AGAIN}") from None
+    if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+        raise ValueError(f"shard {path} holds {ids.dtype} of shape {ids.shape}, not one row of "
+                         f"uint16 or uint32; {AGAIN}")
+    size, expected = path.stat().st_size, ids.offset + ids.nbytes
     if size != expected:
         raise ValueError(f"shard {path} has {size:,} bytes; its header says {expected:,}, so it is "
-                         f"{'truncated' if size < expected else 'damaged'}; {AGAIN}")
-    if facts.get("tokens", tokens) != tokens:
-        raise ValueError(f"shard {path} holds {tokens:,} ids, meta.json says {facts['tokens']:,}; "
-                         f"{AGAIN}")
-    if not tokens:
+                         f"damaged; {AGAIN}")
+    if facts.get("tokens", len(ids)) != len(ids):
+        raise ValueError(f"shard {path} holds {len(ids):,} ids, meta.json says "
+                         f"{facts['tokens']:,}; {AGAIN}")
+    if not len(ids):
         raise ValueError(f"shard {path} holds no ids; {AGAIN}")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(tokens,))
+    return ids
 
 
-def _npy_header(path: Path) -> tuple[np.dtype, int, int]:
-    """(dtype, bytes before the ids, number of ids)."""
-    with open(path, "rb") as file:
-        found = NPY_HEADER.match(file.read(NPY_LONGEST))
-    if not found or found.end() != 10 + int.from_bytes(found[1], "little"):
-        raise ValueError(f"shard {path} does not start as a .npy file of one row of ids does, so "
-                         f"it is damaged; {AGAIN}")
-    if found[2] not in (b"<u2", b"<u4"):
-        raise ValueError(f"shard {path} holds numbers of type {found[2].decode('latin-1')!r:.20}, "
-                         f"not uint16 or uint32; {AGAIN}")
-    return np.dtype(found[2].decode()), found.end(), int(found[3])
-
-
-def _bin_header(path: Path) -> tuple[np.dtype, int, int]:
+def _map_bin(path: Path) -> np.memmap:
+    """The ids of an llm.c shard."""
     header = np.fromfile(path, dtype="<i4", count=BIN_HEADER // 4)
     if len(header) < 256 or header[0] != BIN_MAGIC or header[1] != BIN_VERSION or header[2] < 0:
-        raise ValueError(f"shard {path} does not start as llm.c's do: magic {BIN_MAGIC}, "
-                         f"version {BIN_VERSION}, number of ids")
-    return np.dtype("<u2"), BIN_HEADER, int(header[2])
+        raise ValueError(f"it does not start as llm.c's do: magic {BIN_MAGIC}, version "
+                         f"{BIN_VERSION}, number of ids")
+    return np.memmap(path, "<u2", mode="r", offset=BIN_HEADER, shape=(int(header[2]),))
 
 
 def _check_tokenizer(folder: Path, meta: dict[str, Any]) -> None:
     """The tokenizer beside the shards has to be the one that made them (tok.json has its hash)."""
     path = folder / "tokenizer.json"
-    if path.exists() and (found := read_json(path).get("sha256")):
+    if path.exists() and (found := read_object(path).get("sha256")):
         if meta["tokenizer_hash"] not in (None, found):
             raise ValueError(f"{path} is not the tokenizer that made the shards beside it (its "
                              f"hash is {found!r:.10}, not {meta['tokenizer_hash']!r:.10}); {AGAIN}")
@@ -259,35 +248,6 @@ def _check_tokenizer(folder: Path, meta: dict[str, Any]) -> None:
 def _read_stamp(folder: Path) -> dict[str, Any]:
     """What verify noted; nothing where there is no stamp, or none that can be read."""
     try:
-        return read_json(folder / STAMP)
+        return read_object(folder / STAMP)
     except (ValueError, OSError):       # a stamp only saves time
         return {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError says that it is damaged."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:                   # nested too deep is no JSON
-        raise ValueError(f"{path} is damaged: {error}; {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it is no JSON object; {AGAIN}")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """An object as a JSON file, whole or not at all."""
-    write_file(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
-
-
-def write_file(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write a file whole or not at all: beside its place, to the disk, then renamed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

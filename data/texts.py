@@ -1,45 +1,60 @@
-"""Documents from files: .txt (a file is a document), .jsonl ({"text": ...} a line), .parquet.
+"""Files to texts: documents (.txt, .jsonl, .parquet) and records (.json, .jsonl).
 
-    for text in read_documents(find_files("folder")): ...
+    for text in read_documents(find_files("folder")): ...       # .txt: a file is a document,
+                                                                # .jsonl: {"text": ...} a line
+    for line, record in read_records(path): ...                 # any JSON object a line or item
 """
 import json
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
-ENDINGS = (".txt", ".jsonl", ".parquet")
+DOCUMENTS = (".txt", ".jsonl", ".parquet")
+RECORDS = (".json", ".jsonl")
 
 
-def find_files(source: str | Path) -> list[Path]:
-    """The text files that `source` names: a file, a folder (searched below), several by comma."""
+def find_files(source: str | Path, endings: tuple[str, ...] = DOCUMENTS) -> list[Path]:
+    """The files that `source` names: a file, a folder (searched below), several by comma."""
     files: list[Path] = []
     for name in str(source).split(","):
         path = Path(name)
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix in ENDINGS)
+            files += sorted(p for p in path.rglob("*") if p.suffix in endings)
         elif path.is_file():
             files.append(path)
         else:
             raise FileNotFoundError(f"there is no file or folder {path}")
     if not files:
-        raise FileNotFoundError(f"{source} holds no {', '.join(ENDINGS)} file")
+        raise FileNotFoundError(f"{source} holds no {', '.join(endings)} file")
     return files
 
+
+def read_text(path: Path) -> str:
+    """A file in UTF-8. ValueError names the first wrong byte."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} is "
+                         f"0x{error.object[error.start]:02x}; convert it first") from None
+
+
+def lone_surrogate(text: str) -> str:
+    """What JSON can spell and UTF-8 cannot, half a surrogate pair: "\\ud800"; "" without any."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(text[error.start]):04x}"
+    return ""
+
+
+# ------------------------------------------------------------------------------------- documents
 
 def read_documents(files: Iterable[Path]) -> Iterator[str]:
     """Every document that is not blank, in order. Errors name the file and the line or byte."""
     for path in files:
-        read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix, _read_text)
-        for text in read(path):
+        read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix)
+        for text in read(path) if read else [read_text(path)]:
             if text.strip():
                 yield text
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    try:
-        yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start} is "
-                         f"0x{error.object[error.start]:02x}; convert it first") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
@@ -60,11 +75,9 @@ def _text_of(line: str, place: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f'{place} is no {{"text": "..."}} object')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:                             # JSON can spell "\ud800"
-        raise ValueError(f"{place} has half a surrogate pair, \\u{ord(text[error.start]):04x}, "
-                         f"which is no character; remove it") from None
+    if wrong := lone_surrogate(text):
+        raise ValueError(f"{place} has half a surrogate pair, {wrong}, which is no character; "
+                         f"remove it")
     return text
 
 
@@ -89,3 +102,48 @@ def _read_parquet(path: Path) -> Iterator[str]:
         # The last for sizes that a damaged file claims; the others are how pyarrow says the rest.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path} is no parquet file that can be read: {reason:.300}") from None
+
+
+# --------------------------------------------------------------------------------------- records
+
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, record) of a JSON array, a single object, or JSONL. A broken line of JSONL comes as a
+    ValueError in place of its record; a broken array cannot be read on and raises it."""
+    text = read_text(path).removeprefix("\ufeff")                    # a byte order mark
+    if text.lstrip()[:1] == "[":
+        yield from _read_array(path, text)
+        return
+    try:
+        yield 1, json.loads(text)                                   # one object, on several lines
+        return
+    except (ValueError, RecursionError):
+        pass                                                        # a line each, then
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:           # nested too deep is no JSON
+                yield number, ValueError(f"no JSON: {error}")
+
+
+def _read_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+    at = _skip(text, text.index("[") + 1)
+    while text[at:at + 1] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: after line {line} is no JSON: {error}") from None
+        yield line, record
+        at = _skip(text, at)
+        if text[at:at + 1] == ",":
+            at = _skip(text, at + 1)
+        elif text[at:at + 1] != "]":
+            raise ValueError(f"{path}: the array breaks off after the record in line {line}")
+
+
+def _skip(text: str, at: int) -> int:
+    while text[at:at + 1] in (" ", "\n", "\r", "\t"):
+        at += 1
+    return at

@@ -12,8 +12,9 @@ from typing import Any, Iterable
 
 import numpy as np
 
-from data.shards import (AGAIN, FORMAT_VERSION, STAMP, check_meta, files_of, open_shard, read_json,
-                         shard_name, write_file, write_json)
+from data.prepared import AGAIN, FORMAT_VERSION, read_object
+from data.shards import STAMP, check_meta, files_of, open_shard, shard_name
+from formats.files import atomic_write, write_json
 
 
 class ShardWriter:
@@ -91,12 +92,13 @@ class ShardWriter:
         self.pending_tokens[split] = 0
         facts = self.meta["splits"].setdefault(split, {"tokens": 0, "files": {}})
         name = shard_name(split, len(facts["files"]))
-        write_file(self.folder / name, lambda file: np.save(file, ids))
-        facts["files"][name] = {"tokens": len(ids), "sha256": _sha256(ids)}
+        with atomic_write(self.folder / name) as temporary, open(temporary, "wb") as file:
+            np.save(file, ids)
+        facts["files"][name] = {"tokens": len(ids), "sha256": hashlib.sha256(ids).hexdigest()}
         facts["tokens"] += len(ids)
         if not any(self.pending_tokens.values()):                   # all documents so far are safe
             write_json(self.folder / "progress.json",
-                        {"meta": self.meta, "documents": self.documents})
+                       {"meta": self.meta, "documents": self.documents})
 
 
 def unigram_entropy(shards: Iterable[np.ndarray], chunk: int = 10_000_000) -> float:
@@ -114,13 +116,9 @@ def unigram_entropy(shards: Iterable[np.ndarray], chunk: int = 10_000_000) -> fl
 def read_progress(folder: Path) -> tuple[dict[str, Any], int]:
     """What an interrupted ShardWriter has noted: meta.json so far, and documents that are done."""
     path = folder / "progress.json"
-    saved = read_json(path)
+    saved = read_object(path)
     meta, documents = saved.get("meta"), saved.get("documents")
     if not isinstance(meta, dict) or type(documents) is not int or documents < 0:
         raise ValueError(f"{path} is damaged; {AGAIN}")
     check_meta(meta, path)
     return meta, documents
-
-
-def _sha256(ids: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()

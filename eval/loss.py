@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from data import chat, labels, loader, sets, shards, texts
+from data import chat, labels, loader, prepared, sets, shards, texts
+from data.templates import TEMPLATES
 from eval.fit import fit_report
 from eval.scoring import evaluating
 from model import IGNORE
@@ -158,7 +159,7 @@ def open_chat(config: LossConfig, split: str, tokenizer: Any, block_size: int) -
     template = config.template or run_template(config.model)
     if not template:
         raise ValueError(f"{config.model} was not trained on conversations; say how to write them "
-                         f"with --template={', '.join(chat.TEMPLATES)}")
+                         f"with --template={', '.join(TEMPLATES)}")
     return chat.load_samples(shards.find(config.data), split, tokenizer, template,
                              block_size, config.labels)
 
@@ -166,7 +167,7 @@ def open_chat(config: LossConfig, split: str, tokenizer: Any, block_size: int) -
 def open_classes(config: LossConfig, model: nn.Module, tokenizer: Any) -> Any:
     """The samples of texts with classes, as data.samples.Samples."""
     folder = shards.find(config.data)
-    names = labels.read_meta(folder)["labels"]
+    names = prepared.read_meta(folder, "classes")["labels"]
     if len(names) != model.classes:
         raise ValueError(f"{config.model} chooses among {model.classes} classes, {config.data} has "
                          f"{len(names)} ({', '.join(names)}); name the data that it was trained on")

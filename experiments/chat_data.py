@@ -35,8 +35,10 @@ import numpy as np
 from run import log as report
 from run import load
 from run.config import build, parse, run_command
+from bpe import END_OF_TEXT
 from data import chat, conversations, pydocs
 from data.samples import Samples
+from data.templates import TEMPLATES, Template
 from eval.fit import answer_figures
 from run.presets import SFT_DEMO
 from train import TrainConfig, train
@@ -48,7 +50,7 @@ OTHER_SYSTEM = "Answer in one sentence."
 UNSEEN = "Tell me about `{head}`."
 ADAPTER = dict(r=8, alpha=16.0, target_modules=("all-linear",))
 # A conversation as one text with labels everywhere; spelled as `plain` spells it.
-WHOLE = chat.Template(start=chat.END_OF_TEXT, user="User:", opening="", end=chat.END_OF_TEXT)
+WHOLE = Template(start=END_OF_TEXT, user="User:", opening="", end=END_OF_TEXT)
 STUDIES = ("rates", "labels", "turns", "repeats", "same", "wording", "lengths", "system", "topics")
 Talk = list[dict[str, str]]
 
@@ -196,7 +198,7 @@ def perform(arm: Arm, seed: int, checks: list[Talk], config: DataConfig) -> Path
     with open(folder / "screen.txt", "a") as screen, contextlib.redirect_stdout(screen):
         if arm.settings.get("template") == "whole":
             checks = list(map(whole, checks))
-        conversations.write_dataset(
+        conversations.write_conversations(
             folder / "data", [{"messages": talk} for talk in arm.talks], "data/pydocs.py",
             val=[{"messages": talk} for talk in checks])
         share = arm.settings.get("batch_tokens", 1)
@@ -230,7 +232,7 @@ def measure(arm: Arm, folder: Path, tests: dict[str, Asked]) -> dict[str, dict[s
 
 def all_rows(config: DataConfig) -> Iterator[dict[str, Any]]:
     """Train and measure everything, seed by seed."""
-    chat.TEMPLATES["whole"] = WHOLE
+    TEMPLATES["whole"] = WHOLE
     model, tokenizer = load.load_base(config.init_from)
     parts = conversations.split(pydocs.questions(), 0.1)
     seen, unseen = (functions(part, tokenizer, model.config.block_size) for part in parts)

@@ -38,6 +38,7 @@ from run import load
 from bpe import Tokenizer
 from run.config import build, parse, run_command
 from data import alpaca, conversations, corpus, imdb, shards
+from data.texts import RECORDS, find_files
 from run.device import pick_device
 from experiments import lora_pictures
 from experiments.lora_studies import STUDIES, VARIANTS, Setting
@@ -145,14 +146,14 @@ def prepare(config: SweepConfig, tokenizer: Tokenizer) -> None:
         if not texts["train"] or not texts["test"]:
             texts["train"], texts["test"] = corpus.split_documents([text for _, text, _ in found],
                                                                    0.1)
-        corpus.write_dataset(folder / "imdb", drawn(texts["train"], config.reviews, "reviews"),
-                             texts["test"], tokenizer, config.imdb or imdb.URL)
+        corpus.write_shards(folder / "imdb", drawn(texts["train"], config.reviews, "reviews"),
+                            texts["test"], tokenizer, config.imdb or imdb.URL)
     if not (folder / "alpaca" / "meta.json").exists():
-        files = conversations.find_files([config.alpaca] if config.alpaca else [
-            alpaca.download(shards.DATA / "alpaca" / "alpaca_data.json")])
+        files = find_files(config.alpaca, RECORDS) if config.alpaca else [
+            alpaca.download(shards.DATA / "alpaca" / "alpaca_data.json")]
         talks, dropped = conversations.read(files, "alpaca")
         train_part, val = conversations.split(talks, 0.05)
-        conversations.write_dataset(
+        conversations.write_conversations(
             folder / "alpaca", drawn(train_part, config.records, "records"),
             config.alpaca or alpaca.URL, dropped=dropped, val=val)
 

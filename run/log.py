@@ -307,7 +307,7 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, world:
     c, n = config.model, model.num_params()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     trained = sum(p.numel() for _, p in trainable)
-    passes = config.max_steps * batches.per_step / batches.windows
+    passes = config.max_steps * batches.rows_per_step / batches.rows_per_epoch
     # Activations a token and layer: 34 C bytes with 2-byte numbers (Korthikanti et al. 2022,
     # 2205.05198, table 2, without the attention matrix, which flash attention does not keep) and 2
     # more that autograd keeps; recomputed, its float32 input.
@@ -326,7 +326,8 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, world:
     lines = [
         f"{config.max_steps} steps of {config.batch_tokens:,} tokens = {world.size} rank(s) x "
         f"{batches.accumulation} micro-batch(es) x {batches.micro_batch} sequences x "
-        f"{c.block_size} tokens; {passes:.2f} passes over {batches.windows:,} rows of the data",
+        f"{c.block_size} tokens; {passes:.2f} passes over "
+        f"{batches.rows_per_epoch:,} rows of the data",
         f"parameters {n:,}, trained {trained:,}; "
         f"{model.flops_per_token() / 1e9:.3g} GFLOP a token, "
         f"{model.flops_per_token() * config.max_steps * config.batch_tokens:.3g} FLOP in all",

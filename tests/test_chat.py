@@ -9,15 +9,18 @@ import torch
 
 from bpe import Tokenizer
 from run.config import build
-from data import alpaca, chat, conversations, imdb, inspect_chat, pydocs
-from data.chat import (TEMPLATES, extend_tokenizer, fingerprint, load_samples, render,
-                       render_prompt)
-from data.conversations import convert, read, read_records, write_dataset
+from data import alpaca, chat, conversations, imdb, inspect_chat, prepared, pydocs, shards
+from data.chat import load_samples, render, render_prompt
+from data.conversations import convert, read, write_conversations
+from data.sets import ChatSet
+from data.templates import TEMPLATES, extend_tokenizer
+from data.texts import read_records
 from model import GPT, IGNORE, GPTConfig
 from run.load import grow_embedding
 
 TOKENIZER = Tokenizer.train(["What is this? It is a test of the thing.\n\n### Response: a b c "
                              "User: Assistant: hello there"] * 3, 300)
+LINES = Tokenizer.train(["end.\n\n \n\n"] * 3, 258)     # has "\n\n", which words part: "\n", "\n"
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is this?"},
         {"role": "assistant", "content": "A test."}, {"role": "user", "content": "Of what?"},
         {"role": "assistant", "content": " Of the thing\n"}]
@@ -60,6 +63,25 @@ def test_llama3_is_its_published_string():
         expected + "<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, LINES], ids=["words", "line ends"])
+def test_llama3_has_the_ids_of_its_whole_published_string(tokenizer):
+    """As its template in transformers writes it: content | trim, and all of it encoded at once."""
+    talk = [{"role": "system", "content": "\n Be brief. "}, *user("  What is this?\n\n"),
+            {"role": "assistant", "content": " \n\nA test. "}, *user("Of\n\nwhat?"),
+            {"role": "assistant", "content": "\"Of\n\nthe thing\n"}]
+    whole = "<|begin_of_text|>" + "".join(
+        f"<|start_header_id|>{m['role']}<|end_header_id|>\n\n{m['content'].strip()}<|eot_id|>"
+        for m in talk)
+    more = extend_tokenizer(tokenizer, "llama3")
+    ids, labels = render(talk, tokenizer, "llama3")
+    assert ids == more.encode(whole, allowed_special="all")
+    assert more.decode([y for y in labels if y != IGNORE]) == (
+        'A test.<|eot_id|>"Of\n\nthe thing<|eot_id|>')
+    for turn in (2, 4):
+        prompt = render_prompt(talk[:turn], tokenizer, "llama3")
+        assert ids[:len(prompt)] == prompt and labels[len(prompt)] != IGNORE
+
+
 def test_plain_and_chatml_and_none_have_their_hand_worked_strings():
     assert shown(render(TALK[:3], TOKENIZER, "plain")[0], "plain") == (
         "<|endoftext|>Be brief.\n\nUser: What is this?\n\nAssistant: A test.<|endoftext|>")
@@ -99,9 +121,10 @@ def test_the_labels_are_the_answers_and_their_end_tokens(template):
     assert len(ids) == len(labels) and all(y in (IGNORE, x) for x, y in zip(ids, labels))
     spelled = tokenizer.decode([y for y in labels if y != IGNORE])
     space = " " if template == "plain" else ""
-    assert spelled == f"{space}A test.{t.end}{space} Of the thing\n{t.end}"
+    second = "Of the thing" if template == "llama3" else f"{space} Of the thing\n"
+    assert spelled == f"{space}A test.{t.end}{second}{t.end}"
     last = render(TALK, tokenizer, template, labels="last")[1]
-    assert tokenizer.decode([y for y in last if y != IGNORE]) == f"{space} Of the thing\n{t.end}"
+    assert tokenizer.decode([y for y in last if y != IGNORE]) == second + t.end
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -267,35 +290,44 @@ def pairs(n, prefix=""):
             for i in range(n)]
 
 
+def lines(folder, split):
+    return [json.dumps(record) for record in prepared.read_split(folder, "chat", split)]
+
+
+def fingerprint(folder, tokenizer, template, labels="all"):
+    tokenizer = extend_tokenizer(tokenizer, template)
+    return ChatSet(folder, tokenizer, template, 256, labels).fingerprint
+
+
 def test_a_data_set_holds_every_conversation_once_and_equal_ones_on_one_side(tmp_path):
     given = pairs(40) * 3
-    meta = write_dataset(tmp_path, given, "test", validation=0.2)
-    train, val = (conversations.read_split(tmp_path, split) for split in ("train", "val"))
+    meta = write_conversations(tmp_path, given, "test", validation=0.2)
+    train, val = (lines(tmp_path, split) for split in ("train", "val"))
     assert not set(train) & set(val) and len(set(train) | set(val)) == 40
     assert len(train) == 96 and len(val) == 24 == meta["splits"]["val"]["records"]
     again = tmp_path / "again"
-    write_dataset(again, given[::-1], "test", validation=0.2)
-    assert set(conversations.read_split(again, "val")) == set(val)
+    write_conversations(again, given[::-1], "test", validation=0.2)
+    assert set(lines(again, "val")) == set(val)
 
 
 def test_a_changed_or_foreign_data_set_is_refused(tmp_path):
-    write_dataset(tmp_path, pairs(9), "test")
+    write_conversations(tmp_path, pairs(9), "test")
     path = tmp_path / "train.jsonl"
     path.write_text(path.read_text().replace("1", "2"))
     with pytest.raises(ValueError, match="differs from its checksum"):
         load_samples(tmp_path, "train", TOKENIZER, "plain", 64)
     (tmp_path / "meta.json").write_text('{"version": 1, "vocab_size": 256}')
-    with pytest.raises(ValueError, match="holds no chat data"):
+    with pytest.raises(ValueError, match="holds 'tokens' data, not chat data; .* data.chat"):
         fingerprint(tmp_path, TOKENIZER, "plain")
     with pytest.raises(FileNotFoundError, match="prepare FILE"):
         fingerprint(tmp_path / "none", TOKENIZER, "plain")
     with pytest.raises(ValueError, match="at least 2 are needed"):
-        write_dataset(tmp_path, pairs(1) * 5, "test")
+        write_conversations(tmp_path, pairs(1) * 5, "test")
 
 
 def test_the_fingerprint_changes_with_whatever_changes_the_samples(tmp_path):
     for name, n in (("a", 9), ("b", 10)):
-        write_dataset(tmp_path / name, pairs(n), "test")
+        write_conversations(tmp_path / name, pairs(n), "test")
     a = fingerprint(tmp_path / "a", TOKENIZER, "plain")
     others = [fingerprint(tmp_path / "b", TOKENIZER, "plain"),
               fingerprint(tmp_path / "a", extend_tokenizer(TOKENIZER, "chatml"), "plain"),
@@ -308,12 +340,12 @@ def test_the_fingerprint_changes_with_whatever_changes_the_samples(tmp_path):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_samples_are_the_renderings_up_to_their_last_label(tmp_path, template):
     talks = [{"messages": TALK}, {"messages": convert(ALPACA)}, *pairs(5)]
-    write_dataset(tmp_path, talks, "test", validation=0.1)
+    write_conversations(tmp_path, talks, "test", validation=0.1)
     tokenizer = extend_tokenizer(TOKENIZER, template)
     for labels in ("all", "last"):
         samples = load_samples(tmp_path, "train", tokenizer, template, 256, labels)
-        for i, line in enumerate(conversations.read_split(tmp_path, "train")):
-            ids, marks = render(json.loads(line)["messages"], tokenizer, template, labels)
+        for i, record in enumerate(prepared.read_split(tmp_path, "chat", "train")):
+            ids, marks = render(record["messages"], tokenizer, template, labels)
             end = max(t for t, mark in enumerate(marks) if mark != IGNORE)
             x, y = samples.read(i)
             assert x.tolist() == ids[:end] and y.tolist() == marks[1:end + 1]
@@ -325,7 +357,7 @@ def test_what_is_too_long_loses_turns_then_the_answers_end_then_itself(tmp_path)
     long = [*user("abc"), {"role": "assistant", "content": "d" * 30},
             *user("e"), {"role": "assistant", "content": "f" * 30}]
     tokenizer = Tokenizer([], special_tokens=("<|endoftext|>",))        # a byte a token
-    write_dataset(tmp_path, [{"messages": long}, *pairs(3)], "test", val=pairs(1))
+    write_conversations(tmp_path, [{"messages": long}, *pairs(3)], "test", val=pairs(1))
 
     def first(block_size, labels="all"):
         samples = load_samples(tmp_path, "train", tokenizer, "none", block_size, labels)
@@ -340,7 +372,7 @@ def test_what_is_too_long_loses_turns_then_the_answers_end_then_itself(tmp_path)
     assert first(32)[0] == "d" * 30
     assert first(5)[0] == "ddd"
     talks = [{"messages": [*user("q" * 7), {"role": "assistant", "content": "a"}]}, *pairs(3)]
-    write_dataset(tmp_path, talks, "test", val=pairs(1))
+    write_conversations(tmp_path, talks, "test", val=pairs(1))
     assert first(6) == ("000" + end, {"records": 4, "kept": 3, "dropped": 1, "truncated": 0})
     with pytest.raises(ValueError, match=r"train.jsonl:1: the question fills block_size=6"):
         load_samples(tmp_path, "train", tokenizer, "none", 6, on_error="refuse")
@@ -349,7 +381,7 @@ def test_what_is_too_long_loses_turns_then_the_answers_end_then_itself(tmp_path)
 
 
 def test_a_tokenizer_without_the_templates_tokens_is_refused_for_training(tmp_path):
-    write_dataset(tmp_path, pairs(9), "test")
+    write_conversations(tmp_path, pairs(9), "test")
     with pytest.raises(ValueError, match="extend_tokenizer"):
         load_samples(tmp_path, "train", TOKENIZER, "llama3", 64)
 
@@ -359,7 +391,7 @@ def test_a_tokenizer_without_the_templates_tokens_is_refused_for_training(tmp_pa
 def test_python_answers_for_itself_without_repeating_a_pair():
     found = pydocs.questions()
     assert len(found) > 5000
-    texts = [conversations.spell(c) for c in found]
+    texts = [json.dumps(c) for c in found]
     assert len(set(texts)) == len(texts)
     assert {len(c["messages"]) for c in found} == {2, 4}
     for c in found:
@@ -379,7 +411,7 @@ def test_alpaca_is_read_from_a_file_and_its_size_is_checked(tmp_path, capsys):
     (tmp_path / "mine.json").write_text(json.dumps(records))
     alpaca.prepare(build(alpaca.AlpacaConfig, dict(from_=str(tmp_path / "mine.json"),
                                                    out=str(tmp_path / "out"))))
-    meta = conversations.read_meta(tmp_path / "out")
+    meta = prepared.read_meta(tmp_path / "out", "chat")
     assert meta["dropped"] == {"empty answer": 1} and meta["read"] == 30
     assert "30 records, not the 52,002" in capsys.readouterr().out
 
@@ -402,14 +434,13 @@ def test_reviews_become_text_or_questions_from_folders_and_from_jsonl(tmp_path):
     for source, counts in ((folder, (12, 12)), (file, (19, 1))):
         out = imdb.prepare(build(imdb.ImdbConfig, dict(from_=str(source), task="sentiment",
                                                        out=str(tmp_path / "out"))))
-        splits = conversations.read_meta(out)["splits"]
+        splits = prepared.read_meta(out, "chat")["splits"]
         assert (splits["train"]["records"], splits["val"]["records"]) == counts
-    messages = json.loads(conversations.read_split(out, "train")[1])["messages"]
+    messages = prepared.read_split(out, "chat", "train")[1]["messages"]
     assert messages[0]["input"].startswith("Film") and messages[1]["content"] in ("positive",
                                                                                   "negative")
     out = imdb.prepare(build(imdb.ImdbConfig, dict(from_=str(folder), tokenizer="bytes",
                                                    out=str(tmp_path / "text"))))
-    from data import shards
     val = shards.open_split(out, "val")
     text = bytes(val.read(0, len(val)).astype(np.uint8)).decode()
     assert text.count("film, test") == 12 and "<br" not in text and ".\n\nReally." in text
@@ -463,13 +494,38 @@ def test_inspection_counts_what_it_says():
     assert tiny["unlabelled"] == 5
 
 
+def test_inspection_takes_the_block_size_of_the_run_whose_tokenizer_it_is_given(tmp_path, capsys):
+    file, run = tmp_path / "a.jsonl", tmp_path / "run"
+    talk = [*user("q"), {"role": "assistant", "content": "a" * 200}]
+    file.write_text(json.dumps({"messages": talk}))
+    run.mkdir()
+    TOKENIZER.save(run / "tokenizer.json")
+    (run / "config.json").write_text('{"model": {"block_size": 128}, "data": "x"}')
+    for words, said in ((["--tokenizer=bytes"], "block_size=1024: 0.0% truncated"),
+                        ([f"--tokenizer={run}"], "block_size=128: 100.0% truncated"),
+                        ([f"--tokenizer={run}", "--block_size=999"], "block_size=999: 0.0% trunc")):
+        chat.main(["inspect", str(file), *words])
+        assert said in capsys.readouterr().out
+
+
+def test_no_control_character_of_the_data_reaches_the_terminal(tmp_path, capsys):
+    file, bad = tmp_path / "a.jsonl", "\x1b[31m red \x9b2J\x07\r\x00\x7f"
+    talk = [*user(f"{bad}?\n\ttab 🙂"), {"role": "assistant", "content": bad}]
+    file.write_text("".join(json.dumps(record) + "\n" for record in (
+        {"messages": talk, "task": bad}, {"messages": talk}, {bad: 1})))
+    chat.main(["inspect", str(file)])
+    shown = "".join(capsys.readouterr())
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+    assert r"\x1b[31m red \x9b2J\x07\x0d\x00\x7f" in shown and "?\n\ttab 🙂" in shown
+
+
 def test_real_conversations_prepare_and_say_what_was_dropped(shared, tmp_path):
     for name, records, dropped in (("alpaca/alpaca_3796.json", 3796, {"empty answer": 4}),
                                    ("alpaca/alpaca_zh_1000.json", 1000, {}),
                                    ("multiturn/emollm_400.json", 400, {})):
         out = tmp_path / name
         chat.main([str(shared / name), f"--out={out}"])
-        meta = conversations.read_meta(out)
+        meta = prepared.read_meta(out, "chat")
         assert meta["dropped"] == dropped and meta["read"] == records
 
 
@@ -477,5 +533,5 @@ def test_real_conversations_prepare_and_say_what_was_dropped(shared, tmp_path):
                                     '{"kind": "chat", "version": 1, "splits": {"train": 3}}'])
 def test_a_damaged_meta_of_chat_data_is_one_clear_line(tmp_path, damage):
     (tmp_path / "meta.json").write_text(damage)
-    with pytest.raises(ValueError, match="damaged|no chat data"):
-        conversations.read_split(tmp_path, "train")
+    with pytest.raises(ValueError, match="damaged|truncated or not JSON|not chat data"):
+        prepared.read_split(tmp_path, "chat", "train")

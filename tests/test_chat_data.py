@@ -6,6 +6,7 @@ import pytest
 from bpe import Tokenizer
 from run.config import build
 from data import chat, corpus, pydocs
+from data.templates import TEMPLATES
 from experiments import chat_data
 from experiments.chat_data import Asked, DataConfig, as_samples, pair, studies
 from run.presets import PRESETS
@@ -59,7 +60,7 @@ def test_arms_of_a_study_have_the_same_conversations_but_for_what_it_varies():
 
 def test_a_conversation_as_one_text_has_the_same_ids_and_labels_on_all_but_the_frame():
     talk = pair("json.dumps(obj)", "Serialise it.")
-    chat.TEMPLATES["whole"] = chat_data.WHOLE
+    TEMPLATES["whole"] = chat_data.WHOLE
     ids, _ = chat.render(talk, TOKENIZER, "plain")
     same, labels = chat.render(chat_data.whole(talk), TOKENIZER, "whole")
     assert same == ids
@@ -80,7 +81,7 @@ def test_a_study_runs_goes_on_and_prints_what_it_measured(tmp_path, monkeypatch,
     talks = [{"messages": pair(f"m.f{i}(x)", f"Give {i}.")} for i in range(200)]
     monkeypatch.setattr(chat_data.pydocs, "questions", lambda: talks)
     text = "User: What does `m.f(x)` do?\n\nAssistant: Give it.\n" * 99
-    corpus.write_dataset(tmp_path / "d", [text], [text], Tokenizer.train([text], 280), "test")
+    corpus.write_shards(tmp_path / "d", [text], [text], Tokenizer.train([text], 280), "test")
     train(build(TrainConfig, {**PRESETS["demo"].settings, "data": str(tmp_path / "d"),
                               "out": "base", "max_steps": 1, "sample_tokens": 0, "compile": "off",
                               "model": dict(block_size=128, n_layer=1, n_head=1, n_embd=8)}))

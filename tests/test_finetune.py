@@ -12,7 +12,7 @@ import ranks
 from run import log as report
 from bench.kills import start
 from run.config import build, parse
-from data.conversations import write_dataset
+from data.conversations import write_conversations
 from run.presets import PRESETS
 from run.load import load_model
 from sample import chat_reply
@@ -40,7 +40,7 @@ def base(tmp_path_factory):
 def chats(tmp_path_factory):
     """Conversations of one and two turns, of different lengths."""
     folder = tmp_path_factory.mktemp("chats")
-    write_dataset(folder / "data", [{"messages": [
+    write_conversations(folder / "data", [{"messages": [
         {"role": "user", "content": "+".join(map(str, range(1 + i % 5))) + "?" * (i // 5)},
         {"role": "assistant", "content": str(sum(range(1 + i % 5)))},
         {"role": "user", "content": "sure?"}, {"role": "assistant", "content": "yes" * (i % 3)},
@@ -80,7 +80,7 @@ def test_padding_and_packing_of_everything_at_once_give_one_loss(base, chats, tm
     train(build(TrainConfig, settings(base, chats, tmp_path / "padded", max_steps=2,
                                       batch_tokens=count * 48, micro_batch=count)))
     from data.samples import SampleLoader
-    rows = SampleLoader(_samples(base, chats), 48, 48, 1, packing=True).windows
+    rows = SampleLoader(_samples(base, chats), 48, 48, 1, packing=True).rows_per_epoch
     assert rows < count
     train(build(TrainConfig, settings(base, chats, tmp_path / "packed", max_steps=2, packing=True,
                                       batch_tokens=rows * 48, micro_batch=rows)))

@@ -12,7 +12,7 @@ import sample
 from bpe import Tokenizer
 from run.config import build
 from data.chat import extend_tokenizer, load_samples, render_prompt
-from data.conversations import write_dataset
+from data.conversations import write_conversations
 from data.corpus import CorpusConfig, prepare
 from data.samples import SampleLoader
 from eval import loss
@@ -109,7 +109,7 @@ def talker(request, tmp_path_factory):
     folder, template = tmp_path_factory.mktemp("talker"), request.param
     orders = [["Hello!", "And you?", "Bye!"], ["And you?", "Hello!"], ["Bye!", "Hello!"],
               ["Bye!"], ["And you?"], ["Hello!", "Bye!", "And you?"]]
-    write_dataset(folder / "data", [{"messages": talk_of(o)} for o in orders], "test",
+    write_conversations(folder / "data", [{"messages": talk_of(o)} for o in orders], "test",
                   val=[{"messages": talk_of(["Hello!"])}])
     tokenizer = extend_tokenizer(Tokenizer([], special_tokens=()), template)
     samples = load_samples(folder / "data", "train", tokenizer, template, 256)

@@ -56,10 +56,10 @@ def test_a_step_has_the_same_labels_whatever_the_ranks_micro_batches_and_packing
 def test_every_sample_is_served_once_an_epoch(n, per_step, packing):
     """Also where epochs end within a step, and where a step is longer than an epoch."""
     loader = SampleLoader(some_samples(n), BLOCK, per_step * BLOCK, 1, seed=3, packing=packing)
-    steps = -(-3 * loader.windows // per_step)
+    steps = -(-3 * loader.rows_per_epoch // per_step)
     served = np.concatenate([loader.order(step) for step in range(steps)])
-    counts = np.bincount(served, minlength=loader.windows)
-    assert counts.min() >= 3 and counts.sum() - 3 * loader.windows < per_step
+    counts = np.bincount(served, minlength=loader.rows_per_epoch)
+    assert counts.min() >= 3 and counts.sum() - 3 * loader.rows_per_epoch < per_step
     if n % per_step == 0 and not packing:
         epochs = served.reshape(3, n)
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
@@ -116,7 +116,7 @@ def test_padding_reaches_to_the_longest_of_a_micro_batch_and_has_no_label():
 def test_packed_rows_are_full_length_and_their_positions_restart_with_each_sample():
     samples = some_samples(40)
     loader = SampleLoader(samples, BLOCK, 4 * BLOCK, 2, packing=True)
-    for step in range(loader.windows // 4):
+    for step in range(loader.rows_per_epoch // 4):
         for x, y, positions in loader.batches(step):
             assert x.shape == y.shape == positions.shape == (2, BLOCK)
             assert positions.min() == 0 and positions.max() < BLOCK

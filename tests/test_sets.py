@@ -6,8 +6,8 @@ import pytest
 
 from bpe import Tokenizer
 from run.config import build
-from data import imdb, labels, sets
-from data.conversations import write_dataset as write_chats
+from data import imdb, labels, prepared, sets
+from data.conversations import write_conversations as write_chats
 from model import IGNORE
 
 BYTES = Tokenizer([], special_tokens=())
@@ -24,6 +24,11 @@ def write(path, records):
     return str(path)
 
 
+def examples_of(folder, split):
+    return [(record["text"], record["label"])
+            for record in prepared.read_split(folder, "classes", split)]
+
+
 @pytest.fixture
 def topics(tmp_path):
     source = write(tmp_path / "topics.jsonl", [{"text": text, "label": label}
@@ -36,15 +41,15 @@ def test_every_text_keeps_its_label_and_equal_texts_stay_together(tmp_path):
     records = [{"text": f"text {i % 30}", "label": f"class {i % 3}"} for i in range(90)]
     out = labels.prepare(labels.LabelsConfig(from_=write(tmp_path / "a.json", records),
                                              out=str(tmp_path / "out"), validation=0.2))
-    meta = labels.read_meta(out)
+    meta = prepared.read_meta(out, "classes")
     assert meta["kind"] == sets.kind(out) == "classes"
     assert meta["labels"] == ["class 0", "class 1", "class 2"]
-    train, val = (labels.read_split(out, split) for split in ("train", "val"))
+    train, val = (examples_of(out, split) for split in ("train", "val"))
     found = [(text, meta["labels"][label]) for text, label in train + val]
     assert sorted(found) == sorted((record["text"], record["label"]) for record in records)
     assert not {text for text, _ in train} & {text for text, _ in val}
     assert 0.1 < len(val) / 90 < 0.3
-    assert meta["splits"]["val"]["counts"] == [sum(label == i for _, label in val)
+    assert meta["counts"]["val"] == [sum(label == i for _, label in val)
                                                for i in range(3)]
 
 
@@ -52,14 +57,14 @@ def test_files_with_test_in_their_name_validate_and_numbers_sort_as_numbers(tmp_
     write(tmp_path / "a.jsonl", [{"text": f"a{i}", "label": i} for i in (10, 9, 2)])
     write(tmp_path / "a_test.jsonl", [{"text": "b", "label": 9}])
     out = labels.prepare(labels.LabelsConfig(from_=str(tmp_path), out=str(tmp_path / "out")))
-    assert labels.read_meta(out)["labels"] == ["2", "9", "10"]
-    assert labels.read_split(out, "train") == [("a10", 2), ("a9", 1), ("a2", 0)]
-    assert labels.read_split(out, "val") == [("b", 1)]
+    assert prepared.read_meta(out, "classes")["labels"] == ["2", "9", "10"]
+    assert examples_of(out, "train") == [("a10", 2), ("a9", 1), ("a2", 0)]
+    assert examples_of(out, "val") == [("b", 1)]
 
 
 def test_a_sample_is_a_texts_end_with_its_class_as_the_only_target(topics):
     data = sets.ClassSet(topics, BYTES, 16)
-    examples = labels.read_split(topics, "train")
+    examples = examples_of(topics, "train")
     assert (data.classes, data.names) == (3, ("money", "pets", "weather"))
     for i, (text, label) in enumerate(examples):
         x, y = data.train.read(i)
@@ -74,13 +79,13 @@ def test_a_sample_is_a_texts_end_with_its_class_as_the_only_target(topics):
 def test_the_loader_and_the_validation_serve_every_class(topics, packing):
     data = sets.ClassSet(topics, BYTES, 16)
     batches = data.loader(SimpleNamespace(**{**vars(CONFIG), "packing": packing}), WORLD)
-    steps = range(0, -(-batches.windows // batches.per_step))
+    steps = range(0, -(-batches.rows_per_epoch // batches.rows_per_step))
     served = [label for step in steps for _, y, *_ in batches.batches(step)
               for label in y[y != IGNORE].tolist()]
-    wanted = [label for _, label in labels.read_split(topics, "train")]
+    wanted = [label for _, label in examples_of(topics, "train")]
     assert len(served) >= len(wanted) and set(served) == set(wanted)
     found = [label for _, y in data.validation(CONFIG, WORLD) for label in y[y >= 0].tolist()]
-    assert sorted(found) == sorted(label for _, label in labels.read_split(topics, "val"))
+    assert sorted(found) == sorted(label for _, label in examples_of(topics, "val"))
 
 
 def test_every_data_set_answers_what_the_loop_asks(dataset, topics, tmp_path):
@@ -101,15 +106,15 @@ def test_every_data_set_answers_what_the_loop_asks(dataset, topics, tmp_path):
 
 
 def test_a_fingerprint_tells_texts_classes_and_tokenizers_apart(topics, tmp_path):
-    found = [labels.fingerprint(topics, BYTES), labels.fingerprint(topics, BYTES),
-             labels.fingerprint(topics, Tokenizer([], special_tokens=("<|endoftext|>",)))]
+    other = Tokenizer([], special_tokens=("<|endoftext|>",))
+    found = [sets.ClassSet(topics, tok, 16).fingerprint for tok in (BYTES, BYTES, other)]
     for name, label in (("text", "pets"), ("label", "beasts")):
         records = [{"text": text.replace("dogs", "cats") if name == "text" else text,
                     "label": label if kind == "pets" else kind} for text, kind in TOPICS]
         out = labels.prepare(labels.LabelsConfig(
             from_=write(tmp_path / f"{name}.jsonl", records), out=str(tmp_path / name),
             validation=0.3))
-        found.append(labels.fingerprint(out, BYTES))
+        found.append(sets.ClassSet(out, BYTES, 16).fingerprint)
     assert found[0] == found[1] and len(set(found)) == 4
 
 
@@ -118,8 +123,8 @@ def test_reviews_become_texts_of_two_classes(tmp_path):
         {"text": f"Film {i}.<br />End.", "label": i % 2} for i in range(40)])
     out = imdb.prepare(build(imdb.ImdbConfig, dict(from_=source, task="classes",
                                                    out=str(tmp_path / "out"))))
-    assert labels.read_meta(out)["labels"] == ["negative", "positive"]
-    found = labels.read_split(out, "train") + labels.read_split(out, "val")
+    assert prepared.read_meta(out, "classes")["labels"] == ["negative", "positive"]
+    found = examples_of(out, "train") + examples_of(out, "val")
     assert sorted(found) == sorted((f"Film {i}.\nEnd.", i % 2) for i in range(40))
 
 
@@ -144,8 +149,8 @@ def test_a_record_that_cannot_be_used_is_named_by_its_line(tmp_path, lines, mess
 
 
 def test_a_changed_or_foreign_folder_is_refused(topics, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no prepared texts with classes in"):
-        labels.read_meta(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no data set of texts with classes in"):
+        prepared.read_meta(tmp_path, "classes")
     (topics / "val.jsonl").write_text('{"text": "sun", "label": 0}\n')
     with pytest.raises(ValueError, match="val.jsonl differs from its checksum"):
         sets.ClassSet(topics, BYTES, 16)
@@ -153,8 +158,8 @@ def test_a_changed_or_foreign_folder_is_refused(topics, tmp_path):
     with pytest.raises(FileNotFoundError, match="has no train.jsonl"):
         sets.ClassSet(topics, BYTES, 16)
     (topics / "meta.json").write_text('{"kind": "chat", "version": 1}')
-    with pytest.raises(ValueError, match="has kind 'chat' and version 1"):
-        labels.read_meta(topics)
+    with pytest.raises(ValueError, match="holds 'chat' data, not texts with classes"):
+        prepared.read_meta(topics, "classes")
 
 
 def test_the_command_says_what_it_needs(tmp_path):
@@ -164,4 +169,4 @@ def test_the_command_says_what_it_needs(tmp_path):
             labels.main(words)
     labels.main([f"--from={write(tmp_path / 'a.jsonl', [dict(text=c, label=c) for c in 'ab'])}",
                  f"--out={tmp_path / 'out'}"])
-    assert labels.read_meta(tmp_path / "out")["labels"] == ["a", "b"]
+    assert prepared.read_meta(tmp_path / "out", "classes")["labels"] == ["a", "b"]

@@ -282,11 +282,11 @@ def test_another_run_in_the_same_folder_is_refused(dataset, tmp_path, changes, m
 
 
 def test_other_data_in_the_same_folder_is_refused(dataset, tmp_path):
-    from data.corpus import write_dataset
+    from data.corpus import write_shards
     from bpe import Tokenizer
     train(settings(dataset, tmp_path / "run", max_steps=2))
-    write_dataset(tmp_path / "other", ["other text\n" * 300], ["other text\n" * 30],
-                  Tokenizer([], special_tokens=()), "other")
+    write_shards(tmp_path / "other", ["other text\n" * 300], ["other text\n" * 30],
+                 Tokenizer([], special_tokens=()), "other")
     with pytest.raises(ValueError, match="holds a run with data="):
         train(settings(tmp_path / "other", tmp_path / "run", max_steps=4))
 
@@ -432,6 +432,6 @@ def test_the_run_folder_holds_what_it_promises(dataset, tmp_path):
 
 
 def test_epochs_become_the_steps_that_serve_each_window_so_often(dataset, tmp_path):
-    windows = loader.WindowLoader(shards.open_split(dataset, "train"), 32, 512, 4).windows
+    windows = loader.WindowLoader(shards.open_split(dataset, "train"), 32, 512, 4).rows_per_epoch
     summary = train(settings(dataset, tmp_path, epochs=1.5, max_steps=999))
     assert summary["final"]["step"] == math.ceil(1.5 * windows / 16)
