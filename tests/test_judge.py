@@ -1,6 +1,7 @@
 """Two runs' answers, judged by hand or by a server that may fail, stall or talk nonsense."""
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -39,12 +40,16 @@ class Server:
                 outer.requests.append((self.path, dict(self.headers), body))
                 outer.reply(self, body)
 
+            def do_GET(self):                   # what a redirected request becomes
+                outer.requests.append((self.path, dict(self.headers), None))
+                self.send_error(404)
+
             def log_message(self, *_):
                 pass
 
         self.httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.httpd.server_address[1]}/v1"
-        self.thread = threading.Thread(target=self.httpd.serve_forever)
+        self.thread = threading.Thread(target=self.httpd.serve_forever, args=(0.02,))
         self.thread.start()
 
     def reply(self, handler, body):
@@ -56,6 +61,9 @@ class Server:
             self.release.wait()
             return
         if act == "hang up":
+            return
+        if callable(act):
+            act(handler)
             return
         parts = dict(part.split("\n", 1) for part in
                      body["messages"][1]["content"].split("\n\n") if ":\n" in part)
@@ -187,6 +195,64 @@ def test_a_server_that_refuses_or_is_not_there_is_named(answers, tmp_path):
     assert len(server.requests) == 1
     (tmp_path / "sheet.json").unlink()
     assert tally(ask(answers, server, tmp_path))["not_judged"] == 4     # it is gone by now
+
+
+def test_a_redirect_does_not_take_the_key_to_another_server(answers, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "abc")
+
+    def redirect(handler):
+        handler.send_response(302)
+        handler.send_header("Location", other.url + "/chat/completions")
+        handler.end_headers()
+    with Server(longer) as other, Server(longer, [redirect]) as server:
+        with pytest.raises(ValueError, match="refuses to judge: HTTP 302 Found"):
+            ask(answers, server, tmp_path, "--key=SOME_KEY")
+    assert not other.requests
+
+
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_a_server_that_says_a_byte_now_and_then_is_not_waited_for(answers, tmp_path, start):
+    def drip(handler):
+        handler.wfile.write(start)
+        while not server.release.wait(0.1) and time.monotonic() < began + 30:
+            handler.wfile.write(b" " if start else b"H")
+    began = time.monotonic()
+    with Server(longer, [drip]) as server:
+        result = tally(ask(answers, server, tmp_path, "--timeout=2"))
+    assert time.monotonic() < began + 25 and result["wins_b"] == 4
+
+
+def test_a_server_that_says_too_much_is_asked_again(answers, tmp_path):
+    def long(handler):
+        body = b" " * 2 * judge.MOST_BYTES + b'{"choices": [{"message": {"content": "{}"}}]}'
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(body)
+    with Server(longer, [long]) as server:
+        reasons = judge.judge_item({"prompt": "Q", "first": "a", "second": "bb"},
+                                   JudgeConfig(judge=server.url, attempts=1))
+    assert reasons == "the server's reply is longer than 1,000,000 bytes"
+
+
+def test_a_judgement_is_found_in_linear_time(answers, tmp_path):
+    with Server(longer, ["{" * 400_000]) as server:
+        began = time.monotonic()
+        ask(answers, server, tmp_path)
+    assert time.monotonic() < began + 10                # a regular expression took 40 s
+
+
+def test_what_a_server_says_does_not_command_the_terminal(answers, tmp_path, capsys):
+    def refuse(handler):
+        handler.send_response(401, "No\x1b[2J")
+        handler.end_headers()
+
+    def garble(handler):
+        handler.wfile.write(b"\x1b[2J is no status\r\n\r\n")
+    with Server(longer, [garble] * 3 + [refuse]) as server:
+        with pytest.raises(ValueError, match=r"HTTP 401 No\\x1b\[2J; check"):
+            ask(answers, server, tmp_path)
+    shown = capsys.readouterr().out
+    assert r"was not judged: \x1b[2J is no status" in shown and "\x1b" not in shown
 
 
 def test_files_that_do_not_fit_together_are_refused(answers, tmp_path):
