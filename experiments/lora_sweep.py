@@ -239,8 +239,9 @@ def workers(config: SweepConfig) -> Iterator[Callable]:
         yield map
         return
     threads = max(1, (os.cpu_count() or 1) // config.processes)
-    with multiprocessing.get_context("spawn").Pool(config.processes, end_with_parent,
-                                                   (threads,)) as pool:
+    context = multiprocessing.get_context("forkserver")         # PyTorch is loaded once for all
+    context.set_forkserver_preload(["train"])
+    with context.Pool(config.processes, end_with_parent, (threads,)) as pool:
         yield pool.imap_unordered
 
 

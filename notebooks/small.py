@@ -6,9 +6,10 @@
 base_run: the preset `demo` stopped early. 4 blocks, 4 heads, 128 channels, 128 tokens of context,
 4,096 tokens of vocabulary: 1.3 M parameters, trained on the documentation that Python carries. It
 is an ordinary run in out/notebooks/base, so any notebook finds it finished; delete that folder to
-train it again.
+train it again. Two notebooks that ask for it at once get the same one: the second waits.
 """
 import contextlib
+import fcntl
 import io
 import os
 from pathlib import Path
@@ -33,7 +34,10 @@ def small_run(name: str, **changes) -> tuple[GPT, Tokenizer]:
     It is trained first, with `changes` of SETTINGS, unless the run is there already.
     """
     settings = {**flatten(SETTINGS), **flatten(changes), "out": str(OUT / name)}
-    with contextlib.redirect_stdout(io.StringIO()):     # other words at the first call than later
+    OUT.mkdir(parents=True, exist_ok=True)
+    with (open(OUT / ".lock", "w") as lock,
+          contextlib.redirect_stdout(io.StringIO())):   # other words at the first call than later
+        fcntl.flock(lock, fcntl.LOCK_EX)                # until the file is closed
         final = train(build(TrainConfig, settings))["final"]
     print(f"out/notebooks/{name}: {final['step']} steps, training loss {final['train_loss']:.2f}, "
           f"validation loss {final['val_loss']:.2f}")

@@ -1,4 +1,5 @@
 """What the ranks of a test do, each in a process of its own (bench.kills.start runs them)."""
+import itertools
 import os
 import signal
 import sys
@@ -6,27 +7,13 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 from run import checkpoint
 from run import watch as faults
 from run.config import build
 from model import GPT
 from train import TrainConfig, train
-
-# Source text to put before another: death by SIGKILL in the n-th training step, n = sys.argv[1].
-DEADLY = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-clip, steps = torch.nn.utils.clip_grad_norm_, 0
-def deadly(*arguments):
-    global steps
-    steps += 1
-    if steps == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return clip(*arguments)
-torch.nn.utils.clip_grad_norm_ = deadly
-"""
-
 
 def quiet(out):
     """Both streams to a file beside the run, as one text."""
@@ -66,6 +53,18 @@ def dying_at(settings, name, count):
             return kill() if len(calls) == count else function(*arguments)
         setattr(checkpoint.os, name, counting)
     plain(settings)
+
+
+def dying_in_step(count, function, *arguments):
+    """Does function(*arguments), and dies by SIGKILL in the count-th training step of all runs."""
+    clip, steps = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def deadly(*given):
+        if next(steps) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return clip(*given)
+    torch.nn.utils.clip_grad_norm_ = deadly
+    function(*arguments)
 
 
 def with_a_bad_loss(settings, steps, bad_rank):

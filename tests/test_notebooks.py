@@ -3,6 +3,7 @@
 The solutions of its exercises, folded into `<details>` of text cells, run in their places too.
 """
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,30 @@ def test_the_notebook_runs_with_its_solutions(path):
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",
                                      resources={"metadata": {"path": str(path.parent)}})
     client.execute()   # raises CellExecutionError with the cell and its traceback
+
+
+def test_two_notebooks_at_once_train_their_base_once(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(NOTEBOOKS[0].parent)
+    import small
+    inside, going_on = [], threading.Event()
+
+    def train(config):
+        inside.append(threading.current_thread())
+        going_on.wait(60)
+        figures = {"step": 1, "train_loss": 1.0, "val_loss": 1.0}
+        return {"final": figures, **figures}
+    monkeypatch.setattr(small, "OUT", tmp_path)
+    monkeypatch.setattr(small, "train", train)
+    monkeypatch.setattr(small, "load_writer", lambda folder: None)
+    both = [threading.Thread(target=small.base_run) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    both[0].join(1)
+    assert len(inside) == 1                             # the other waits for the first one's end
+    going_on.set()
+    for thread in both:
+        thread.join(60)
+    assert len(inside) == 2
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])

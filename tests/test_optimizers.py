@@ -4,23 +4,15 @@ import dataclasses
 import json
 import math
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import ranks
+from bench.kills import start
 from data.corpus import CorpusConfig, prepare
 from experiments import optimizers
 from experiments.optimizers import (OptimizersConfig, Trial, best_rates, compare, steps_to, summary,
                                     table, train_config)
-
-REPOSITORY = Path(__file__).parent.parent
-DEADLY = ranks.DEADLY + """
-from experiments import optimizers
-optimizers.main(sys.argv[2:])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +41,12 @@ def without_time(rows):
             for row in rows]
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The rows of a comparison that nobody interrupted."""
+    return compare(config_of(words(data, tmp_path_factory.mktemp("whole"))))
+
+
 # ----------------------------------------------------------------------------- the runs
 
 def test_runs_of_one_seed_differ_in_the_optimizer_and_its_rate_only():
@@ -60,27 +58,26 @@ def test_runs_of_one_seed_differ_in_the_optimizer_and_its_rate_only():
     assert differ == {"out", "learning_rate", "min_learning_rate"}
 
 
-def test_each_rate_is_tried_for_each_optimizer_before_any_run_is_compared(data, tmp_path):
+def test_each_rate_is_tried_for_each_optimizer_before_any_run_is_compared(data, whole, tmp_path):
     config = config_of(words(data, tmp_path))
     plan = optimizers.trials(config)
     assert {(t.phase, t.optimizer, t.learning_rate) for t in plan} == {
         ("tune", name, rate) for name in ("adamw", "muon") for rate in (1e-3, 4e-3)}
     assert len(plan) == 4 and {t.seed for t in plan} == {optimizers.TUNING_SEED}
-    rows = compare(config)
-    rates = best_rates(rows, config)
-    assert {(row["optimizer"], row["learning_rate"], row["seed"], row["step"]) for row in rows
+    rates = best_rates(whole, config)
+    assert {(row["optimizer"], row["learning_rate"], row["seed"], row["step"]) for row in whole
             if row["phase"] == "compare"} == {(name, rate, seed, step) for name, rate in
                                               rates.items() for seed in (0, 1) for step in (2, 4)}
-    assert all(row["tokens"] == row["step"] * 2 * 16 for row in rows)
+    assert all(row["tokens"] == row["step"] * 2 * 16 for row in whole)
 
 
-def test_a_killed_comparison_goes_on_without_redoing_finished_runs(data, tmp_path, monkeypatch):
-    whole = compare(config_of(words(data, tmp_path / "whole")))
+def test_a_killed_comparison_goes_on_without_redoing_finished_runs(data, whole, tmp_path,
+                                                                   monkeypatch):
     out = tmp_path / "killed"
     # 4 trials of 2 steps, a run of 4, and the third step of the next one, after its save
-    child = subprocess.run([sys.executable, "-c", DEADLY, "15", *words(data, out)],
-                           cwd=REPOSITORY, capture_output=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    child, = start(ranks.dying_in_step, 1, 15, optimizers.main, words(data, out))
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
     finished = {path.parent: path.stat().st_ino for path in out.rglob("run.json")
                 if optimizers.done(path.parent)}
     assert len(finished) == 5

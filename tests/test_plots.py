@@ -2,12 +2,12 @@
 import json
 import math
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -244,11 +244,13 @@ def test_bad_input_is_one_clear_line(tmp_path, run, words, said):
     assert re.search(said, str(error.value)) and "\n" not in str(error.value)
 
 
-def test_on_the_command_line_an_error_is_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "experiments.plots", str(tmp_path / "nowhere")],
-                          cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: there is no run in")
+def test_on_the_command_line_an_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "experiments.plots")
+    monkeypatch.setattr(sys, "argv", ["plots.py", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("experiments.plots", run_name="__main__", alter_sys=True)
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and said.startswith("error: there is no run in")
 
 
 def test_without_matplotlib_the_error_names_the_extra(run, monkeypatch):

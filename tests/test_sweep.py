@@ -1,11 +1,13 @@
 """experiments/lora_sweep.py: settings, resuming after a kill, tables and pictures."""
+import contextlib
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import math
 import signal
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 import lora
 import ranks
+from bench.kills import start
 from data.corpus import CorpusConfig, prepare
 from experiments import lora_pictures, lora_sweep
 from experiments.lora_results import (SETTING, best_rate, gains, grid_facts, knob, of, points_of,
@@ -23,7 +26,6 @@ from model import GPT, GPTConfig
 from run.log import write_json
 from train import TrainConfig, train
 
-REPOSITORY = Path(__file__).parent.parent
 BASE = Setting("", learning_rate=1e-3, batch=4, micro_batch=4, epochs=1.0)
 
 
@@ -81,13 +83,6 @@ def test_what_is_drawn_is_the_same_each_time_and_no_more_than_there_is():
 # ----------------------------------------------------------------------------- runs
 
 TINY = GPTConfig(block_size=32, vocab_size=300, n_layer=1, n_head=2, n_embd=16)
-# A sweep of three settings instead of all, which dies.
-DEADLY = ranks.DEADLY + """
-from experiments import lora_studies, lora_sweep
-settings = lora_studies.STUDIES["ranks"]
-lora_studies.STUDIES["ranks"] = lambda base: list(settings(base))[:3]
-lora_sweep.sweep(lora_sweep.parse(lora_sweep.SweepConfig, sys.argv[2:], "sweep"))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -125,48 +120,54 @@ def without_time(rows):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
-@pytest.fixture
-def three(monkeypatch):
-    """Three settings in the study "ranks", so that a sweep of it is 2 + 6 runs."""
+def run_three(words):
+    """With three settings in the study "ranks", so that a sweep of it is 2 + 6 runs."""
     settings = list(STUDIES["ranks"](BASE))[:3]
-    monkeypatch.setitem(STUDIES, "ranks", lambda base: settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STUDIES, "ranks", lambda base: settings)
+        return run(words)
 
 
-def test_a_killed_sweep_resumes_without_redoing_finished_runs(sources, tmp_path, three,
+@pytest.fixture(scope="module")
+def whole(sources, tmp_path_factory):
+    """The rows of a sweep that nobody interrupted."""
+    return run_three(words(sources, tmp_path_factory.mktemp("whole")))
+
+
+def test_a_killed_sweep_resumes_without_redoing_finished_runs(sources, whole, tmp_path,
                                                               monkeypatch):
-    whole = run(words(sources, tmp_path / "whole"))
     assert len(whole) == 8 and all(math.isfinite(row["val_loss"]) for row in whole)
 
     out = tmp_path / "killed"
     steps = sum(row["steps"] for row in whole[:5]) + 1          # in the sixth run
-    child = subprocess.run([sys.executable, "-c", DEADLY, str(steps), *words(sources, out)],
-                           cwd=REPOSITORY, capture_output=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    child, = start(ranks.dying_in_step, 1, steps, run_three, words(sources, out))
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
     finished = {path.parent: path.stat().st_ino for path in out.rglob("run.json")
                 if done(path.parent)}
     assert len(finished) == 5
 
-    rows = run(words(sources, out))
+    rows = run_three(words(sources, out))
     assert without_time(rows) == without_time(whole)
     for folder, inode in finished.items():                      # write_json makes a new file
         assert (folder / "run.json").stat().st_ino == inode
     table = (out / "lora_runs.csv").read_bytes()
 
     monkeypatch.setattr(lora_sweep, "train", None)              # once more: nothing is left to do
-    assert run(words(sources, out)) == rows
+    assert run_three(words(sources, out)) == rows
     assert (out / "lora_runs.csv").read_bytes() == table
 
 
-def test_two_processes_do_the_same_runs(sources, tmp_path, three):
-    rows = run(words(sources, tmp_path / "a"))
-    assert without_time(run(words(sources, tmp_path / "b", "--processes=2"))) == without_time(rows)
+def test_two_processes_do_the_same_runs(sources, whole, tmp_path):
+    rows = run_three(words(sources, tmp_path, "--processes=2"))
+    assert without_time(rows) == without_time(whole)
 
 
-def test_a_run_that_was_stopped_stops_the_sweep(sources, tmp_path, three, monkeypatch):
+def test_a_run_that_was_stopped_stops_the_sweep(sources, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(lora_sweep, "train", calls.append)      # returns, and nothing is finished
     with pytest.raises(KeyboardInterrupt):
-        run(words(sources, tmp_path))
+        run_three(words(sources, tmp_path))
     assert len(calls) == 1
 
 
@@ -219,13 +220,14 @@ def rows_by_hand(seeds=2):
                "trainable": 1000 * s.r}
 
 
-@pytest.fixture
-def table(tmp_path):
-    lora_sweep.write_csv(tmp_path / "runs.csv", list(rows_by_hand()))
-    return tmp_path / "runs.csv"
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "runs.csv"
+    lora_sweep.write_csv(path, list(rows_by_hand()))
+    return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def points(table):
     return points_of(read_rows(table))
 
@@ -297,21 +299,22 @@ def test_a_knob_is_turned_with_the_rest_fixed(points):
 
 # ----------------------------------------------------------------------------- pictures
 
-def figures(points):
-    """All figures of a study, drawn."""
-    matplotlib = pytest.importorskip("matplotlib")
-    found = {}
+@pytest.fixture(scope="module")
+def drawn_by_command(table, tmp_path_factory):
+    """All figures of a study by name, the folder that the command wrote, and what it said."""
+    pytest.importorskip("matplotlib")
+    found, folder, said = {}, tmp_path_factory.mktemp("pictures") / "here", io.StringIO()
+    save = lora_pictures.save
 
     def keep(path, size, draw):
-        from matplotlib.figure import Figure
-        with matplotlib.rc_context(lora_pictures.STYLE):
-            found[path.stem] = figure = Figure(figsize=size, dpi=130, layout="constrained")
+        def draw_and_keep(figure):
             draw(figure)
-            figure.draw_without_rendering()
-    with pytest.MonkeyPatch.context() as patch:
+            found[path.stem] = figure
+        save(path, size, draw_and_keep)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(lora_pictures, "save", keep)
-        lora_pictures.draw_all(points, Path())
-    return found
+        lora_pictures.main([str(table), f"--out={folder}"])
+    return found, folder, said.getvalue()
 
 
 def texts(figure):
@@ -326,8 +329,8 @@ def texts(figure):
             if text.get_text().strip() and text.get_visible() and text not in hidden]
 
 
-def test_no_words_of_a_picture_lie_on_each_other(points):
-    for name, figure in figures(points).items():
+def test_no_words_of_a_picture_lie_on_each_other(drawn_by_command):
+    for name, figure in drawn_by_command[0].items():
         boxes = [(text.get_text(), text.get_window_extent()) for text in texts(figure)]
         assert len(boxes) > 20, name
         for (one, a), (other, b) in itertools.combinations(boxes, 2):
@@ -336,8 +339,8 @@ def test_no_words_of_a_picture_lie_on_each_other(points):
             assert width <= 1 or height <= 1, f"{name}: {one!r} and {other!r}"
 
 
-def test_pictures_show_every_setting(points):
-    shown = figures(points)
+def test_pictures_show_every_setting(drawn_by_command):
+    shown = drawn_by_command[0]
     for data in ("lora_imdb", "lora_alpaca"):
         ax = shown[data].axes[0]
         assert [label.get_text() for label in ax.get_yticklabels()] == [
@@ -350,19 +353,20 @@ def test_pictures_show_every_setting(points):
                           "lora_budget"}
 
 
-def test_the_command_writes_pictures_and_figures(table, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    lora_pictures.main([str(table), f"--out={tmp_path / 'here'}"])
-    pictures = sorted((tmp_path / "here").glob("*.png"))
+def test_the_command_writes_pictures_and_figures(drawn_by_command):
+    _, folder, said = drawn_by_command
+    pictures = sorted(folder.glob("*.png"))
     assert len(pictures) == 6 and all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
-    assert "IMDB reviews, original" in capsys.readouterr().out
-    facts = json.loads((tmp_path / "here" / "lora_summary.json").read_text())
+    assert "IMDB reviews, original" in said
+    facts = json.loads((folder / "lora_summary.json").read_text())
     assert facts["grid"]["imdb"]["best_slope"] == pytest.approx(-0.5)
 
 
-def test_a_study_alone_gives_its_pictures_only(table):
-    rows = [row for row in read_rows(table) if row["study"] in ("base", "original")]
-    assert set(figures(points_of(rows))) == {"lora_imdb", "lora_alpaca", "lora_compare"}
+def test_a_study_alone_gives_its_pictures_only(table, monkeypatch):
+    rows, drawn = [row for row in read_rows(table) if row["study"] in ("base", "original")], []
+    monkeypatch.setattr(lora_pictures, "save", lambda path, size, draw: drawn.append(path.stem))
+    lora_pictures.draw_all(points_of(rows), Path())
+    assert set(drawn) == {"lora_imdb", "lora_alpaca", "lora_compare"}
 
 
 # ----------------------------------------------------------------------------- bad input
@@ -380,11 +384,12 @@ def test_bad_input_is_told_in_one_line(setting, message, sources, tmp_path):
     assert "\n" not in str(found.value)
 
 
-def test_the_command_line_ends_with_code_2(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "experiments.lora_sweep", "--seeds=0"],
-                          cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "error: seeds=0 must be at least 1\n"
+def test_the_command_line_ends_with_code_2(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "experiments.lora_sweep")
+    monkeypatch.setattr(sys, "argv", ["lora_sweep.py", "--seeds=0"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("experiments.lora_sweep", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().err == "error: seeds=0 must be at least 1\n"
 
 
 def test_a_table_that_is_none_is_refused(table, tmp_path):
