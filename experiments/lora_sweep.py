@@ -43,6 +43,7 @@ from run.device import pick_device
 from experiments import lora_pictures
 from experiments.lora_studies import STUDIES, VARIANTS, Setting
 from experiments.runs import load_run
+from formats import peft
 from model import GPT
 from train import TrainConfig, train
 
@@ -307,7 +308,7 @@ def sweep(config: SweepConfig) -> list[dict[str, Any]]:
     if model.config.block_size < config.block_size:
         raise ValueError(f"block_size={config.block_size} is above the {model.config.block_size} "
                          f"positions of {config.init_from}; choose at most that")
-    claim(config, lora.base_hash(model))
+    claim(config, peft.base_hash(model.named_parameters()))
     prepare(config, tokenizer)
     del model
     jobs = plan(config)
