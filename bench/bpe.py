@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
-from bench.machine import (CPU, Row, check_known, check_least, in_process, lasting, results,
-                           show_and_save, table, take_turns, where)
+from bench.machine import (CPU, Row, check_known, check_least, in_process, lasting, publish,
+                           table, take_turns, where)
 from bpe import GPT2_PATTERN, TIKTOKEN_GPT2, Tokenizer
 from fast.bpe import read_blocks
 from run.config import parse, run_command
@@ -226,21 +226,19 @@ def compare(config: BPEBenchConfig, case: str, who: tuple[str, ...], memory: boo
                         for name, rows in turns.rows.items()},
             "memory_mb": {name: round(most_memory(replace(config, who=name)))
                           for name in who if memory},
-            "matmul_gflops_before_after": turns.states}
+            "states": turns.states}
 
 
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
-    def cell(row: Row, name: str) -> str:
-        seconds, memory = row["seconds"].get(name), row["memory_mb"].get(name)
-        return "" if seconds is None else (
-            f"{seconds:.2f} s ({seconds / row['seconds']['ours']:.2f}x)"
-            + (f", {memory:,} MB" if memory else ""))
-    return (f"Tokenizers: training with GPT-2's pattern, and encoding in batches (`python -m "
-            f"bench.bpe`; {where(found)}; medians of {found['repeats']} in turn; times as ratios "
-            f"to ours):\n\n" + table("what | vocabulary | " + " | ".join(PEERS), (
-                [f"{row['kind']}, {row['case']}", f"{row['vocab_size']:,}",
-                 *(cell(row, name) for name in PEERS)] for row in found["rows"])))
+    def cells(row: Row) -> Row:
+        return {name: f"{seconds:.2f} s ({seconds / row['seconds']['ours']:.2f}x)"
+                + (f", {row['memory_mb'][name]:,} MB" if name in row["memory_mb"] else "")
+                for name, seconds in row["seconds"].items()}
+    return (f"`python -m bench.bpe`, {where(found)}, medians of {found['repeats']} in turn; times "
+            f"as ratios to ours, GPT-2's pattern, encoding in batches:\n\n"
+            + table("what=kind | text=case | vocabulary=vocab_size:,d | " + " | ".join(PEERS),
+                    ({**row, **cells(row)} for row in found["rows"])))
 
 
 def main(words: list[str]) -> None:
@@ -266,9 +264,9 @@ def main(words: list[str]) -> None:
                             tuple(ENCODERS), memory=False))
     versions = {name: importlib.metadata.version(name)
                 for name in ("tokenizers", "rustbpe", "tiktoken", "numpy", "regex")}
-    found = results(CPU, rows, versions=versions, repeats=config.repeats,
-                    times_that_english_and_code_are_repeated=repeated)
-    show_and_save(report, found, "bpe", config.save)
+    states = [state for row in rows for state in row.pop("states")]
+    publish(report, "bpe", config.save, CPU, rows, states, versions=versions,
+            repeats=config.repeats, times_that_english_and_code_are_repeated=repeated)
 
 
 if __name__ == "__main__":

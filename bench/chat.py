@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.machine import CPU, results, show_and_save, table, take_turns, where
+from bench.machine import CPU, publish, table, take_turns, where
 from bpe import find_tokenizer
 from run.config import parse, run_command
 from data import conversations, pydocs
@@ -98,11 +98,10 @@ def labels_of(batches: list[Any]) -> tuple[int, int]:
 
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
-    return (f"Conversations to batches, {found['conversations']:,} of {found['source']} (`python "
-            f"-m bench.chat`; {where(found)}): ours is {found['ratio']:.2f} times as fast as "
-            f"transformers' template and collator.\n\n" + table("way | seconds | MB/s", (
-                [row["name"], f"{row['seconds']:.3f}", f"{row['mb_per_s']:.2f}"]
-                for row in found["rows"])))
+    return (f"`python -m bench.chat`, {where(found)}, {found['conversations']:,} conversations of "
+            f"{found['source']}: ours is {found['ratio']:.2f} times as fast as transformers' "
+            f"template and collator.\n\n"
+            + table("way=name | seconds:.3f | MB/s=mb_per_s:.2f", found["rows"]))
 
 
 def main(words: list[str]) -> None:
@@ -137,9 +136,9 @@ def main(words: list[str]) -> None:
                for name, rows in turns.rows.items()}
     rows = [{"name": name, "seconds": round(median, 4), "mb_per_s": round(size / median, 2)}
             for name, median in medians.items()]
-    found = results(CPU, rows, turns, ratio=round(medians["transformers"] / medians["ours"], 2),
-                    conversations=len(talks), source=Path(config.from_).name or "pydocs")
-    show_and_save(report, found, "chat", config.save)
+    publish(report, "chat", config.save, CPU, rows, turns.states, conversations=len(talks),
+            ratio=round(medians["transformers"] / medians["ours"], 2),
+            source=Path(config.from_).name or "pydocs")
 
 
 if __name__ == "__main__":

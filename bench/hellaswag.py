@@ -15,15 +15,13 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional as F
 
-from bench.machine import Turns, lasting, results, show_and_save, table, take_turns, where
+from bench.machine import lasting, publish, table, take_turns, where
 from bpe import Tokenizer
 from run.config import parse, run_command
 from run.device import autocast, pick_device, pick_dtype
 from eval.hellaswag import Item, Scores, load_items, score
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
-
-WAYS = ("one_at_a_time", "casts_once", "ours")
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ def score_item(model: GPT, tokenizer: Tokenizer, item: Item, dtype: torch.dtype)
     return -(nats * scored[:, 1:]).sum(1).double().cpu()
 
 
-def measure(config: HellaswagBenchConfig) -> tuple[dict[str, Any], Turns]:
-    """The row, and the turns that it was measured in."""
+def measure(config: HellaswagBenchConfig) -> tuple[dict[str, Any], list[float]]:
+    """The row, and the machine's states before and after."""
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     torch.manual_seed(0)
@@ -99,7 +97,7 @@ def measure(config: HellaswagBenchConfig) -> tuple[dict[str, Any], Turns]:
         "seconds": {name: [round(s, 2) for s in values] for name, values in seconds.items()},
         "in_float32": compare(theirs(torch.float32), ours(torch.float32)),
         "in_this_dtype": compare(answers["one_at_a_time"], answers["ours"]),
-    }, turns
+    }, turns.states
 
 
 def compare(other: torch.Tensor, mine: Scores) -> dict[str, Any]:
@@ -114,21 +112,20 @@ def compare(other: torch.Tensor, mine: Scores) -> dict[str, Any]:
 
 def report(found: dict[str, Any]) -> str:
     """Results as markdown, a row for each precision."""
-    return (f"HellaSwag beside one item at a time, items/s (`python -m bench.hellaswag`; "
-            f"{where(found)}; best of the turns):\n\n" + table(
-                "precision | items | one at a time | weights cast once | ours | times | decisions "
-                "that differ, float32 | in this precision",
-                [[row["dtype"], str(row["items"]),
-                  *(f"{row['items_per_s'][way]:.1f}" for way in WAYS), f"{row['speedup']:.2f}",
-                  *(str(sum(row[which]["decisions_that_differ"].values()))
-                    for which in ("in_float32", "in_this_dtype"))] for row in found["rows"]]))
+    return f"`python -m bench.hellaswag`, {where(found)}, best of the turns, items/s:\n\n" + table(
+        "precision=dtype | items | one at a time=one_at_a_time:.1f | weights cast once="
+        "casts_once:.1f | ours:.1f | times=speedup:.2f | decisions that differ, float32=exact | "
+        "in this precision=here", ({
+            **row, **row["items_per_s"],
+            **{name: sum(row[key]["decisions_that_differ"].values())
+               for name, key in (("exact", "in_float32"), ("here", "in_this_dtype"))}}
+            for row in found["rows"]))
 
 
 def main(words: list[str]) -> None:
     config = parse(HellaswagBenchConfig, words, "python -m bench.hellaswag", about=__doc__)
-    row, turns = measure(config)
-    show_and_save(report, results(pick_device(config.device), [row], turns),
-                  f"hellaswag_{row['dtype']}", save=True)
+    row, states = measure(config)
+    publish(report, f"hellaswag_{row['dtype']}", True, pick_device(config.device), [row], states)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from run import checkpoint
 import train
-from bench.machine import CPU, results, show_and_save, table, where
+from bench.machine import CPU, publish, table, where
 from run.config import build, parse, run_command
 from data.conversations import write_conversations
 from run.watch import PHASES, Watch
@@ -182,12 +182,11 @@ def settings_of(kind: str, folder: Path) -> dict[str, Any]:
 
 def report(found: dict[str, Any]) -> str:
     """Results as markdown, a row for each kind of run."""
-    columns = ("kind", "ranks", "runs", "kills", "exact", "lost", *PHASES, "in a save")
-    return (f"SIGKILL at random moments of a short run (`python -m bench.kills`; {where(found)}); "
+    return (f"`python -m bench.kills`, {where(found)}: SIGKILL at random moments of a short run. "
             f"exact: the run ended as one left in peace; lost: a checkpoint that had been there "
-            f"was not, or could not be read; behind it where the kills hit:\n\n"
-            + table(" | ".join(columns), ([str(row[name]) for name in columns]
-                                          for row in found["rows"])))
+            f"was not, or could not be read; behind them where the kills hit:\n\n" + table(
+                " | ".join(("kind", "ranks", "runs", "kills", "exact", "lost", *PHASES,
+                            "in a save")), found["rows"]))
 
 
 def main(words: list[str]) -> None:
@@ -195,8 +194,8 @@ def main(words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         counts = campaign(Path(folder), settings_of(config.kind, Path(folder)), config.ranks,
                           config.kills, random.Random(config.seed or time.time_ns()))
-    found = results(CPU, [{"kind": config.kind, "ranks": config.ranks, **counts}])
-    show_and_save(report, found, f"kills-{config.kind}-{config.ranks}", config.save)
+    publish(report, f"kills-{config.kind}-{config.ranks}", config.save, CPU,
+            [{"kind": config.kind, "ranks": config.ranks, **counts}], [])
     if counts["exact"] != counts["kills"] or counts["lost"]:
         raise ValueError("not every kill was survived; see above")
 

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from bench import machine
 from bench.machine import (Row, check_known, check_least, in_process, matmul_peak, median_step,
-                           results, show_and_save, spread, table, take_turns, where, with_shares)
+                           publish, table, take_turns, where, with_shares, with_spread)
 from bench.peers import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, peer_step, step_time
 from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, peak_memory, pick_device
@@ -145,19 +145,17 @@ def left_out(rung: str, device: torch.device) -> str:
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown; `faster` is over the rung before, `spread` the rounds' range."""
-    rows = found["rows"]
+    """A result as markdown; `faster` is over the rung before."""
+    rows = with_spread(found["rows"])
+    for before, row in zip([rows[0], *rows], rows):
+        row.update(faster=before["ms"] / row["ms"], all=rows[0]["ms"] / row["ms"])
     peaks = {row["limit_of"]: f"{row['limit'] / 1e9:,.0f} GFLOP/s" for row in rows}
     notes = [f"peak of {name}: {peak}" for name, peak in peaks.items()]
     notes += [f"without {rung}: {why}" for rung, why in found["skipped"].items()]
-    return (f"The steps that make training fast, each on top of the ones before (`python -m "
-            f"bench.ladder`; {found['shape']}, {rows[0]['micro_batch']} sequences; {where(found)}; "
-            f"medians of {found['rounds']}):\n\n" + table(
-                "rung | ms | tokens/s | spread | of peak | MiB | faster | in all",
-                [[row["rung"], f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.0f}",
-                  f"{spread(row):.1%}", f"{row['share']:.1%}", f"{row['memory_mib']:,.0f}",
-                  f"{before['ms'] / row['ms']:.2f}", f"{rows[0]['ms'] / row['ms']:.2f}"]
-                 for before, row in zip([rows[0], *rows], rows)])
+    return (f"`python -m bench.ladder`, {found['shape']}, {rows[0]['micro_batch']} sequences, "
+            f"{where(found)}, medians of {found['rounds']}; each rung on top of those before:\n\n"
+            + table("rung | ms:,.1f | tokens/s=tokens_per_s:,.0f | spread:.1% | of peak=share:.1% "
+                    "| MiB=memory_mib:,.0f | faster:.2f | in all=all:.2f", rows)
             + "\n\n" + "\n".join(f"- {note}" for note in notes))
 
 
@@ -207,9 +205,9 @@ def main(words: list[str]) -> None:
     if not turns.rows:
         raise ValueError(f"rungs={','.join(wanted)}: {'; '.join(skipped.values())}")
     rows = with_shares([median_step(rounds) for rounds in turns.rows.values()])
-    found = results(device, rows, turns, shape=config.shape, rounds=config.rounds, skipped=skipped)
     name = f"ladder-{device.type}" + ("" if config.shape == "small" else f"-{config.shape}")
-    show_and_save(report, found, name, config.save)
+    found = publish(report, name, config.save, device, rows, turns.states, shape=config.shape,
+                    rounds=config.rounds, skipped=skipped)
     if config.save:
         picture(rows, f"GPT-2 {config.shape}, {micro_batch} x {shape.block_size} tokens a step, "
                       f"on {where(found)}", machine.RESULTS / f"{name}.png")

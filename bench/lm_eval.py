@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bench.machine import results, show_and_save, table, where
+from bench.machine import publish, table, where
 from run.config import parse, run_command
 from run.device import pick_device
 from eval.hellaswag import Scores, load_items, score
@@ -95,19 +95,18 @@ def measure(config: LMEvalConfig) -> dict[str, Any]:
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
     row = found["rows"][0]
-    return (f"HellaSwag beside lm-evaluation-harness {found['lm_eval']} (`python -m "
-            f"bench.lm_eval`; {where(found)}): {row['items']:,} items, {row['parameters']:,} "
-            f"parameters, sums differ by at most {row['largest_difference_of_sums']:.1e} nats.\n\n"
-            + table("metric | harness | ours | items that differ", (
-                [name, f"{row[name]['harness']:.4f}", f"{row[name]['ours']:.4f}",
-                 str(row[name]["items_that_differ"])] for name in ("acc", "acc_norm"))))
+    return (f"`python -m bench.lm_eval`, {where(found)}, lm-evaluation-harness {found['lm_eval']}: "
+            f"{row['items']:,} items, {row['parameters']:,} parameters, sums differ by at most "
+            f"{row['largest_difference_of_sums']:.1e} nats.\n\n" + table(
+                "metric | harness:.4f | ours:.4f | items that differ=items_that_differ:d",
+                ({"metric": name, **row[name]} for name in ("acc", "acc_norm"))))
 
 
 def main(words: list[str]) -> None:
     from importlib.metadata import version
     config = parse(LMEvalConfig, words, "python -m bench.lm_eval", about=__doc__)
-    found = results(pick_device(config.device), [measure(config)], lm_eval=version("lm-eval"))
-    show_and_save(report, found, "lm_eval", save=True)
+    publish(report, "lm_eval", True, pick_device(config.device), [measure(config)], [],
+            lm_eval=version("lm-eval"))
 
 
 if __name__ == "__main__":

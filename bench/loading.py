@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.machine import (CPU, Row, check_known, check_least, in_process, lasting, median_row,
-                           results, show_and_save, take_turns, where)
+from bench.machine import (CPU, Row, check_known, check_least, held, in_process, lasting,
+                           median_row, publish, table, take_turns, where)
 from bpe import Tokenizer, has_gpt2
 from data import shards
 from data.corpus import documentation, named_tokenizer, sources
@@ -142,8 +142,8 @@ def write_text(path: Path, megabytes: float) -> None:
                     break
 
 
-def compare_text(config: LoadingConfig, scratch: Path) -> Row:
-    """The row of both contestants: median seconds, MB/s, and ours over tiktoken's speed."""
+def compare_text(config: LoadingConfig, scratch: Path) -> tuple[Row, list[float]]:
+    """The row of both contestants, with ours over tiktoken's speed, and the machine's states."""
     source, tokenizer = config.from_, config.tokenizer
     if not source:
         source = str(scratch / "text.jsonl")
@@ -167,25 +167,24 @@ def compare_text(config: LoadingConfig, scratch: Path) -> Row:
             "tokenizer": "gpt2" if tokenizer == "gpt2" else named_tokenizer(tokenizer).vocab_size,
             "seconds": seconds, "of_tiktoken": seconds["tiktoken"] / seconds["oneloop"],
             "seconds_rounds": {who: [row["ms"] / 1000 for row in rows]
-                               for who, rows in turns.rows.items()}}
+                               for who, rows in turns.rows.items()}}, turns.states
 
 
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
-    text, verdict = found["text"], {True: "held", False: "NOT held"}
-    lines = [f"loader, {row['micro_batch']} x {row['block_size']}: "
-             f"{row['tokens_per_cpu_s'] / 1e6:.1f} million tokens a CPU second, "
-             f"{row['of_a_core']:.1%} of a core at {RATE:,} tokens/s (at most "
-             f"{MOST_OF_A_CORE:.0%}: {verdict[row['of_a_core'] < MOST_OF_A_CORE]})"
-             for row in found["rows"]]
-    lines += [f"{who}: {text['bytes'] / 1e6:.1f} MB in {seconds:.2f} s, "
-              f"{text['bytes'] / 1e6 / seconds:.1f} MB/s with {text['threads']} threads"
-              for who, seconds in text["seconds"].items()]
-    lines.append(f"text to shards has {text['of_tiktoken']:.2f} of the speed of tiktoken's "
-                 f"`encode_ordinary_batch` alone (at least {LEAST_OF_TIKTOKEN}: "
-                 f"{verdict[text['of_tiktoken'] >= LEAST_OF_TIKTOKEN]})")
-    return (f"Reading data (`python -m bench.loading`; {where(found)}):\n\n"
-            + "\n".join(f"- {line}" for line in lines))
+    text, worst = found["text"], max(row["of_a_core"] for row in found["rows"])
+    rows = [{"what": f"batches of {row['micro_batch']} x {row['block_size']}",
+             "speed": f"{row['tokens_per_cpu_s'] / 1e6:.1f} million tokens a CPU second"}
+            for row in found["rows"]]
+    rows += [{"what": f"text to tokens, {who}, {text['threads']} threads",
+              "speed": f"{text['bytes'] / 1e6 / seconds:.1f} MB/s"}
+             for who, seconds in text["seconds"].items()]
+    return (f"`python -m bench.loading`, {where(found)}. Batches for {RATE:,} tokens/s take "
+            f"{worst:.1%} of a core (at most {MOST_OF_A_CORE:.0%}: "
+            f"{held(worst < MOST_OF_A_CORE)}); text to shards has {text['of_tiktoken']:.2f} of the "
+            f"speed of tiktoken's `encode_ordinary_batch` alone (at least {LEAST_OF_TIKTOKEN}: "
+            f"{held(text['of_tiktoken'] >= LEAST_OF_TIKTOKEN)}).\n\n"
+            + table("what | speed", rows))
 
 
 def main(words: list[str]) -> None:
@@ -195,9 +194,8 @@ def main(words: list[str]) -> None:
         return
     loader = measure_loader(config)
     with tempfile.TemporaryDirectory() as scratch:
-        text = compare_text(config, Path(scratch))
-    show_and_save(report, results(CPU, loader, text=text, rounds=config.rounds), "loading",
-                  config.save)
+        text, states = compare_text(config, Path(scratch))
+    publish(report, "loading", config.save, CPU, loader, states, text=text, rounds=config.rounds)
 
 
 if __name__ == "__main__":

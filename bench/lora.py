@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.machine import (Row, check_known, in_process, median_row, results, seconds,
-                           show_and_save, table, take_turns, where)
+from bench.machine import (Row, check_known, in_process, median_row, publish, seconds, table,
+                           take_turns, where)
 from bench.peers import peer_step, transformers_model
 from lora import LoRAConfig, add_lora
 from fast.linear import use_fast_products
@@ -113,19 +113,16 @@ def measure(side: str, variant: str, config: LoRABenchConfig) -> Row:
 
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
-    rows = {(row["variant"], row["side"]): row for row in found["rows"]}
-    lines = []
-    for (variant, side), row in rows.items():
-        peft = rows.get((variant, "peft"))
-        lines.append([variant, side, f"{row['trainable']:,}", f"{row['ms']:,.0f}",
-                      f"{row['mib']:,.0f}"] + (
-            [f"{row[key] / peft[key]:.2f}" for key in ("ms", "mib")]
-            if peft and side == "ours" else ["", ""]))
-    return (f"A fine-tuning step beside PEFT on transformers (`python -m bench.lora`; "
-            f"{where(found)}; GPT-2 {found['shape']}, {found['batch']} sequences, bf16, "
-            f"{'compiled' if found['compile'] else 'eager'}, adapters of rank {found['r']} on "
-            f"{', '.join(found['targets'])}):\n\n" + table(
-                "variant | side | trained | ms | MiB | of PEFT's time | of its memory", lines))
+    rows = [dict(row) for row in found["rows"]]
+    peft = {row["variant"]: row for row in rows if row["side"] == "peft"}
+    for row in rows:
+        if row["side"] == "ours" and (other := peft.get(row["variant"])):
+            row.update(time=row["ms"] / other["ms"], memory=row["mib"] / other["mib"])
+    return (f"`python -m bench.lora`, {where(found)}, GPT-2 {found['shape']}, {found['batch']} "
+            f"sequences, bf16, {'compiled' if found['compile'] else 'eager'}, adapters of rank "
+            f"{found['r']} on {', '.join(found['targets'])}:\n\n" + table(
+                "variant | side | trained=trainable:,d | ms:,.0f | MiB=mib:,.0f | "
+                "of PEFT's time=time:.2f | of its memory=memory:.2f", rows))
 
 
 def main(words: list[str]) -> None:
@@ -138,9 +135,9 @@ def main(words: list[str]) -> None:
                        lambda key, _: in_process("lora", config, variants=key[:1], sides=key[1:],
                                                  device=device.type), config.rounds, device)
     rows = [median_row(rounds, "ms", "mib") for rounds in turns.rows.values()]
-    found = results(device, rows, turns, shape=config.shape, targets=config.targets, r=config.r,
-                    batch=config.batch, compile=config.compile)
-    show_and_save(report, found, f"lora-{device.type}", config.save)
+    publish(report, f"lora-{device.type}", config.save, device, rows, turns.states,
+            shape=config.shape, targets=config.targets, r=config.r, batch=config.batch,
+            compile=config.compile)
 
 
 if __name__ == "__main__":

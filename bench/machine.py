@@ -3,15 +3,16 @@
     peak = matmul_peak(device, torch.bfloat16)                          # FLOP/s
     turns = take_turns(("ours", "peer"), measure, rounds=3, device=device)
     row = median_row(turns.rows["ours"], "ms")
-    show_and_save(report, results(device, [row], turns), "ladder-cpu", save=True)
+    publish(report, "ladder-cpu", True, device, [row], turns.states)    # bench/results/ladder-cpu.json
 
-A benchmark's `report` makes markdown of what `results` gave it or of what stands in its file, so
-the screen and docs/measured.md say the same.
+A benchmark's `report` makes markdown of a result, new or read from its file, so the screen and
+docs/measured.md say the same.
 """
 import datetime
 import json
 import math
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -133,6 +134,12 @@ def _word(value: Any) -> str:
         str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def with_spread(rows: list[Row]) -> list[Row]:
+    """Rows with the range of their rounds' speeds over the median."""
+    return [{**row, "spread": (max(row["tokens_per_s_rounds"]) - min(row["tokens_per_s_rounds"]))
+             / row["tokens_per_s"]} for row in rows]
+
+
 def median_row(rows: list[Row], *keys: str) -> Row:
     """One row of several rounds': medians of the named figures, to a tenth."""
     return {**rows[0], **{key: round(statistics.median(row[key] for row in rows), 1)
@@ -144,12 +151,6 @@ def median_step(rounds: list[Row]) -> Row:
     row = median_row(rounds, "ms", "tokens_per_s", "memory_mib")
     speeds = [round(one["tokens_per_s"], 1) for one in rounds]
     return {**row, "limit": max(one["limit"] for one in rounds), "tokens_per_s_rounds": speeds}
-
-
-def spread(row: Row) -> float:
-    """The range of the rounds' speeds over their median."""
-    speeds = row["tokens_per_s_rounds"]
-    return (max(speeds) - min(speeds)) / row["tokens_per_s"]
 
 
 def with_shares(rows: list[Row]) -> list[Row]:
@@ -189,31 +190,39 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def results(device: torch.device, rows: list[Row], turns: Turns | None = None,
-            **facts: Any) -> dict[str, Any]:
-    """What a benchmark found: the rows with date, machine, its states and versions."""
-    states = {"matmul_gflops_before_after": turns.states} if turns else {}
-    return {"date": datetime.date.today().isoformat(), "device": device_name(device),
-            "processor": processor(), "torch": torch.__version__,
-            "python": platform.python_version(), **states, **facts, "rows": rows}
-
-
-def show_and_save(report: Callable[[dict[str, Any]], str], found: dict[str, Any], name: str,
-                  save: bool) -> None:
-    """Print a result, and write bench/results/NAME.json where it is to be saved."""
+def publish(report: Callable[[dict[str, Any]], str], name: str, save: bool, device: torch.device,
+            rows: list[Row], states: list[float], **facts: Any) -> dict[str, Any]:
+    """Print the report of a result: rows with date, machine, its states and versions. Where it is
+    to be saved, write bench/results/NAME.json. Returns the result."""
+    found = {"date": datetime.date.today().isoformat(), "device": device_name(device),
+             "processor": processor(), "torch": torch.__version__,
+             "python": platform.python_version(), "matmul_gflops_before_after": states, **facts,
+             "rows": rows}
     print(report(found))
     if save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(f"written: {name}.json; python -m bench.measured makes docs/measured.md of all")
+    return found
 
 
-def table(head: str, rows: Iterable[Iterable[str]]) -> str:
-    """A markdown table with columns of even width. head: titles with " | " between them."""
-    lines = [head.split(" | "), *map(list, rows)]
+def table(columns: str, rows: Iterable[Row]) -> str:
+    """A markdown table with columns of even width. columns: "title=key:format" with " | " between;
+    the title may be missing where it is the key, the format where the value is text. A key that a
+    row has not leaves its cell empty."""
+    parts = [re.fullmatch(r"(?:(.+)=)?([^:]+)(?::(.+))?", part).groups("")
+             for part in columns.split(" | ")]
+    lines = [[title or key for title, key, _ in parts],
+             *([format(row[key], form) if key in row else "" for _, key, form in parts]
+               for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def held(whether: bool) -> str:
+    """How a limit that was set before is said to be kept."""
+    return "held" if whether else "NOT held"
 
 
 def where(found: dict[str, Any]) -> str:

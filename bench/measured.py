@@ -52,11 +52,11 @@ def found(pattern: str) -> list[dict[str, Any]]:
 
 def summary() -> str:
     """Our fastest way over the best peer's; of two results for the same on one machine the newer."""
-    newest = {(result["processor"], result["device"], one["what"], one["dtype"]): one
+    newest = {(result["processor"], result["device"], one["what"], one["dtype"]):
+              {**one, "device": result["device"]}
               for result in found("versus-peers-*") for one in result["ratios"]}
-    rows = [[what, dtype, one["mode"], one["best_peer"], f"{one['speed']:.2f}",
-             f"{one['memory']:.2f}", device] for (_, device, what, dtype), one in newest.items()]
-    return table("what | precision | ours | best peer | speed | memory | on", rows)
+    return table("what | precision=dtype | ours=mode | best peer=best_peer | speed:.2f | "
+                 "memory:.2f | on=device", newest.values())
 
 
 def page() -> str:

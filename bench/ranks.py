@@ -26,8 +26,8 @@ from run import parallel
 import train
 from bench.kills import start
 from bench.loading import generated
-from bench.machine import (CPU, Row, check_known, check_least, median_row, results, show_and_save,
-                           table, take_turns, where)
+from bench.machine import (CPU, Row, check_known, check_least, held, median_row, publish, table,
+                           take_turns, where)
 from bench.peers import SHAPES as PEERS_SHAPES
 from run.config import build, parse, run_command
 from formats.files import read_json, write_json
@@ -124,8 +124,9 @@ def settings_of(shape: str, folder: Path, config: RanksConfig) -> dict[str, Any]
                                                                "n_embd")})
 
 
-def compare_speed(shape: str, config: RanksConfig, folder: Path) -> Row:
-    """The row of a shape: tokens/s of ranks and of threads, medians, and their ratio."""
+def compare_speed(shape: str, config: RanksConfig, folder: Path, states: list[float]) -> Row:
+    """The row of a shape: tokens/s of ranks and of threads, medians, and their ratio. The machine's
+    states are added to `states`."""
     settings, sequences, every = settings_of(shape, folder, config), *SHAPES[shape][1:]
     processes = {"threads": (1, config.ranks), "ranks": (config.ranks, 1)}
 
@@ -134,12 +135,12 @@ def compare_speed(shape: str, config: RanksConfig, folder: Path) -> Row:
         lines = run(folder, {**settings, "micro_batch": sequences // ranks}, ranks, threads)
         return {"tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines[every:])}
     turns = take_turns(processes, measure, config.rounds)
+    states += turns.states
     speeds = {who: median_row(rows, "tokens_per_s")["tokens_per_s"]
               for who, rows in turns.rows.items()}
     return {"shape": shape, "ranks": config.ranks, "sequences": sequences,
             "compile": settings["compile"], "dtype": config.dtype, "tokens_per_s": speeds,
             "of_threads": speeds["ranks"] / speeds["threads"],
-            "matmul_gflops_before_after": turns.states,
             "tokens_per_s_rounds": {who: [row["tokens_per_s"] for row in rows]
                                     for who, rows in turns.rows.items()}}
 
@@ -163,32 +164,29 @@ def compare_accumulation(shape: str, config: RanksConfig, folder: Path) -> list[
 
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
-    text = (f"Ranks (`python -m bench.ranks`; {where(found)}; medians of {found['rounds']}): gloo "
-            f"ranks with a thread each beside one process with as many threads, tokens/s; at least "
-            f"{LEAST_OF_THREADS} is to be reached:\n\n" + table(
-                "shape | sequences a step | ranks | tokens/s | of threads' | held",
-                [[row["shape"], str(row["sequences"]), str(row["ranks"]),
-                  f"{row['tokens_per_s']['ranks']:,.0f}", f"{row['of_threads']:.2f}",
-                  "held" if row["of_threads"] >= LEAST_OF_THREADS else "NOT held"]
-                 for row in found["rows"]]))
-    if found["accumulation"]:
-        text += "\n\nA step in several micro-batches (the same):\n\n" + table(
-            "micro-batch | of them a step | reductions | MB reduced | MiB of a rank",
-            [[str(row["micro_batch"]), str(row["accumulation"]),
-              f"{row['reductions_per_step']:.1f}", f"{row['reduced_bytes_per_step'] / 1e6:,.1f}",
-              f"{row['memory_mib']:,.0f}"] for row in found["accumulation"]])
-    return text
+    rows = [{**row, "speed": row["tokens_per_s"]["ranks"],
+             "held": held(row["of_threads"] >= LEAST_OF_THREADS)} for row in found["rows"]]
+    return (f"`python -m bench.ranks`, {where(found)}, medians of {found['rounds']}: gloo ranks "
+            f"with a thread each beside one process with as many threads, of which at least "
+            f"{LEAST_OF_THREADS} is to be reached:\n\n"
+            + table("shape | sequences a step=sequences | ranks | tokens/s=speed:,.0f | of "
+                    "threads'=of_threads:.2f | held", rows)
+            + "\n\nA step in several micro-batches:\n\n"
+            + table("micro-batch=micro_batch | of them a step=accumulation | reductions="
+                    "reductions_per_step:.1f | bytes reduced=reduced_bytes_per_step:,.0f | MiB of a "
+                    "rank=memory_mib:,.0f", found["accumulation"]))
 
 
 def main(words: list[str]) -> None:
     config = parse(RanksConfig, words, "python -m bench.ranks", about=__doc__)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        speed = [compare_speed(shape, config, folder) for shape in config.shapes]
+        states: list[float] = []
+        speed = [compare_speed(shape, config, folder, states) for shape in config.shapes]
         accumulation = (compare_accumulation(config.memory_shape, config, folder)
                         if config.memory_shape else [])
-    show_and_save(report, results(CPU, speed, rounds=config.rounds, accumulation=accumulation),
-                  "ranks-cpu", config.save)
+    publish(report, "ranks-cpu", config.save, CPU, speed, states, rounds=config.rounds,
+            accumulation=accumulation)
 
 
 if __name__ == "__main__":

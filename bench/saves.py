@@ -17,8 +17,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from run import checkpoint
-from bench.machine import (Row, check_known, check_least, lasting, machine_state, results,
-                           show_and_save, table, where)
+from bench.machine import (Row, check_known, check_least, lasting, machine_state, publish, table,
+                           where)
 from bench.peers import SHAPES, our_step
 from run.config import parse, run_command
 from run.device import has_compiler, pick_device, pick_dtype
@@ -95,10 +95,11 @@ def measure(config: SavesConfig, device: torch.device, folder: Path) -> Row:
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
     row = found["rows"][0]
-    return (f"A checkpoint of {row['shape']}, {row['bytes'] / 1e9:.2f} GB, beside a training step "
-            f"(`python -m bench.saves`; {where(found)}):\n\n" + table("what | measured", (
-                *([name, f"{1000 * taken:,.1f} ms"] for name, taken in row["seconds"].items()),
-                *([name, f"{ratio:.3f}"] for name, ratio in row["ratios"].items()))))
+    return (f"`python -m bench.saves`, {where(found)}: a checkpoint of {row['shape']}, "
+            f"{row['bytes'] / 1e9:.2f} GB, beside a training step:\n\n" + table(
+                "what | ms:,.1f | ratio:.3f", [
+                    *({"what": name, "ms": 1000 * taken} for name, taken in row["seconds"].items()),
+                    *({"what": name, "ratio": ratio} for name, ratio in row["ratios"].items())]))
 
 
 def main(words: list[str]) -> None:
@@ -109,9 +110,8 @@ def main(words: list[str]) -> None:
     with tempfile.TemporaryDirectory(dir=config.folder) as folder, repeatable(True):
         row = measure(config, device, Path(folder))
     states.append(machine_state(device))
-    show_and_save(report, results(device, [row], repeats=config.repeats,
-                                  matmul_gflops_before_after=states),
-                  f"saves-{device.type}", config.save)
+    publish(report, f"saves-{device.type}", config.save, device, [row], states,
+            repeats=config.repeats)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.machine import (CPU, REPOSITORY, Row, median_row, results, show_and_save, table,
-                           take_turns, where)
+from bench.machine import CPU, REPOSITORY, Row, median_row, publish, table, take_turns, where
 from run.config import parse, run_command
 from data.shakespeare import ShakespeareConfig, prepare
 from data.prepared import DATA
@@ -61,15 +60,12 @@ def measure(who: str, nanogpt: str, text: Path) -> Row:
 
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
-    seconds = {row["who"]: row["seconds"] for row in found["rows"]}
-    share = (f"; ours takes {seconds['oneloop'] / seconds['nanoGPT']:.2f} of nanoGPT's time"
-             if "nanoGPT" in seconds else "")
-    return (f"Tiny shakespeare with nanoGPT's CPU recipe (4 layers, width 128, context 64, 2,000 "
-            f"steps of 12 sequences), whole commands in turn (`python -m bench.shakespeare`; "
-            f"{where(found)}; medians of {found['rounds']}{share}):\n\n"
-            + table("who | validation loss per byte | seconds", (
-                [row["who"], f"{row['val_loss_per_byte']:.4f}", f"{row['seconds']:.1f}"]
-                for row in found["rows"])))
+    return (f"`python -m bench.shakespeare`, {where(found)}, medians of {found['rounds']}: whole "
+            f"commands in turn, with nanoGPT's CPU recipe (4 layers, width 128, context 64, 2,000 "
+            f"steps of 12 sequences):\n\n" + table(
+                "who | validation loss per byte=val_loss_per_byte:.4f | seconds:.1f | of nanoGPT's "
+                "time=share:.2f", ({**row, "share": row["seconds"] / found["rows"][-1]["seconds"]}
+                                   for row in found["rows"])))
 
 
 def main(words: list[str]) -> None:
@@ -82,8 +78,7 @@ def main(words: list[str]) -> None:
     rows = [{"who": who, "val_loss_per_byte": round(statistics.median(
                 run["val_loss_per_byte"] for run in runs), 4),
              "seconds": median_row(runs, "seconds")["seconds"]} for who, runs in turns.rows.items()]
-    show_and_save(report, results(CPU, rows, turns, rounds=config.rounds), "shakespeare",
-                  config.save)
+    publish(report, "shakespeare", config.save, CPU, rows, turns.states, rounds=config.rounds)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from bench.machine import (CPU, REPOSITORY, check_least, lasting, results, show_and_save, table,
-                           take_turns, where)
+from bench.machine import (CPU, REPOSITORY, check_least, held, lasting, publish, table, take_turns,
+                           where)
 from run.config import parse, run_command
 
 COMMANDS = {"python": ["-c", "pass"], "import torch": ["-c", "import torch"],
@@ -59,12 +59,12 @@ def row_of(taken: dict[str, list[float]]) -> dict[str, Any]:
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
     row = found["rows"][0]
-    held = "held" if row["train_beyond_torch"] < MOST_SECONDS else "NOT held"
-    torch = "imports torch: NOT held" if row["bpe_imports_torch"] else "does not import torch"
-    return (f"Start-up (`python -m bench.startup`; {where(found)}). `train.py --help` takes "
-            f"{row['train_beyond_torch']:.2f} s beyond `import torch` (at most {MOST_SECONDS:g}: "
-            f"{held}); `bpe.py --help` {torch}.\n\n" + table("command | seconds", (
-                [name, f"{seconds:.2f}"] for name, seconds in row["seconds"].items())))
+    beyond, torch = row["train_beyond_torch"], row["bpe_imports_torch"]
+    return (f"`python -m bench.startup`, {where(found)}. `train.py --help` takes {beyond:.2f} s "
+            f"beyond `import torch` (at most {MOST_SECONDS:g}: {held(beyond < MOST_SECONDS)}); "
+            f"`bpe.py --help` without importing torch: {held(not torch)}.\n\n" + table(
+                "command | seconds:.2f", ({"command": name, "seconds": seconds}
+                                          for name, seconds in row["seconds"].items())))
 
 
 def main(words: list[str]) -> None:
@@ -72,7 +72,7 @@ def main(words: list[str]) -> None:
     turns = take_turns(COMMANDS, lambda name, _: {"s": lasting(lambda: run(COMMANDS[name]))},
                        config.rounds + 1)
     row = row_of({name: [one["s"] for one in rows[1:]] for name, rows in turns.rows.items()})
-    show_and_save(report, results(CPU, [row], turns, rounds=config.rounds), "startup", config.save)
+    publish(report, "startup", config.save, CPU, [row], turns.states, rounds=config.rounds)
 
 
 if __name__ == "__main__":

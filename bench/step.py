@@ -8,8 +8,7 @@ matrix products' speed measured in the same process, and memory, eager and compi
 from dataclasses import dataclass
 
 from bench import versus_peers
-from bench.machine import (check_known, check_least, in_process, results, show_and_save, table,
-                           take_turns, where)
+from bench.machine import check_known, check_least, in_process, publish, table, take_turns, where
 from bench.peers import OURS, SHAPES
 from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, pick_device
@@ -33,11 +32,10 @@ class StepConfig:
 
 def report(found: dict) -> str:
     """A result as markdown."""
-    return (f"A training step (`python -m bench.step`; {where(found)}):\n\n" + table(
-        "shape | precision | mode | ms | tokens/s | of the matmul peak | MiB",
-        [[f"{r['shape']}, {r['micro_batch']} sequences", r["dtype"], r["mode"], f"{r['ms']:,.0f}",
-          f"{r['tokens_per_s']:,}", f"{r['share_of_peak']:.0%}", f"{r['memory_mib']:,}"]
-         for r in found["rows"]]))
+    return f"`python -m bench.step`, {where(found)}:\n\n" + table(
+        "shape | sequences=micro_batch | precision=dtype | mode | ms:,.0f | "
+        "tokens/s=tokens_per_s:,d | of the matmul peak=share_of_peak:.0% | MiB=memory_mib:,d",
+        found["rows"])
 
 
 def main(words: list[str]) -> None:
@@ -57,8 +55,8 @@ def main(words: list[str]) -> None:
     keys = [(shape, dtype, mode) for shape in config.shapes for dtype in config.dtypes
             for mode in config.modes if mode == "eager" or has_compiler(device)]
     turns = take_turns(keys, measure, 1, device)
-    show_and_save(report, results(device, [rows[0] for rows in turns.rows.values()], turns),
-                  f"step-{device.type}", config.save)
+    publish(report, f"step-{device.type}", config.save, device,
+            [rows[0] for rows in turns.rows.values()], turns.states)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from bench.machine import (Row, Turns, check_known, check_least, in_process, median_step, results,
-                           show_and_save, spread, table, take_turns, where, with_shares)
+from bench.machine import (Row, Turns, check_known, check_least, in_process, median_step, publish,
+                           table, take_turns, where, with_shares, with_spread)
 from bench.peers import GENERATE, LOOSE, OURS, SHAPES, WHO, measure_generation, measure_step
 from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, pick_device
@@ -113,7 +113,7 @@ def ratios(rows: list[Row]) -> list[Row]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown; `spread` is the rounds' range over their median."""
+    """A result as markdown."""
     limits = {row["limit_of"]: row["limit"] for row in found["rows"]}
     lines = [f"limit of {name}: {limit / 1e9:,.1f} "
              f"{'GB/s' if name == 'reading memory' else 'GFLOP/s'}"
@@ -122,12 +122,10 @@ def report(found: dict[str, Any]) -> str:
               f"tokens/s of the best peer ({one['best_peer']}), and {one['memory']:.2f} of the "
               f"least memory" for one in found["ratios"]]
     lines += [f"missing: {line}" for line in found["missing"]]
-    return (f"Steps and generations beside peers (`python -m bench.versus_peers`; {where(found)}; "
-            f"medians of {found['rounds']}):\n\n" + table(
-                "what | precision | who | mode | batch | ms | tokens/s | spread | of limit | MiB",
-                [[row["what"], row["dtype"], row["who"], row["mode"], str(row["micro_batch"]),
-                  f"{row['ms']:,.1f}", f"{row['tokens_per_s']:,.1f}", f"{spread(row):.1%}",
-                  f"{row['share']:.1%}", f"{row['memory_mib']:,.0f}"] for row in found["rows"]])
+    return (f"`python -m bench.versus_peers`, {where(found)}, medians of {found['rounds']}:\n\n"
+            + table("what | precision=dtype | who | mode | batch=micro_batch | ms:,.1f | "
+                    "tokens/s=tokens_per_s:,.1f | spread:.1% | of limit=share:.1% | "
+                    "MiB=memory_mib:,.0f", with_spread(found["rows"]))
             + "\n\n" + "\n".join(f"- {line}" for line in lines))
 
 
@@ -155,20 +153,18 @@ def main(words: list[str]) -> None:
         print(json.dumps(measure(config, device)))
         return
     until = time.monotonic() + 60 * (config.minutes or math.inf)
-    rows, every = [], Turns()
+    rows, missing, states = [], [], []
     usual = ("124M",) if device.type == "cuda" else ("recipe", "small", "124M", "generate",
                                                      "generate-32")
     for what in config.only or usual:
         turns = measure_shape(config, what, device, until)
         rows += [median_step(rounds) for rounds in turns.rows.values()]
-        every.states += turns.states
-        every.missing.update({(what, *key): why for key, why in turns.missing.items()})
-        shared = with_shares(rows)
-        found = results(device, shared, every, rounds=config.rounds, ratios=ratios(shared),
-                        missing=[f"{' '.join(key)}: {why}" for key, why in every.missing.items()])
-        # After each shape: what is measured stays.
-        show_and_save(report, found, "-".join(["versus-peers", device.type, *config.only]),
-                      config.save and bool(rows))
+        missing += [f"{what} {' '.join(key)}: {why}" for key, why in turns.missing.items()]
+        states += turns.states
+        shared = with_shares(rows)      # after each shape, so that what is measured stays
+        publish(report, "-".join(["versus-peers", device.type, *config.only]),
+                config.save and bool(rows), device, shared, states, rounds=config.rounds,
+                ratios=ratios(shared), missing=missing)
 
 
 if __name__ == "__main__":
