@@ -95,8 +95,8 @@ def differences(one: Path, two: Path) -> list[str]:
     """What two finished runs do not have in common: files, tensors, log lines."""
     found = []
     for name in ("last.pt", "best.pt"):
-        a, b = ({keystr(path): value for path, value in
-                 tree_flatten_with_path(checkpoint.load(folder / name))[0]} for folder in (one, two))
+        a, b = ({keystr(path): value for path, value in tree_flatten_with_path(
+            checkpoint.load(folder / name))[0]} for folder in (one, two))
         found += [f"{name}: {key}" for key in {**a, **b} if not key.endswith("['config']['out']")
                   and not _equal(a.get(key), b.get(key))]
     logs = [[{key: value for key, value in line.items() if key != "tokens_per_s"}

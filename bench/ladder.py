@@ -32,10 +32,10 @@ from torch.nn import functional as F
 from bench import machine
 from bench.machine import (Row, check_known, check_least, in_process, matmul_peak, median_step,
                            publish, table, take_turns, where, with_shares, with_spread)
-from bench.peers import BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, peer_step, step_time
+from bench.peers import (BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, measure_contestant,
+                         peer_step, random_batch)
 from run.config import parse, run_command
-from run.device import DTYPES, has_compiler, peak_memory, pick_device
-from experiments.plots import GREY, STYLE
+from run.device import DTYPES, has_compiler, pick_device
 from experiments.runs import PALETTE
 from fast.linear import MKL_IS_SLOW, use_fast_products
 from model import GPT, IGNORE, CausalSelfAttention, GPTConfig
@@ -114,22 +114,19 @@ def contestant(rung: str, config: GPTConfig, x: torch.Tensor, y: torch.Tensor,
 
 
 def measure(rung: str, config: GPTConfig, micro_batch: int, device: torch.device,
-            repeats: int) -> dict[str, Any]:
+            repeats: int) -> Row:
     """What --row prints."""
-    torch.manual_seed(0)
-    ids = torch.randint(config.vocab_size, (micro_batch, config.block_size + 1), device=device)
-    run = contestant(rung, config, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), device)
-    loss = run.step().item()                            # compiles, makes the optimizer's state
-    taken, memory = step_time(run.step, device, repeats), peak_memory(device)
+    x, y = random_batch(config, micro_batch, device)
     reached = RUNGS[:RUNGS.index(rung) + 1]
-    precision = [name for name in reached if name in (*DTYPES, TF32)][-1]
-    if precision == TF32 and device.type != "cuda":
-        precision = "float32"
-    return {"rung": rung, "micro_batch": micro_batch, "ms": 1000 * taken, "first_loss": loss,
-            "tokens_per_s": micro_batch * config.block_size / taken, "memory_mib": memory / 2**20,
-            "work": run.model.flops_per_token(), "limit_of": f"matrix products in {precision}",
-            "limit": matmul_peak(device, DTYPES["bfloat16" if precision == "bfloat16"
-                                                else "float32"])}
+    dtype = "bfloat16" if "bfloat16" in reached else "float32"
+    precision = TF32 if dtype == "float32" and TF32 in reached and device.type == "cuda" else dtype
+    row = measure_contestant(lambda: contestant(rung, config, x, y, device), y.numel(), device,
+                             repeats)
+    with torch.device("meta"):
+        flops = GPT(config).flops_per_token()
+    return {"rung": rung, "micro_batch": micro_batch, **row, "work": flops,
+            "limit_of": f"matrix products in {precision}",
+            "limit": matmul_peak(device, DTYPES[dtype])}
 
 
 def left_out(rung: str, device: torch.device) -> str:
@@ -159,31 +156,23 @@ def report(found: dict[str, Any]) -> str:
             + "\n\n" + "\n".join(f"- {note}" for note in notes))
 
 
-def picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Two panels of bars, time and memory; the numbers stand beside them, so that no colour has
-    to be told from another."""
+def picture(rows: list[Row], title: str, path: Path) -> None:
+    """Two panels of bars, time and memory, with their numbers."""
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise ModuleNotFoundError('the picture needs the extra "plots": pip install -c '
                                   'constraints.txt -e ".[plots]"') from None
-    with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(10, 0.7 + 0.36 * len(rows)), dpi=150, layout="constrained")
-        left, right = drawing.subplots(1, 2, sharey=True)
-        names = [row["rung"] for row in rows]
-        for ax, key, what, color in ((left, "ms", "ms a step", PALETTE[0]),
-                                     (right, "memory_mib", "peak memory, MiB", PALETTE[4])):
-            values = [row[key] for row in rows]
-            bars = ax.barh(names, values, color=color, height=0.62)
-            ax.bar_label(bars, [f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-                                for value in values], padding=3, color="black")
-            ax.set_xlim(0, 1.15 * max(values))
-            ax.set_title(what, loc="left")
-            ax.grid(axis="y", visible=False)
-        left.invert_yaxis()
-        drawing.suptitle(title, x=0.01, ha="left", fontsize=9, color=GREY)
-        drawing.savefig(path)
+    drawing = Figure(figsize=(10, 0.7 + 0.36 * len(rows)), dpi=150, layout="constrained")
+    panels = drawing.subplots(1, 2, sharey=True)
+    for ax, key, what in zip(panels, ("ms", "memory_mib"), ("ms a step", "peak memory, MiB")):
+        bars = ax.barh([row["rung"] for row in rows], [row[key] for row in rows], color=PALETTE[0])
+        ax.bar_label(bars, fmt="{:,.4g}", padding=3)
+        ax.margins(x=0.15)
+        ax.set_title(what, loc="left")
+    ax.invert_yaxis()                                   # of both: they share it
+    drawing.suptitle(title, x=0.01, ha="left", fontsize=9)
+    drawing.savefig(path)
 
 
 def main(words: list[str]) -> None:

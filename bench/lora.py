@@ -16,15 +16,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.machine import (Row, check_known, in_process, median_row, publish, seconds, table,
-                           take_turns, where)
-from bench.peers import peer_step, transformers_model
+from bench.machine import (Row, check_known, in_process, median_row, publish, table, take_turns,
+                           where)
+from bench.peers import (Contestant, measure_contestant, peer_step, random_batch,
+                         transformers_model)
 from lora import LoRAConfig, add_lora
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
 from optim import OptimConfig, make_optimizer
 from run.config import parse, run_command
-from run.device import peak_memory, pick_device
+from run.device import pick_device
 
 SHAPES = {
     "124M": GPTConfig(block_size=256, n_layer=12, n_head=12, n_embd=768),
@@ -84,31 +85,24 @@ def theirs(shape: GPTConfig, variant: str, config: LoRABenchConfig) -> nn.Module
 
 def measure(side: str, variant: str, config: LoRABenchConfig) -> Row:
     """One process's row."""
-    torch.manual_seed(0)
     # PEFT runs as it is: pick_device has ours reuse memory.
     device = torch.device(config.device) if side == "peft" else pick_device(config.device)
     shape = SHAPES[config.shape]
-    model = {"ours": ours, "peft": theirs}[side](shape, variant, config).to(device).train()
-    optimizer = make_optimizer(model, OptimConfig(), 1e-4, 0.0)
-    ids = torch.randint(shape.vocab_size, (config.batch, shape.block_size + 1), device=device)
-    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+    x, y = random_batch(shape, config.batch, device)
 
     def loss_of(network: nn.Module) -> torch.Tensor:
         if side == "ours":
             return network(x, y)[1]
         return F.cross_entropy(network(x).logits.flatten(0, 1).float(), y.flatten())
 
-    step = peer_step(model, optimizer, loss_of, device, torch.bfloat16,
-                     "compiled" if config.compile else "eager").step
-    step()                              # compiles, and makes the optimizer's state
-    before = peak_memory(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = 0
-    time = seconds(step, device, config.repeats)
-    return {"side": side, "variant": variant, "ms": 1000 * time,
-            "mib": max(before, peak_memory(device)) / 2**20,
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    def make() -> Contestant:
+        model = {"ours": ours, "peft": theirs}[side](shape, variant, config).to(device).train()
+        optimizer = make_optimizer(model, OptimConfig(), 1e-4, 0.0)
+        return peer_step(model, optimizer, loss_of, device, torch.bfloat16,
+                         "compiled" if config.compile else "eager")
+    row = measure_contestant(make, y.numel(), device, config.repeats)
+    return {"side": side, "variant": variant, "ms": row["ms"], "mib": row["memory_mib"],
+            "trainable": row["trainable"]}
 
 
 def report(found: dict[str, Any]) -> str:

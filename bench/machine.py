@@ -3,7 +3,7 @@
     peak = matmul_peak(device, torch.bfloat16)                          # FLOP/s
     turns = take_turns(("ours", "peer"), measure, rounds=3, device=device)
     row = median_row(turns.rows["ours"], "ms")
-    publish(report, "ladder-cpu", True, device, [row], turns.states)    # bench/results/ladder-cpu.json
+    publish(report, "ladder-cpu", True, device, [row], turns.states)
 
 A benchmark's `report` makes markdown of a result, new or read from its file, so the screen and
 docs/measured.md say the same.

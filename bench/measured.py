@@ -51,7 +51,7 @@ def found(pattern: str) -> list[dict[str, Any]]:
 
 
 def summary() -> str:
-    """Our fastest way over the best peer's; of two results for the same on one machine the newer."""
+    """Our fastest way over the best peer's; of two results for one machine the newer."""
     newest = {(result["processor"], result["device"], one["what"], one["dtype"]):
               {**one, "device": result["device"]}
               for result in found("versus-peers-*") for one in result["ratios"]}

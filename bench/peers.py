@@ -23,7 +23,7 @@ from typing import Any, Callable
 import torch
 import torch.nn as nn
 
-from bench.machine import lasting, matmul_peak, memory_bandwidth, seconds
+from bench.machine import Row, lasting, matmul_peak, memory_bandwidth, seconds
 from run.device import DTYPES, autocast, peak_memory
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
@@ -182,8 +182,23 @@ def step_time(step: Callable[[], Any], device: torch.device, repeats: int,
     return statistics.median(a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:]))
 
 
+def measure_contestant(make: Callable[[], Contestant], tokens: int, device: torch.device,
+                       repeats: int) -> Row:
+    """What a contestant's steps of so many tokens take, after a first one that compiles and makes
+    the optimizer's state."""
+    contestant = make()
+    loss = contestant.step().item()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    taken = step_time(contestant.step, device, repeats)
+    return {"ms": 1000 * taken, "tokens_per_s": tokens / taken, "first_loss": loss,
+            "memory_mib": peak_memory(device) / 2**20, "compiled": contestant.compiled,
+            "parameters": sum(p.numel() for p in contestant.model.parameters()),
+            "trainable": sum(p.numel() for p in contestant.model.parameters() if p.requires_grad)}
+
+
 def measure_step(who: str, config: GPTConfig, micro_batches: tuple[int, ...], dtype: str, mode: str,
-                 device: torch.device, repeats: int, checkout: str = "") -> dict[str, Any]:
+                 device: torch.device, repeats: int, checkout: str = "") -> Row:
     """The row of the fastest micro-batch: the largest first, until one is slower."""
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     with torch.device("meta"):                          # counted without memory for weights
@@ -192,40 +207,41 @@ def measure_step(who: str, config: GPTConfig, micro_batches: tuple[int, ...], dt
         config = replace(config, vocab_size=50257, vocab_multiple=128)      # as the presets have it
     best, tried = None, {}
     for micro_batch in sorted(micro_batches, reverse=True):
-        torch.manual_seed(0)
-        ids = torch.randint(min(50257, config.vocab_size), (micro_batch, config.block_size + 1))
-        x, y = ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
+        x, y = random_batch(config, micro_batch, device)
         torch._dynamo.reset()           # or the next size would be compiled for sizes that vary
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
         try:
-            contestant = STEPS[who](config, x, y, device, DTYPES[dtype], mode, checkout)
-            loss = contestant.step().item()             # compiles, and makes the optimizer's state
-            if contestant.compiled != (mode == "compiled"):         # ours goes on without it
-                raise RuntimeError(f"{who} could not be compiled")
-            taken = step_time(contestant.step, device, repeats)
+            row = measure_contestant(
+                lambda: STEPS[who](config, x, y, device, DTYPES[dtype], mode, checkout),
+                y.numel(), device, repeats)
         except torch.OutOfMemoryError:
             tried[micro_batch] = "out of memory"
-            contestant = None
             continue
-        speed = tried[micro_batch] = micro_batch * config.block_size / taken
+        if row["compiled"] != (mode == "compiled"):             # ours goes on without it
+            raise RuntimeError(f"{who} could not be compiled")
+        speed = tried[micro_batch] = row["tokens_per_s"]
         if best and speed < best["tokens_per_s"]:
             break
-        best = {"micro_batch": micro_batch, "ms": 1000 * taken, "tokens_per_s": speed,
-                "memory_mib": peak_memory(device) / 2**20, "first_loss": loss,
-                "parameters": sum(p.numel() for p in contestant.model.parameters())}
-        contestant = None
+        best = {"micro_batch": micro_batch, **row}
     if best is None:
         raise ValueError(f"no micro-batch of {micro_batches} fits into the device's memory")
     return {**best, "tried": tried, "work": flops, "limit_of": f"matrix products in {dtype}",
             "limit": matmul_peak(device, DTYPES[dtype])}
 
 
+def random_batch(config: GPTConfig, micro_batch: int, device: torch.device
+                 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (B, T), the same for all; seeds the weights that are made after it."""
+    torch.manual_seed(0)
+    ids = torch.randint(min(50257, config.vocab_size), (micro_batch, config.block_size + 1))
+    return ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
+
+
 def measure_generation(who: str, config: GPTConfig, batch: int, dtype: str, mode: str,
                        device: torch.device, repeats: int, checkout: str = "",
-                       new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
+                       new_tokens: int = NEW_TOKENS) -> Row:
     """Greedy generation. eager, compiled: weights in dtype; autocast: in float32, as sample.py."""
     torch.manual_seed(0)
     ids = torch.randint(min(50257, config.vocab_size), (batch, PROMPT), device=device)

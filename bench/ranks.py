@@ -173,8 +173,8 @@ def report(found: dict[str, Any]) -> str:
                     "threads'=of_threads:.2f | held", rows)
             + "\n\nA step in several micro-batches:\n\n"
             + table("micro-batch=micro_batch | of them a step=accumulation | reductions="
-                    "reductions_per_step:.1f | bytes reduced=reduced_bytes_per_step:,.0f | MiB of a "
-                    "rank=memory_mib:,.0f", found["accumulation"]))
+                    "reductions_per_step:.1f | bytes reduced=reduced_bytes_per_step:,.0f | "
+                    "MiB of a rank=memory_mib:,.0f", found["accumulation"]))
 
 
 def main(words: list[str]) -> None:

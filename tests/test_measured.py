@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as whole
-from bench import kills, ladder, loading, machine, measured, ranks, startup
+from bench import kills, ladder, loading, machine, measured, peers, ranks, startup
 from bench.ladder import FUSED, HEAD, PADDED, RUNGS, TF32, LadderConfig, WrittenOutAttention
 from bench.loading import LoadingConfig
 from bench.ranks import RanksConfig
@@ -86,7 +86,7 @@ def test_each_rung_adds_its_own_to_those_below():
 def test_a_rung_is_measured_in_its_precision(monkeypatch):
     asked = []
     monkeypatch.setattr(ladder, "matmul_peak", lambda device, dtype: asked.append(dtype) or 1.0)
-    monkeypatch.setattr(ladder, "step_time", lambda step, device, repeats: 0.5)
+    monkeypatch.setattr(peers, "step_time", lambda step, device, repeats: 0.5)
     rows = [ladder.measure(rung, TINY, 2, CPU, 1) for rung in ("float32", TF32, "bfloat16")]
     assert [row["limit_of"].split()[-1] for row in rows] == ["float32", "float32", "bfloat16"]
     assert asked == [torch.float32, torch.float32, torch.bfloat16]
@@ -187,7 +187,8 @@ def test_text_to_shards_is_compared_on_the_same_tokens(tmp_path, monkeypatch):
         assert row["ms"] > 0
         return {**row, "ms": 1000 * seconds[who].pop(0)}
     monkeypatch.setattr(loading, "in_process", measure)
-    row = loading.compare_text(config, tmp_path)
+    row, states = loading.compare_text(config, tmp_path)
+    assert len(states) == 2
     assert row["tokens"] == row["bytes"] == size and row["documents"] == 300
     assert row["seconds"] == {"oneloop": 2.0, "tiktoken": 1.5} and row["of_tiktoken"] == 0.75
     rows = iter(({"ms": 1.0, "tokens": 7}, {"ms": 1.0, "tokens": 8}))
@@ -257,7 +258,7 @@ def test_ranks_and_threads_train_the_same_steps(tmp_path, monkeypatch):
         return logs[-1][2]
     monkeypatch.setattr(ranks, "run", noted)
     config = RanksConfig(shapes=("tiny",), rounds=1, looks=2, dtype="float32", compile="off")
-    row = ranks.compare_speed("tiny", config, tmp_path)
+    row = ranks.compare_speed("tiny", config, tmp_path, [])
     assert [log[:2] for log in logs] == [(1, 2), (2, 1)]
     one, two = ([line["loss"] for line in lines] for *_, lines in logs)
     assert len(one) == 4 and one == pytest.approx(two, abs=1e-5)
@@ -330,11 +331,10 @@ def test_wrong_settings_of_the_benchmarks_are_named():
 
 def versus_file(name, date, *found):
     """A result of versus_peers: (what, speed)."""
-    machine.show_and_save(lambda found: "", {
-        "date": date, "processor": "A", "device": "cpu (2 threads)", "torch": "2.13", "rounds": 3,
-        "missing": [], "rows": [], "ratios": [
-            {"what": what, "dtype": "float32", "mode": "eager", "best_peer": "nanoGPT, eager",
-             "speed": speed, "memory": 0.75} for what, speed in found]}, name, save=True)
+    machine.publish(lambda found: "", name, True, CPU, [], [], date=date, rounds=3, missing=[],
+                    ratios=[{"what": what, "dtype": "float32", "mode": "eager", "memory": 0.75,
+                             "best_peer": "nanoGPT, eager", "speed": speed}
+                            for what, speed in found])
 
 
 def test_the_newest_comparison_with_peers_counts(results):
@@ -347,26 +347,26 @@ def test_the_newest_comparison_with_peers_counts(results):
 
 def test_the_page_says_what_was_measured(results):
     assert rows_of(measured.page())[2:] == []                       # nothing was
-    machine.show_and_save(loading.report, machine.results(CPU, [
-        {"micro_batch": 64, "block_size": 1024, "tokens_per_cpu_s": 1e8, "of_a_core": 0.041}],
+    machine.publish(loading.report, "loading", True, CPU, [
+        {"micro_batch": 64, "block_size": 1024, "tokens_per_cpu_s": 1e8, "of_a_core": 0.041}], [],
         text={"bytes": 5_000_000, "threads": 2, "of_tiktoken": 0.85,
-              "seconds": {"oneloop": 0.5, "tiktoken": 0.425}}), "loading", save=True)
+              "seconds": {"oneloop": 0.5, "tiktoken": 0.425}})
     row = {"micro_batch": 2, "reduced_bytes_per_step": 120.4e6, "memory_mib": 700.0}
-    machine.show_and_save(ranks.report, machine.results(
-        CPU, [{"shape": "demo", "ranks": 2, "of_threads": 0.85, "sequences": 16,
-               "tokens_per_s": {"ranks": 85.0}}], rounds=1,
-        accumulation=[{**row, "accumulation": 2, "reductions_per_step": 1.0}]), "ranks-cpu", True)
-    for ranks_of_run in (1, 2):
-        counts = {name: 0 for name in (*PHASES, "runs", "kills", "exact", "lost", "in a save")}
-        machine.show_and_save(kills.report, machine.results(CPU, [
-            {"kind": "sft", "ranks": ranks_of_run, **counts}]), f"kills-sft-{ranks_of_run}", True)
+    machine.publish(ranks.report, "ranks-cpu", True, CPU, [
+        {"shape": "demo", "ranks": 2, "of_threads": 0.85, "sequences": 16,
+         "tokens_per_s": {"ranks": 85.0}}], [], rounds=1,
+        accumulation=[{**row, "accumulation": 2, "reductions_per_step": 1.0}])
+    counts = {name: 0 for name in (*PHASES, "runs", "kills", "exact", "lost", "in a save")}
+    for count in (1, 2):
+        machine.publish(kills.report, f"kills-sft-{count}", True, CPU,
+                        [{"kind": "sft", "ranks": count, **counts}], [])
     text = measured.page()
-    for part in ("4.1% of a core at 2,000,000 tokens/s (at most 5%: held)", "10.0 MB/s with 2",
+    for part in ("2,000,000 tokens/s take 4.1% of a core (at most 5%: held)", "10.0 MB/s",
                  "has 0.85 of the speed of tiktoken's", "(at least 0.9: NOT held)"):
         assert part in text, part
     rows = rows_of(text)
     assert ["demo", "16", "2", "85", "0.85", "NOT held"] in rows
-    assert ["2", "2", "1.0", "120.4", "700"] in rows
+    assert ["2", "2", "1.0", "120,400,000", "700"] in rows
     assert [cells[:2] for cells in rows if cells[0] == "sft"] == [["sft", "1"], ["sft", "2"]]
 
 
