@@ -43,9 +43,7 @@ def prepare(config: AlpacaConfig = AlpacaConfig()) -> Path:
     if records != RECORDS:
         print(f"{files[0]} has {records:,} records, not the {RECORDS:,} of Stanford Alpaca")
     conversations.write_conversations(folder, found, config.from_ or URL, config.validation,
-                                      dropped)
-    if config.tokenizer:
-        conversations.count_tokens(folder, config.tokenizer)
+                                      dropped, tokenizer=config.tokenizer)
     return folder
 
 

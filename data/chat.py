@@ -30,26 +30,22 @@ from run.config import parse, run_command
 
 
 def load_samples(folder: str | Path, split: str, tokenizer: Tokenizer, template: str,
-                 block_size: int, labels: Labels = "all", on_error: str = "skip") -> Samples:
+                 block_size: int, labels: Labels = "all") -> Samples:
     """Render a split of prepared chat data for a model of block_size positions.
 
     A sample ends with its last label. One that is too long loses whole turns at its end; if even
     the first turn is too long, that one's answer is cut; if no label would be left, the sample is
-    dropped, or refused with on_error="refuse". `counts` of the result says how often.
+    dropped. `counts` of the result says how often.
     """
     if extend_tokenizer(tokenizer, template) is not tokenizer:
         raise ValueError(f"the tokenizer lacks special tokens of template={template}; use "
                          f"data.chat.extend_tokenizer, and grow_embedding for the model")
-    path = Path(folder) / f"{split}.jsonl"
     flat, labelled, offsets, counts = array("i"), bytearray(), [0], Counter()
-    for number, record in enumerate(read_split(Path(folder), "chat", split), 1):
+    for record in read_split(Path(folder), "chat", split):
         counts["records"] += 1
         ids, spans = encode(record["messages"], tokenizer, template)
         spans, whole = cut(spans, block_size + 1)       # the last id is a target only
         if not spans:
-            if on_error == "refuse":
-                raise ValueError(f"{path}:{number}: the question fills block_size={block_size}, no "
-                                 f"label is left; remove it, or use --on_error=skip")
             counts["dropped"] += 1
             continue
         counts["kept"] += 1
@@ -62,7 +58,8 @@ def load_samples(folder: str | Path, split: str, tokenizer: Tokenizer, template:
             mask[start:stop] = b"\1" * (stop - start)
         labelled += mask
     if not counts["kept"]:
-        raise ValueError(f"{path} has no sample that fits block_size={block_size}")
+        raise ValueError(f"{folder}/{split}.jsonl has no sample that fits "
+                         f"block_size={block_size}")
     return Samples(np.array(flat, np.int32), np.frombuffer(labelled, np.bool_),
                    np.array(offsets, np.int64), block_size, dict(counts))
 
@@ -90,9 +87,8 @@ def prepare(config: ChatConfig) -> Path:
     if not found:
         raise ValueError(f"{config.from_} holds no conversation that can be used; nothing was "
                          f"written")
-    conversations.write_conversations(folder, found, config.from_, config.validation, dropped)
-    if config.tokenizer:
-        conversations.count_tokens(folder, config.tokenizer)
+    conversations.write_conversations(folder, found, config.from_, config.validation, dropped,
+                                      tokenizer=config.tokenizer)
     return folder
 
 

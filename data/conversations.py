@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable
 
 from bpe import find_tokenizer
-from data.prepared import read_split, split_by_hash, write_dataset
+from data.prepared import split_by_hash, write_dataset
 from data.texts import lone_surrogate, read_records
 
 Message = dict[str, str]
@@ -177,27 +177,24 @@ def split(conversations: list[dict[str, Any]], validation: float
 
 def write_conversations(folder: str | Path, conversations: list[dict[str, Any]], source: str,
                         validation: float = 0.05, dropped: dict[str, int] | None = None,
-                        val: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Write a data set and return its meta.json. `val`: where the data bring their own."""
+                        val: list[dict[str, Any]] | None = None, tokenizer: str = ""
+                        ) -> dict[str, Any]:
+    """Write a data set and return its meta.json. `val`: where the data bring their own; tokenizer:
+    gpt2 or a path, to count tokens with."""
     train, val = split(conversations, validation) if val is None else (conversations, val)
     dropped = dict(dropped or {})
     meta = write_dataset(folder, "chat", {"train": train, "val": val}, source, dropped=dropped,
                          read=len(train) + len(val) + sum(dropped.values()))
     print(f"{folder}: {len(train):,} conversations to train on, {len(val):,} to validate"
           + "".join(f"; dropped {n:,}: {reason}" for reason, n in sorted(dropped.items())))
-    return meta
-
-
-def count_tokens(folder: Path, name: str) -> None:
-    """Print how long a data set's text is in tokens of "gpt2" or of a tokenizer's path."""
-    tokenizer = find_tokenizer(name)
-    for split in ("train", "val"):
+    encode = find_tokenizer(tokenizer).encode if tokenizer else None
+    for name, part in (("train", train), ("val", val)) if encode else ():
         counts: Counter[str] = Counter()
-        for record in read_split(folder, "chat", split):
-            for message in record["messages"]:
-                counts[message["role"]] += len(tokenizer.encode(message["content"]))
-        print(f"{split}: {counts.total():,} tokens of {name} without a template, "
+        for message in (message for record in part for message in record["messages"]):
+            counts[message["role"]] += len(encode(message["content"]))
+        print(f"{name}: {counts.total():,} tokens of {tokenizer} without a template, "
               f"{counts['assistant']:,} of them in answers")
+    return meta
 
 
 def first_question(messages: list[Message]) -> list[Message]:

@@ -28,7 +28,7 @@ URL = "https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
 SHA256 = "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe"
 QUESTION = "Is this film review positive or negative? Answer with one word."
 ANSWERS = ("negative", "positive")
-MEMBER = re.compile(r"aclImdb/(train|test)/(pos|neg)/\d+_\d+\.txt")
+REVIEW = re.compile(r"(?:aclImdb/)?(train|test)/(pos|neg)/\w+\.txt")
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,18 @@ class ImdbConfig:
 Review = tuple[str, str, int]           # "train" or "test", the text, 1 for positive
 
 
-def reviews_of_folder(folder: Path) -> Iterator[Review]:
-    """The reviews of the unpacked archive: train/pos/*.txt and so on."""
-    for half in ("train", "test"):
-        for label, kind in enumerate(("neg", "pos")):
-            for path in sorted((folder / half / kind).glob("*.txt")):
-                yield half, path.read_text(encoding="utf-8"), label
+def texts_of_folder(folder: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of what may be reviews in the unpacked archive."""
+    for path in sorted(folder.glob("*/*/*.txt")):
+        yield path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")
 
 
-def reviews_of_archive(path: Path) -> Iterator[Review]:
-    """Read from the archive as it is; nothing is unpacked onto the disk."""
+def texts_of_archive(path: Path) -> Iterator[tuple[str, str]]:
+    """The same, read from the archive as it is; nothing is unpacked onto the disk."""
     with tarfile.open(path) as archive:
-        members = [member for member in archive if MEMBER.fullmatch(member.name)]
-        for member in members:
-            half, kind = MEMBER.fullmatch(member.name).groups()
-            yield half, archive.extractfile(member).read().decode(), int(kind == "pos")
+        for member in archive:
+            if REVIEW.fullmatch(member.name):
+                yield member.name, archive.extractfile(member).read().decode()
 
 
 def reviews_of_file(path: Path) -> Iterator[Review]:
@@ -77,12 +74,16 @@ def read_reviews(source: str, folder: Path) -> list[Review]:
                                                 "python -m data.imdb --from=FOLDER")
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
+    files = []
     if path.is_dir():
-        found = list(reviews_of_folder(path)) or [
-            review for file in sorted(path.glob("*.jsonl")) for review in reviews_of_file(file)]
+        texts, files = texts_of_folder(path), sorted(path.glob("*.jsonl"))
+    elif path.name.endswith(".tar.gz"):
+        texts = texts_of_archive(path)
     else:
-        found = list(reviews_of_archive(path) if path.name.endswith(".tar.gz")
-                     else reviews_of_file(path))
+        texts, files = [], [path]
+    found = [(name[1], text, int(name[2] == "pos")) for full, text in texts
+             if (name := REVIEW.fullmatch(full))]
+    found = found or [review for file in files for review in reviews_of_file(file)]
     if not found:
         raise ValueError(f"{path} holds no reviews: neither train/pos/*.txt nor *.jsonl")
     return [(half, text.replace("<br />", "\n").strip(), label) for half, text, label in found]

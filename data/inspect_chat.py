@@ -10,6 +10,7 @@ import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ def load(name: str, split: str, format: str) -> tuple[list[dict[str, Any]], Coun
     if Path(name).is_file():
         return conversations.read([Path(name)], format)
     folder = Path(name) if Path(name).is_dir() else DATA / name
-    return read_split(folder, "chat", split), Counter(read_meta(folder, "chat")["dropped"])
+    return list(read_split(folder, "chat", split)), Counter(read_meta(folder, "chat")["dropped"])
 
 
 def block_size_of(name: str) -> int:
@@ -126,16 +127,14 @@ def coloured(messages: list[dict[str, str]], tokenizer: Tokenizer, template: str
     """The rendered text, labels in green or, where there is no colour, in [[ ]]."""
     tokenizer = extend_tokenizer(tokenizer, template)
     ids, labels = render(messages, tokenizer, template)
-    shown, start = [], 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or (labels[end] == IGNORE) != (labels[start] == IGNORE):
-            text, has_label = printable(tokenizer.decode(ids[start:end])), labels[start] != IGNORE
-            if colour:
-                shown.append(f"{GREEN if has_label else GREY}{text}{PLAIN}")
-            else:
-                shown.append(f"[[{text}]]" if has_label else text)
-            start = end
-    return "".join(shown)
+    shown = ""
+    for has_label, part in groupby(zip(ids, labels), key=lambda pair: pair[1] != IGNORE):
+        text = printable(tokenizer.decode([i for i, _ in part]))
+        if colour:
+            shown += f"{GREEN if has_label else GREY}{text}{PLAIN}"
+        else:
+            shown += f"[[{text}]]" if has_label else text
+    return shown
 
 
 def main(names: list[str], words: list[str]) -> None:

@@ -6,13 +6,13 @@
     meta.json                       version, kind, source, and the checksum of every file
 
     meta = write_dataset(folder, "chat", {"train": records, "val": records}, source="...")
-    meta = read_meta(folder, "chat"); records = read_split(folder, "chat", "train")
+    meta = read_meta(folder, "chat"); records = list(read_split(folder, "chat", "train"))
     train, val = split_by_hash(records, validation=0.05, text=json.dumps)
 """
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Callable, Sequence, TypeVar
+from typing import Any, Callable, Iterator, Sequence, TypeVar
 
 from formats.files import read_json, write_bytes, write_json
 
@@ -69,7 +69,7 @@ def write_dataset(folder: str | Path, kind: str, splits: dict[str, Sequence[Any]
     return meta
 
 
-def read_split(folder: Path, kind: str, split: str) -> list[dict[str, Any]]:
+def read_split(folder: Path, kind: str, split: str) -> Iterator[dict[str, Any]]:
     """The records of "train" or "val", as prepared: a changed file is refused."""
     facts, path = read_meta(folder, kind)["splits"].get(split), folder / f"{split}.jsonl"
     if facts is None or not path.exists():
@@ -78,7 +78,7 @@ def read_split(folder: Path, kind: str, split: str) -> list[dict[str, Any]]:
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:
         raise ValueError(f"{path} differs from its checksum in meta.json; after a change, prepare "
                          f"it again: python -m {KINDS[kind][1]}")
-    return [json.loads(line) for line in data.decode().split("\n")[:-1]]
+    return map(json.loads, data.decode().split("\n")[:-1])
 
 
 def fingerprint(folder: Path, kind: str, *settings: Any) -> str:

@@ -5,11 +5,13 @@
     for line, record in read_records(path): ...                 # any JSON object a line or item
 """
 import json
+import re
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 DOCUMENTS = (".txt", ".jsonl", ".parquet")
 RECORDS = (".json", ".jsonl")
+SPACE = re.compile(r"[ \t\r\n]*")         # between the records of an array
 
 
 def find_files(source: str | Path, endings: tuple[str, ...] = DOCUMENTS) -> list[Path]:
@@ -60,25 +62,19 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
 def _read_jsonl(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8") as file:
         try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _text_of(line, f"{path}, line {number}")
+            for number, record in _json_lines(file):
+                place = f"{path}, line {number}"
+                if isinstance(record, ValueError):
+                    raise ValueError(f"{place} is {record}")
+                text = record.get("text") if isinstance(record, dict) else None
+                if not isinstance(text, str):
+                    raise ValueError(f'{place} is no {{"text": "..."}} object')
+                if wrong := lone_surrogate(text):
+                    raise ValueError(f"{place} has half a surrogate pair, {wrong}, which is no "
+                                     f"character; remove it")
+                yield text
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it first") from None
-
-
-def _text_of(line: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:                   # nested too deep is no JSON
-        raise ValueError(f"{place} is no JSON: {error}") from None
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'{place} is no {{"text": "..."}} object')
-    if wrong := lone_surrogate(text):
-        raise ValueError(f"{place} has half a surrogate pair, {wrong}, which is no character; "
-                         f"remove it")
-    return text
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
@@ -118,7 +114,11 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         return
     except (ValueError, RecursionError):
         pass                                                        # a line each, then
-    for number, line in enumerate(text.split("\n"), 1):
+    yield from _json_lines(text.split("\n"))
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -128,7 +128,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _read_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     decoder, line, counted = json.JSONDecoder(), 1, 0
-    at = _skip(text, text.index("[") + 1)
+    at = SPACE.match(text, text.index("[") + 1).end()
     while text[at:at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
         try:
@@ -136,14 +136,8 @@ def _read_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: after line {line} is no JSON: {error}") from None
         yield line, record
-        at = _skip(text, at)
+        at = SPACE.match(text, at).end()
         if text[at:at + 1] == ",":
-            at = _skip(text, at + 1)
+            at = SPACE.match(text, at + 1).end()
         elif text[at:at + 1] != "]":
             raise ValueError(f"{path}: the array breaks off after the record in line {line}")
-
-
-def _skip(text: str, at: int) -> int:
-    while text[at:at + 1] in (" ", "\n", "\r", "\t"):
-        at += 1
-    return at

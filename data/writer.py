@@ -43,16 +43,11 @@ class ShardWriter:
                 for path, facts in files_of(self.folder, saved).items():
                     open_shard(path, facts)
                 self.meta, self.documents = saved, documents
-                self._remove(*self.folder.glob("*.tmp"))
+                _remove(*self.folder.glob("*.tmp"))
                 return
         # meta.json goes first: from then on the folder is no data set.
-        self._remove(self.folder / "meta.json", progress, self.folder / STAMP,
-                     *self.folder.glob("*.npy"), *self.folder.glob("*.tmp"))
-
-    @staticmethod
-    def _remove(*files: Path) -> None:
-        for file in files:
-            file.unlink(missing_ok=True)
+        _remove(self.folder / "meta.json", progress, self.folder / STAMP,
+                *self.folder.glob("*.npy"), *self.folder.glob("*.tmp"))
 
     def tokens(self, split: str) -> int:
         """Tokens of a split so far, those of its unfinished shard included."""
@@ -111,6 +106,11 @@ def unigram_entropy(shards: Iterable[np.ndarray], chunk: int = 10_000_000) -> fl
             counts = new
     p = counts[counts > 0] / max(1, counts.sum())
     return float(-(p * np.log(p)).sum())
+
+
+def _remove(*files: Path) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def read_progress(folder: Path) -> tuple[dict[str, Any], int]:
