@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 DATA = Path(__file__).parent    # named data sets live beside this file
 AGAIN = "delete the folder and prepare the data again"
 KINDS = {"tokens": ("token shards", "data.corpus --from=PATH"),     # in words, and what makes it
-         "chat": ("chat data", "data.chat prepare FILE..."),
+         "chat": ("conversations", "data.chat prepare FILE..."),
          "classes": ("texts with classes", "data.labels --from=FILE")}
 Item = TypeVar("Item")
 

@@ -317,7 +317,7 @@ def test_a_changed_or_foreign_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="differs from its checksum"):
         load_samples(tmp_path, "train", TOKENIZER, "plain", 64)
     (tmp_path / "meta.json").write_text('{"version": 1, "vocab_size": 256}')
-    with pytest.raises(ValueError, match="holds 'tokens' data, not chat data; .* data.chat"):
+    with pytest.raises(ValueError, match="holds 'tokens' data, not conversations; .* data.chat"):
         fingerprint(tmp_path, TOKENIZER, "plain")
     with pytest.raises(FileNotFoundError, match="prepare FILE"):
         fingerprint(tmp_path / "none", TOKENIZER, "plain")
@@ -531,5 +531,5 @@ def test_real_conversations_prepare_and_say_what_was_dropped(shared, tmp_path):
                                     '{"kind": "chat", "version": 1, "splits": {"train": 3}}'])
 def test_a_damaged_meta_of_chat_data_is_one_clear_line(tmp_path, damage):
     (tmp_path / "meta.json").write_text(damage)
-    with pytest.raises(ValueError, match="damaged|truncated or not JSON|not chat data"):
+    with pytest.raises(ValueError, match="damaged|truncated or not JSON|not conversations"):
         prepared.read_split(tmp_path, "chat", "train")
