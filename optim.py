@@ -166,6 +166,17 @@ def muon(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig) -> 
 RULES = {"adamw": adamw, "galore": galore, "muon": muon}
 
 
+def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+              skip: torch.Tensor) -> None:
+    """The optimizer's step, except where `skip` (a bool on the device) says not to."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled():
+        optimizer.found_inf = skip.float()              # read by the fused kernel: no wait for it
+        optimizer.step()
+    elif not skip:
+        scaler.step(optimizer)
+    scaler.update()                                     # float16: it learns from overflows
+
+
 # A schedule maps the share of training that is done after warmup, 0..1, to a share of the way from
 # the floor (0) to the peak (1).
 SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {

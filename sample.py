@@ -70,6 +70,18 @@ def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_to
     return prompt + tokenizer.decode(new)
 
 
+def preview(model: GPT, data: Any, config: Any) -> str:
+    """What a model in training writes: answers to the prompts of its data (data/sets.py), or a
+    text. config: settings of train.py."""
+    if not data.prompts:
+        return continue_text(model, data.tokenizer, config.sample_prompt, config.sample_tokens,
+                             seed=config.seed)
+    return "\n".join(
+        f"> {prompt[-1]['content']}\n" + chat_reply(model, data.tokenizer, prompt, data.template,
+                                                    config.sample_tokens, temperature=0)
+        for prompt in data.prompts)
+
+
 class Chat:
     """A conversation with a model. What model and user said stays in a cache of keys and values:
     a turn computes the tokens that are new, and what is forgotten or changed, nothing else.

@@ -22,7 +22,7 @@ from bench.machine import (Row, check_known, check_least, lasting, machine_state
 from bench.peers import SHAPES, our_step
 from run.config import parse, run_command
 from run.device import has_compiler, pick_device, pick_dtype
-from run.processes import repeatable
+from run.processes import deterministic
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def main(words: list[str]) -> None:
     device = pick_device(config.device)
     Path(config.folder).mkdir(parents=True, exist_ok=True)
     states = [machine_state(device)]
-    with tempfile.TemporaryDirectory(dir=config.folder) as folder, repeatable(True):
+    with tempfile.TemporaryDirectory(dir=config.folder) as folder, deterministic(True):
         row = measure(config, device, Path(folder))
     states.append(machine_state(device))
     publish(report, f"saves-{device.type}", config.save, device, [row], states,

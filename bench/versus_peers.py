@@ -27,7 +27,7 @@ from bench.machine import (Row, Turns, check_known, check_least, in_process, med
 from bench.peers import GENERATE, LOOSE, OURS, SHAPES, WHO, measure_generation, measure_step
 from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, pick_device
-from run.processes import repeatable
+from run.processes import deterministic
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def measure(config: PeersConfig, device: torch.device) -> dict[str, Any]:
         row = measure_generation(who, *GENERATE[what], dtype, mode, device, config.repeats,
                                  checkout)
     else:
-        with repeatable(who == OURS) if who in (OURS, LOOSE) else contextlib.nullcontext():
+        with deterministic(who == OURS) if who in (OURS, LOOSE) else contextlib.nullcontext():
             row = measure_step(who, SHAPES[what][0], config.micro_batches, dtype, mode, device,
                                config.repeats, checkout)
     return {"what": what, "who": who, "dtype": dtype, "mode": mode, **row}

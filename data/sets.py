@@ -1,17 +1,18 @@
-"""A data set, opened: whatever it holds, batches to train on and batches to validate on.
+"""A data set by name: whatever it holds, batches to train on and batches to validate on.
 
-    data = TokenSet(folder)                                         token shards
-    data = ChatSet(folder, tokenizer, template, block_size)         conversations
-    data = ClassSet(folder, tokenizer, block_size)                  texts with a class each
-    batches = data.loader(config, world, pin=False)                 config: TrainConfig's settings
+    folder = find_or_make("corpus", world)                          its files, verified
+    data = open_data(folder, config, tokenizer, block_size)         config: TrainConfig's settings
+    batches = data.loader(config, world, pin=False)
     for batch in batches.batches(step): model(*batch, reduction="sum")
     for batch in data.validation(config, world): ...
 
+It is a TokenSet (token shards), a ChatSet (conversations) or a ClassSet (texts with a class each).
 Each has: tokenizer (or None), vocab_size, fingerprint, template ("" of texts), unigram_entropy
 (nats, or None), prompts, which is what to ask a model that learns from it, and classes, how many a
 Classifier chooses among (0 where the next token is learned).
 """
 import dataclasses
+import importlib
 import itertools
 from pathlib import Path
 from typing import Any, Iterator
@@ -21,6 +22,8 @@ from data import chat, labels, loader, prepared, samples, shards
 from data.conversations import first_question
 
 EVALUATION_TOKENS = 4096        # at once, at least: small micro-batches would be slow
+SMALL_DATA = ("corpus", "shakespeare", "pydocs")    # made within a minute when a run asks for them
+HOLDS = {"chat": "conversations", "classes": "texts with classes"}
 PROMPTS = 3                     # of the validation split, with room for an answer
 
 
@@ -101,6 +104,49 @@ class ClassSet(_SampleSet):
         self.fingerprint = prepared.fingerprint(folder, "classes", self.names, tokenizer.hash)
         self.train, self.val = (labels.load_samples(folder, split, tokenizer, block_size)
                                 for split in ("train", "val"))
+
+
+def find_or_make(name: str, world: Any) -> Path:
+    """The folder of a data set, its files verified; a small one is made if it is not there yet."""
+    try:
+        folder = shards.find(name)
+    except FileNotFoundError:
+        if name not in SMALL_DATA:
+            raise
+        if world.rank == 0:
+            importlib.import_module(f"data.{name}").prepare()
+    world.wait()
+    folder = shards.find(name)
+    if world.rank == 0 and kind(folder) == "tokens":
+        shards.verify(folder, cached=True)
+    world.wait()
+    return folder
+
+
+def open_data(folder: Path, config: Any, tokenizer: Tokenizer | None, block_size: int
+              ) -> TokenSet | ChatSet | ClassSet:
+    """What a prepared folder holds, as a model reads it that has this tokenizer and context.
+
+    tokenizer: None of a model that is new and takes the data's, or of one that has none. A
+    conversation's template may add tokens to it; data.tokenizer is the whole one.
+    """
+    what = kind(folder)
+    if what != "tokens" and config.init_from == "scratch":
+        raise ValueError(f"data={config.data} holds {HOLDS[what]}, and init_from=scratch has no "
+                         f"words yet; name a model that writes, --init_from=RUN or gpt2")
+    if what != "tokens" and tokenizer is None:
+        raise ValueError(f"{config.init_from} has no tokenizer to read {config.data} with; put its "
+                         f"tokenizer.json there")
+    if what == "classes":
+        return ClassSet(folder, tokenizer, block_size)
+    if what == "chat":
+        return ChatSet(folder, chat.extend_tokenizer(tokenizer, config.template), config.template,
+                       block_size, config.labels)
+    data = TokenSet(folder)
+    if tokenizer and data.tokenizer and tokenizer.hash != data.tokenizer.hash:
+        raise ValueError(f"{config.data} was made with another tokenizer than {config.init_from}'s; "
+                         f"prepare it with --tokenizer={config.init_from}")
+    return data
 
 
 def kind(folder: Path) -> str:

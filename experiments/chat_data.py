@@ -32,7 +32,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from run import log as report
+from formats import files
 from run import load
 from run.config import build, parse, run_command
 from bpe import END_OF_TEXT
@@ -207,7 +207,7 @@ def perform(arm: Arm, seed: int, checks: list[Talk], config: DataConfig) -> Path
             "data": str(folder / "data"), "epochs": 0, "max_steps": config.steps, "eval_every": 0,
             "save_every": 0, "sample_tokens": 0, **arm.settings, "compile": "off",
             "batch_tokens": int(share * SFT_DEMO["batch_tokens"])}))
-    if summary["final"]["step"] < config.steps:     # stopped by a signal, which train() obeys
+    if summary["step"] < config.steps:     # stopped by a signal, which train() obeys
         raise KeyboardInterrupt
     return folder
 
@@ -275,7 +275,7 @@ def main(words: list[str]) -> None:
     for row in all_rows(config):
         rows.append(row)
         print(json.dumps(row), flush=True)
-        report.write_json(Path(config.out) / "results.json",
+        files.write_json(Path(config.out) / "results.json",
                           {"config": dataclasses.asdict(config), "rows": rows})
     for study in dict.fromkeys(row["study"] for row in rows):
         print("\n" + table(rows, study))

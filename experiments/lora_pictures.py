@@ -22,7 +22,7 @@ from experiments.lora_results import (DATA_NAMES, Point, base_loss, best, data_s
                                       spell_slope, summary, tables)
 from experiments.plots import GREY, LINES, MARKERS, STYLE
 from experiments.runs import PALETTE
-from run.log import write_json
+from formats.files import write_json
 
 KNOBS = {"r": "rank", "alpha": "alpha", "dropout": "dropout", "learning_rate": "learning rate",
          "epochs": "epochs", "batch": "batch", "micro_batch": "accumulation"}

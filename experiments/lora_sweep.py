@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 import lora
-from run import log as report
+from formats import files
 from run import load
 from bpe import Tokenizer
 from run.config import build, parse, run_command
@@ -190,7 +190,7 @@ def agree(out: Path, facts: dict[str, Any], more: dict[str, Any]) -> None:
                                  f"{name}={facts[name]}; choose another --out, or delete {out}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    report.write_json(path, {"shared": facts, **more})
+    files.write_json(path, {"shared": facts, **more})
 
 
 # ------------------------------------------------------------------------------------------------

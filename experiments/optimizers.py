@@ -27,7 +27,8 @@ from experiments.plots import GREY
 from experiments.runs import load_run, short
 from model import GPTConfig
 from optim import OptimConfig
-from run.log import provenance, write_json
+from formats.files import write_json
+from run.log import provenance
 from train import TrainConfig
 
 TUNING_SEED = 1000

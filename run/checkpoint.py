@@ -9,6 +9,7 @@ that can be read. Files are read with weights_only=True, so a stranger's cannot 
     saver.save(state)           # returns as soon as the state is copied to host memory
     saver.close()               # waits for the file, raises if the last one could not be written
 """
+import math
 import os
 import sys
 import threading
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 
+from formats.files import atomic_write
+
 FORMAT_VERSION = 1
 BEST = ("step", "model", "config", "base", "best_loss")     # what best.pt holds of a whole state
 
@@ -25,15 +28,10 @@ BEST = ("step", "model", "config", "base", "best_loss")     # what best.pt holds
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values atomically. OSError when the disk refuses."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:    # PyTorch's writer hides the disk's error in its own
-        temporary.unlink(missing_ok=True)       # half a file is of no use, and the disk may be full
         reason = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path} could not be written: {reason}") from error
     _sync_folder(path.parent)
@@ -87,10 +85,10 @@ def save_last(folder: str | Path, state: dict[str, Any], keep: int = 2,
             save(new, state)
     else:
         save(new, state)            # before anything is renamed: a full disk costs nothing
-    return settle(folder, keep)
+    return complete_renames(folder, keep)
 
 
-def settle(folder: str | Path, keep: int = 2) -> Path:
+def complete_renames(folder: str | Path, keep: int = 2) -> Path:
     """Give the files their names, as a save does at its end; a killed one may not have come to it.
     """
     folder = Path(folder)
@@ -105,7 +103,11 @@ def settle(folder: str | Path, keep: int = 2) -> Path:
 
 
 def load_last(folder: str | Path, map_location: Any = "cpu") -> dict[str, Any] | None:
-    """The newest readable checkpoint of a run, None if it has none; damaged ones are reported."""
+    """The newest readable checkpoint of a run, None if it has none; damaged ones are reported.
+
+    Where only milestones are left, a ValueError names the newest: to go on from so far back, or to
+    start anew and lose the log, is for the user to say.
+    """
     folder = Path(folder)
     found = [folder / "last.new.pt", *_last_files(folder, 100)]
     found = [path for path in found if path.exists()]
@@ -114,6 +116,10 @@ def load_last(folder: str | Path, map_location: Any = "cpu") -> dict[str, Any] |
             return load(path, map_location)
         except ValueError as error:
             print(f"warning: {error}; trying the one before it", file=sys.stderr)
+    if kept := milestones(folder):
+        raise ValueError(f"no last.pt in {folder} can be read, and {kept[-1].name} is there: to go "
+                         f"on from it, cp {kept[-1]} {folder / 'last.pt'}; to start anew, move "
+                         f"{folder} away")
     if found:
         raise ValueError(f"no checkpoint in {folder} can be read; move it away to start anew")
     return None
@@ -129,11 +135,14 @@ class Saver:
     for the file before it where that is not finished yet: there is memory for one copy.
 
     keep: how many last*.pt. limit: how many milestones, 0 for all. max_failed: so many files in a
-    row may fail, each with a warning; the next failure is an OSError.
+    row may fail, each with a warning; the next failure is an OSError. best_loss: of the best.pt
+    that is on the disk; it moves when a better one has been written, not before.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, limit: int = 0, max_failed: int = 3):
+    def __init__(self, folder: Path, keep: int = 2, limit: int = 0, max_failed: int = 3,
+                 best_loss: float = math.inf):
         self.folder, self.keep, self.limit, self.max_failed = folder, keep, limit, max_failed
+        self.best_loss = best_loss
         self.copies: dict[tuple, torch.Tensor] = {}     # host memory, used again at each save
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
@@ -141,7 +150,10 @@ class Saver:
 
     def save(self, state: dict[str, Any], last: bool = True, best: bool = False,
              milestone: bool = False) -> None:
-        """Copy the state, then write it as last.pt (a milestone too) or best.pt or both."""
+        """Copy the state, then write it as last.pt (a milestone too) or best.pt or both.
+
+        Of a state that is to be best.pt, state["best_loss"] is the loss.
+        """
         self.wait()
         if not last:
             state = {key: state[key] for key in BEST}
@@ -185,6 +197,7 @@ class Saver:
         try:
             if best:                # before last.pt, after which nobody would make it again
                 save(self.folder / "best.pt", {key: state[key] for key in BEST})
+                self.best_loss = state["best_loss"]
             if last:
                 save_last(self.folder, state, self.keep, milestone)
             if milestone and self.limit:

@@ -17,15 +17,19 @@ A wrong setting is a ValueError of one line. `run_command` prints it on stderr a
 """
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
 import io
+import math
 import os
+import signal
 import sys
 import textwrap
 import tokenize
+import traceback
 import types
 import typing
 from typing import Any, Callable, Literal, TypeVar
@@ -126,18 +130,30 @@ def run_command(main: Callable[[list[str]], Any]) -> None:
     """
     try:
         main(sys.argv[1:])
-    except BrokenPipeError:                                         # `... --help | head`
-        raise SystemExit(0) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except Exception as error:
+        raise SystemExit(print_error(error)) from None
+    except KeyboardInterrupt as error:
+        os._exit(print_error(error))    # at once, without waiting for a file being written
+
+
+def print_error(error: BaseException) -> int:
+    """Say on stderr what ended this process: in one line what its user can mend, else with the way
+    to it. Returns the exit code."""
+    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    code, text = 2, f"{rank}error: {error}\n"
+    if isinstance(error, BrokenPipeError):                          # `... --help | head`
+        code, text = 128 + signal.SIGPIPE, ""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                # Python flushes at its end
+    elif isinstance(error, KeyboardInterrupt):
+        code, text = 128 + signal.SIGINT, "\ninterrupted\n"
+    elif os.environ.get("ONELOOP_TRACEBACK") or not isinstance(
+            error, (ValueError, OSError, ArithmeticError, ModuleNotFoundError)):
+        code, text = 1, rank + "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError):                              # nobody may be there to read
+        sys.stderr.write(text)
+        sys.stderr.flush()
         sys.stdout.flush()
-        os._exit(130)                   # at once, without waiting for a file being written
-    except (ValueError, OSError, ArithmeticError, ModuleNotFoundError) as error:
-        if os.environ.get("ONELOOP_TRACEBACK"):
-            raise
-        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-        print(f"{rank}error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    return code
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -166,7 +182,14 @@ def _assemble(cls: type[Config], values: dict[str, Any], prefix: str = "") -> Co
         elif name in values:
             value = values[name]
             arguments[field.name] = tuple(value) if isinstance(value, list) else value
+            check_finite(name, value)
     return cls(**arguments)
+
+
+def check_finite(name: str, value: Any) -> None:
+    """ValueError for nan and inf, which pass comparisons such as `x < 0`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value} is not a finite number; give one")
 
 
 def _group(kind: Any) -> type | None:

@@ -36,26 +36,9 @@ def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: fl
     Of a run, the best checkpoint is taken; the last one where nothing was evaluated yet. A run on
     texts with classes gives a Classifier; who needs a model that writes, calls `load_writer`.
     """
-    if not is_run(name):
-        model, tokenizer = _load_other(Path(name), name, dropout)
-        return model.to(device).eval(), tokenizer
-    folder = Path(name)
-    state, file = _checkpoint_of(folder, which), folder / "tokenizer.json"
-    tokenizer = Tokenizer.load(file) if file.exists() else None
-    settings = state["config"]
-    shape = build(GPTConfig, {**settings["model"], "dropout": dropout})
-    if not settings.get("lora"):
-        model = with_head(use_fast_products(GPT(shape)), state)
-        model.load_state_dict(state["model"])
-        return model.to(device).eval(), tokenizer
-    model, _ = load_base(settings["init_from"], dropout, shape.block_size)      # it has the rest
-    model = with_head(grow_embedding(model, shape.vocab_size), state)
-    lora.add_lora(model, build(lora.LoRAConfig, settings["lora"]), quiet=True)
-    if model.adapters.base_hash != state["base"]:
-        raise ValueError(f"{folder} trained an adapter of {settings['init_from']}, which has "
-                         f"changed since; put the old one back")
-    lora.load_trainable_state(model, state["model"])
-    return model.to(device).eval(), tokenizer
+    model, tokenizer = (_load_run(Path(name), dropout, which) if is_run(name)
+                        else _load_other(Path(name), name, dropout))
+    return use_fast_products(model).to(device).eval(), tokenizer
 
 
 def load_writer(name: str | Path, device: torch.device | str = "cpu", dropout: float = 0.0
@@ -104,14 +87,13 @@ def model_for(data: Any, start: GPT | None, config: Any) -> GPT | Classifier:
                              f"{config.data} has {data.vocab_size}; leave it out, training takes "
                              f"that")
         with torch.device("meta" if config.dry_run else "cpu"):
-            return use_fast_products(
-                GPT(dataclasses.replace(config.model, vocab_size=data.vocab_size)))
+            return GPT(dataclasses.replace(config.model, vocab_size=data.vocab_size))
     if data.classes:
         return Classifier(start, data.classes, config.pooling)
     if not data.template and start.config.vocab_size != data.vocab_size:
-        raise ValueError(f"{config.data} has {data.vocab_size} tokens, {config.init_from} has "
-                         f"{start.config.vocab_size}; prepare it with "
-                         f"--tokenizer={config.init_from}")
+        raise ValueError(f"{config.data} was made with another tokenizer than {config.init_from}'s: "
+                         f"it has {data.vocab_size} tokens, not {start.config.vocab_size}; prepare "
+                         f"it with --tokenizer={config.init_from}")
     return grow_embedding(start, data.vocab_size)
 
 
@@ -171,11 +153,32 @@ def needs_tokenizer(tokenizer: Tokenizer | None, name: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def _load_run(folder: Path, dropout: float, which: str
+              ) -> tuple[GPT | Classifier, Tokenizer | None]:
+    """The model of one of a run's checkpoints; an adapter's on its base."""
+    state, file = _checkpoint_of(folder, which), folder / "tokenizer.json"
+    tokenizer = Tokenizer.load(file) if file.exists() else None
+    settings = state["config"]
+    shape = build(GPTConfig, {**settings["model"], "dropout": dropout})
+    if not settings.get("lora"):
+        model = with_head(GPT(shape), state)
+        model.load_state_dict(state["model"])
+        return model, tokenizer
+    model, _ = load_base(settings["init_from"], dropout, shape.block_size)      # it has the rest
+    model = with_head(grow_embedding(model, shape.vocab_size), state)
+    lora.add_lora(model, build(lora.LoRAConfig, settings["lora"]), quiet=True)
+    if model.adapters.base_hash != state["base"]:
+        raise ValueError(f"{folder} trained an adapter of {settings['init_from']}, which has "
+                         f"changed since; put the old one back")
+    lora.load_trainable_state(model, state["model"])
+    return model, tokenizer
+
+
 def _load_other(folder: Path, name: str | Path, dropout: float) -> tuple[GPT, Tokenizer | None]:
     """A model that is not a run of ours."""
     if (folder / "best.pt").exists() or not folder.is_dir() and folder.parent.name == "out":
         raise FileNotFoundError(f"there is no run in {folder}")
-    model = use_fast_products(GPT.from_pretrained(name, dropout))
+    model = GPT.from_pretrained(name, dropout)
     if folder.is_dir() and any((folder / file).exists() for file in TOKENIZER_FILES):
         return model, Tokenizer.load(folder)
     return model, Tokenizer.gpt2() if model.config.vocab_size == GPTConfig.vocab_size else None

@@ -1,9 +1,10 @@
-"""What a run says about itself: log.jsonl, run.json, progress bar, TensorBoard, the dry run.
+"""What a run says about itself: log.jsonl, run.json, progress bar, TensorBoard.
 
 A run is a folder: config.json, run.json (how it was made, and its final figures), log.jsonl (one
 object a line: every step has step, loss, lr, grad_norm, tokens, tokens_per_s; an evaluation has
 step and what was measured), tokenizer.json, last.pt, best.pt. Only rank 0 writes.
 """
+import contextlib
 import json
 import math
 import os
@@ -19,16 +20,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fast.cross_entropy import head_memory
+from formats.files import write_text
 from run.device import device_name, peak_flops, peak_memory, synchronize
-from run.watch import Spikes
 from run.processes import Processes
-from optim import learning_rate
 
 REPOSITORY = Path(__file__).parent.parent
 NAMES = {"loss": "validation loss", "bits_per_byte": "bits per byte"}
 VALIDATION = ("loss", "perplexity", "accuracy")      # called val_... in the log
 SPIKE = 6.0                     # standard deviations above the last 100 losses: marked in the log
+
+
+class Spikes:
+    """How far a loss lies above the finite ones before it, in standard deviations."""
+    WINDOW = 100
+
+    def __init__(self, recent: list[float]):
+        self.recent = list(recent)      # saved with the run, so that a resumed one judges alike
+
+    def add(self, loss: float) -> None:
+        """A loss that counts as usual from now on."""
+        self.recent = [*self.recent, loss][-self.WINDOW:]
+
+    def score(self, loss: float) -> float:
+        """0 until the window is full: the first losses fall too fast to be compared."""
+        if len(self.recent) < self.WINDOW:
+            return 0.0
+        mean = sum(self.recent) / self.WINDOW
+        variance = sum((value - mean) ** 2 for value in self.recent) / self.WINDOW
+        return (loss - mean) / max(variance ** 0.5, 1e-12)
 
 
 class RunLog:
@@ -53,7 +72,8 @@ class RunLog:
         self.terminal = sys.stderr.isatty()
         if not self.active:
             return
-        self.file = open(repaired_log(out / "log.jsonl", start), "a", encoding="utf-8")
+        self.path = repaired_log(out / "log.jsonl", start)
+        self.file, self.unwritten = open(self.path, "ab", buffering=0), b""
         self.board = _tensorboard(out) if config.report_to == "tensorboard" else None
         self.bar = tqdm(total=self.max_steps, initial=start, unit="step", dynamic_ncols=True,
                         disable=not self.terminal)
@@ -63,16 +83,18 @@ class RunLog:
         """Note a finished step. loss: this rank's share of the step's mean loss."""
         self.pending.append((step, lr, loss, norm, skipped))
 
-    def flush(self, stop: bool = False) -> bool:
+    def flush(self, *votes: bool) -> list[bool]:
         """Fetch the noted figures from the device, reduce them over ranks, log and show them.
 
-        All ranks call it at the same steps. `stop` is agreed on by the way: returns whether any
-        rank asked for it.
+        All ranks call it at the same steps. `votes` are agreed on by the way: of each, whether any
+        rank has it.
         """
-        losses = self.world.sum(torch.stack([loss for _, _, loss, _, _ in self.pending]
-                                            + [torch.tensor(float(stop), device=self.device)]))
+        sums = self.world.sum(torch.stack([loss for _, _, loss, _, _ in self.pending]
+                                          + [torch.tensor(float(vote), device=self.device)
+                                             for vote in votes]))
         norms, skips = (torch.stack(column).tolist() for column in list(zip(*self.pending))[3:])
-        *losses, stop_votes = losses.tolist()                       # waits for the device
+        sums = sums.tolist()                                        # waits for the device
+        losses, agreed = sums[:len(self.pending)], sums[len(self.pending):]
         seconds, tokens = self.lap(), len(self.pending) * self.tokens_per_step
         self.trained_tokens += tokens
         speed = tokens / seconds
@@ -97,7 +119,7 @@ class RunLog:
         if self.active:
             self._show(self.pending[-1][0], losses[-1], self.pending[-1][1], norms[-1], speed)
         self.pending.clear()
-        return stop_votes > 0
+        return [count > 0 for count in agreed]
 
     def lap(self, training: bool = True) -> float:
         """Seconds since the last lap; those of training are added to `busy`."""
@@ -111,12 +133,29 @@ class RunLog:
         """Append an object to log.jsonl and TensorBoard."""
         if not self.active:
             return
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self._append((json.dumps(line) + "\n").encode())
         if self.board:
             for key, value in line.items():
                 if isinstance(value, (int, float)) and key != "step":
                     self.board.add_scalar(key, value, line["step"])
+
+    def _append(self, data: bytes = b"") -> None:
+        """Write to log.jsonl; on a full disk keep the lines until there is room."""
+        waiting, self.unwritten = bool(self.unwritten), self.unwritten + data
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+        except OSError as error:
+            if not waiting:
+                print(f"WARNING: {self.path} cannot be written: {error}; its lines are kept and "
+                      f"written when there is room", file=sys.stderr, flush=True)
+
+    def sync(self) -> None:
+        """Have the disk hold what is logged so far: a checkpoint must not be ahead of its log."""
+        if self.active:
+            self._append()
+            with contextlib.suppress(OSError):          # on a full disk, said by _append
+                os.fsync(self.file.fileno())
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Log what was measured at a step, and say it."""
@@ -134,13 +173,21 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print on rank 0, above the bar."""
         if self.active:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except OSError as error:        # `train.py | head`, or a full disk: the run goes on
+                sys.stdout = open(os.devnull, "w")
+                print(f"warning: the screen cannot be written ({error}); {self.path} goes on",
+                      file=sys.stderr)
 
     def close(self) -> None:
         """End the bar and the files."""
         if self.active:
             self.bar.close()
+            self._append()
+            if self.unwritten:
+                raise OSError(f"{self.path} lacks its last lines: the disk has no room for them")
             self.file.close()
             if self.board:
                 self.board.close()
@@ -159,10 +206,8 @@ class RunLog:
 def repaired_log(path: Path, start: int) -> Path:
     """Drop what a killed run left behind its checkpoint of step `start`: lines, half a line."""
     if path.exists():
-        kept = [line for line in read_log(path) if line["step"] <= start]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path)
+                                 if line["step"] <= start))
     return path
 
 
@@ -186,61 +231,23 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def finish(out: Path, log: RunLog, figures: dict[str, Any], best_loss: float, step: int,
-           entropy: float | None) -> dict[str, Any]:
-    """Write the final figures into run.json and say them; return the whole summary."""
-    run = json.loads((out / "run.json").read_text()) if log.active else {}
-    run["final"] = {"step": step, "tokens": step * log.tokens_per_step, "train_loss": log.last_loss,
-                    **{key if key == "fit" else f"val_{key}": value
-                       for key, value in figures.items()},
-                    "best_val_loss": best_loss, "train_seconds": round(log.busy, 2),
-                    "tokens_per_s": round(log.trained_tokens / max(log.busy, 1e-9), 1),
-                    "peak_memory_mib": peak_memory(log.device) >> 20}
-    if log.active:
-        write_json(out / "run.json", run)
-    if figures:
-        log.say(f"validation loss {figures['loss']:.4f} nats a "
-                + (f"text, accuracy {figures['accuracy']:.4f}" if "accuracy" in figures
-                   else "token")
-                + (f" (unigram entropy of the corpus: {entropy:.4f})" if entropy else "")
-                + (f", {figures['bits_per_byte']:.4f} bits per byte"
-                   if "bits_per_byte" in figures else ""))
-    return {"out": str(out), **run}
+def final_figures(log: RunLog, figures: dict[str, Any], best_loss: float, step: int
+                  ) -> dict[str, Any]:
+    """What a run ends with: losses in nats a token, time without evaluations and saves."""
+    return {"step": step, "tokens": step * log.tokens_per_step, "train_loss": log.last_loss,
+            **{key if key == "fit" else f"val_{key}": value for key, value in figures.items()},
+            "best_val_loss": best_loss, "train_seconds": round(log.busy, 2),
+            "tokens_per_s": round(log.trained_tokens / max(log.busy, 1e-9), 1),
+            "peak_memory_mib": peak_memory(log.device) >> 20}
 
 
-def bad_steps(out: Path, count: int, step: int, batches: Any) -> str:
-    """What to say when a run stops over losses that are not finite."""
-    saved = [path.name for path in sorted(out.glob("last*.pt"))]
-    return (f"loss or gradient was not finite in the {count} steps up to {step}; none was applied, "
-            f"{', '.join(saved) or 'nothing'} in {out} is of before; step {step} read "
-            f"{batches.where(step - 1)}; try a lower learning_rate, dtype=float32, or look at that "
-            f"text")
-
-
-def changes(there: dict[str, Any], here: dict[str, Any], rank: int) -> None:
-    """Say which settings a resumed run has other than it was started with."""
-    found = [f"{name} {there.get(name)} -> {here[name]}" for name in here
-             if there.get(name) != here[name] and name != "out"]
-    if found and rank == 0:
-        print(f"settings changed since the checkpoint: {', '.join(found)}")
-
-
-def finished(out: Path, rank: int) -> dict[str, Any]:
-    """The summary of a run that has nothing left to do."""
-    run = json.loads((out / "run.json").read_text())
-    if "final" not in run:              # killed between its last checkpoint and its last word
-        lines = read_log(out / "log.jsonl")
-        run["final"] = {"step": lines[-1]["step"], **{
-            name: next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
-            for name, key in (("tokens", "tokens"), ("train_loss", "loss"),
-                              ("val_loss", "val_loss"), ("val_bits_per_byte", "bits_per_byte"))}}
-        if rank == 0:
-            write_json(out / "run.json", run)
-    if rank == 0:
-        print(f"{out} is finished: " + ", ".join(f"{key} {value}" for key, value
-                                                 in run.get("final", {}).items()))
-        print("a larger --max_steps trains on; another --out starts anew")
-    return {"out": str(out), **run}
+def in_words(figures: dict[str, Any], entropy: float | None) -> str:
+    """The last evaluation, for the screen."""
+    return (f"validation loss {figures['loss']:.4f} nats a "
+            + (f"text, accuracy {figures['accuracy']:.4f}" if "accuracy" in figures else "token")
+            + (f" (unigram entropy of the corpus: {entropy:.4f})" if entropy else "")
+            + (f", {figures['bits_per_byte']:.4f} bits per byte"
+               if "bits_per_byte" in figures else ""))
 
 
 def provenance(device: torch.device, world: int, fingerprint: str) -> dict[str, Any]:
@@ -259,13 +266,6 @@ def provenance(device: torch.device, world: int, fingerprint: str) -> dict[str, 
             "data": fingerprint}
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: a run that is killed here still has the file before."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def this_command() -> str:
     """The command line that this process was started with, to be typed again."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -277,12 +277,6 @@ def this_python() -> str:
     """How to call this interpreter from here: ".venv/bin/python" or "python"."""
     here = os.path.relpath(sys.executable)
     return here if not here.startswith("..") else "python"
-
-
-def sketch(values: list[float]) -> str:
-    """A line of bars, one a value, as high as the value is large."""
-    top = max(values) or 1.0
-    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * max(value, 0) / top)] for value in values)
 
 
 def _short(number: float) -> str:
@@ -299,69 +293,3 @@ def _tensorboard(folder: Path):
         raise ModuleNotFoundError('report_to=tensorboard needs the extra "tensorboard": pip '
                                   'install -c constraints.txt -e ".[tensorboard]"') from None
     return SummaryWriter(str(folder / "tensorboard"))
-
-
-def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, world: Processes,
-            dtype: torch.dtype) -> dict[str, Any]:
-    """Print what a run would do: its steps, memory, schedule, trained tensors and an example."""
-    c, n = config.model, model.num_params()
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    trained = sum(p.numel() for _, p in trainable)
-    passes = config.max_steps * batches.rows_per_step / batches.rows_per_epoch
-    # Activations a token and layer: 34 C bytes with 2-byte numbers (Korthikanti et al. 2022,
-    # 2205.05198, table 2, without the attention matrix, which flash attention does not keep) and 2
-    # more that autograd keeps; recomputed, its float32 input.
-    size = torch.finfo(dtype).bits // 8
-    layers = 18 * size * c.n_embd * (1 if config.recompute_activations else c.n_layer)
-    layers += 4 * c.n_embd * c.n_layer if config.recompute_activations else 0
-    tokens = batches.micro_batch * c.block_size
-    live = tokens * layers
-    if not data.classes:
-        live += head_memory(tokens, c.n_embd, c.padded_vocab_size, world.device.type)
-    state = 4 * n + 12 * trained + (size * n if size < 4 else 0)    # and autocast's copy
-    rates = [learning_rate(round(i * (config.max_steps - 1) / 59), config.schedule,
-                           config.max_steps, config.warmup_steps, config.learning_rate,
-                           config.min_learning_rate, config.optim) for i in range(60)]
-    x, y = next(batches.batches(0))[:2]
-    lines = [
-        f"{config.max_steps} steps of {config.batch_tokens:,} tokens = {world.size} rank(s) x "
-        f"{batches.accumulation} micro-batch(es) x {batches.micro_batch} sequences x "
-        f"{c.block_size} tokens; {passes:.2f} passes over "
-        f"{batches.rows_per_epoch:,} rows of the data",
-        f"parameters {n:,}, trained {trained:,}; "
-        f"{model.flops_per_token() / 1e9:.3g} GFLOP a token, "
-        f"{model.flops_per_token() * config.max_steps * config.batch_tokens:.3g} FLOP in all",
-        f"memory a rank, estimated: {state / 2**30:.2f} GiB weights, gradients and AdamW, "
-        f"{live / 2**30:.2f} GiB activations ({str(dtype).removeprefix('torch.')})",
-        f"learning rate, {config.schedule}, {config.warmup_steps} steps of warmup, "
-        f"peak {config.learning_rate:g}, floor {config.min_learning_rate:g}:",
-        f"  [{sketch(rates)}]",
-        "trained tensors (of blocks, the first stands for all):",
-        *(f"  {name:40} {tuple(p.shape)}" for name, p in trainable
-          if ".h." not in name or ".h.0." in name),
-        f"the first example of step 0, {int((y[0] >= 0).sum())} of {len(y[0])} positions labelled; "
-        f"what has no label stands in [brackets]:", marked_example(x[0], y[0], data)]
-    if world.rank == 0:
-        print("\n".join(lines))
-    return {"parameters": n, "trained": trained, "max_steps": config.max_steps}
-
-
-def marked_example(x: torch.Tensor, y: torch.Tensor, data: Any, width: int = 64) -> str:
-    """The first `width` targets of an example as text, unlabelled stretches in brackets. Of a text
-    with a class the end, and the class."""
-    tokenizer = data.tokenizer
-    if tokenizer is None:
-        return f"  ids {x[:width].tolist()}"
-    if data.classes:
-        end = int((y >= 0).nonzero()[0]) + 1            # the first, where several are packed
-        text = f"[{tokenizer.decode(x[max(0, end - width):end].tolist())}] {data.names[y[end - 1]]}"
-        return "  " + text.replace("\n", "\n  ")
-    ids = torch.cat([x[:1], torch.where(y >= 0, y, x.roll(-1))])
-    labelled = [False, *(y >= 0).tolist()]              # nothing predicts the first token
-    text, start = "", 0
-    for end in range(1, min(width, len(ids)) + 1):
-        if end == min(width, len(ids)) or labelled[end] != labelled[start]:
-            piece = tokenizer.decode(ids[start:end].tolist())
-            text += piece if labelled[start] else f"[{piece}]"
-            start = end
-    return "  " + text.replace("\n", "\n  ")

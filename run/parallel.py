@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+import lora
 from run.device import autocast, has_compiler
 from run.processes import Processes
 
@@ -33,17 +34,13 @@ class Parallel:
     shard: "none" copies weights, gradients and optimizer state to every rank (DDP). "fsdp" splits
     all three, and gathers a block's weights when it computes. "zero2" splits gradients and
     optimizer state only: weights stay gathered from a micro-batch's forward pass to its end.
-    weights, load_weights: which tensors a checkpoint holds, where not all of them.
     """
 
-    def __init__(self, model: nn.Module, world: Processes, shard: str, dtype: torch.dtype,
-                 weights: Callable = nn.Module.state_dict,
-                 load_weights: Callable = nn.Module.load_state_dict):
+    def __init__(self, model: nn.Module, world: Processes, shard: str, dtype: torch.dtype):
         if shard != "none" and world.size == 1:
             raise ValueError(f"shard={shard} needs several ranks; start them with torchrun, or "
                              f"leave it out")
         self.model, self.shard, self.rank = model, shard, world.rank
-        self.weights, self.load_weights = weights, load_weights
         self.network = model
         if shard != "none":
             # Here, not above: it takes as long as half of PyTorch, and every command would wait.
@@ -87,8 +84,9 @@ class Parallel:
         return plain
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Weights and optimizer state, whole, in the format of one rank. All ranks call it, rank 0
-        has the result; what is split passes through its device a tensor at a time."""
+        """Weights (of an adapter's run only those that it trains) and optimizer state, whole, in the
+        format of one rank. All ranks call it, rank 0 has the result; what is split passes through
+        its device a tensor at a time."""
         gathered: dict[int, torch.Tensor] = {}
 
         def taken(value: Any) -> Any:
@@ -99,8 +97,22 @@ class Parallel:
                 tensor = value.full_tensor()
                 gathered[key] = tensor.cpu() if self.rank == 0 else tensor.new_empty(0)
             return gathered[key]
-        return {"model": _mapped(self.weights(self.model), taken),
+        weights = (lora.trainable_state(self.model) if hasattr(self.model, "adapters")
+                   else self.model.state_dict())
+        return {"model": _mapped(weights, taken),
                 "optimizer": _mapped(optimizer.state_dict(), taken)}
+
+    def check_finite(self, world: Processes) -> None:
+        """FloatingPointError where a trained weight is not finite. All ranks call it."""
+        named = [(name, p.to_local() if is_split(p) else p)
+                 for name, p in self.model.named_parameters() if p.requires_grad]
+        damaged = torch.stack([~p.detach().isfinite().all() for _, p in named])
+        if world.sum(damaged.any().float()).item():
+            name = next((name for (name, _), bad in zip(named, damaged.tolist()) if bad),
+                        "on another rank")
+            raise FloatingPointError(
+                f"a weight is not finite ({name}), so no checkpoint was written; those that are "
+                f"there are of before; try a lower learning_rate, or dtype=float32")
 
     def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """The inverse of `state`; each rank keeps its part."""
@@ -112,7 +124,10 @@ class Parallel:
             moments = {**moments, "state": {
                 i: {key: _split(value, parameters[i]) for key, value in entry.items()}
                 for i, entry in moments["state"].items()}}
-        self.load_weights(self.model, weights)
+        if hasattr(self.model, "adapters"):
+            lora.load_trainable_state(self.model, weights)
+        else:
+            self.model.load_state_dict(weights)
         optimizer.load_state_dict(moments)
 
 

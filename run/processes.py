@@ -1,6 +1,6 @@
-"""What stands between a command and the loop: processes, stop signals, repeatable arithmetic.
+"""What stands between a command and the loop: processes, stop signals, deterministic arithmetic.
 
-    with processes("auto", minutes=30) as world, stop_signals() as stop, repeatable(True): ...
+    with processes("auto", minutes=30) as world, stop_signals() as stop, deterministic(True): ...
 """
 import gc
 import os
@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Callable, Iterator
@@ -17,6 +17,7 @@ from typing import Any, Callable, Iterator
 import torch
 import torch.distributed as dist
 
+from run.config import print_error
 from run.device import pick_device
 
 
@@ -39,6 +40,14 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def from_first(self, number: float) -> float:
+        """The number that rank 0 has."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.broadcast(found, src=0)
+        return found.item()
+
 
 @contextmanager
 def processes(device_name: str, minutes: float = 30) -> Iterator[Processes]:
@@ -58,17 +67,25 @@ def processes(device_name: str, minutes: float = 30) -> Iterator[Processes]:
                             device_id=device if on_gpu else None)
     try:
         yield Processes(rank, size, device, store)
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
-            raise
-        raise ConnectionError(f"another rank is gone, its own message says why; torchrun "
-                              f"--max-restarts=N would start all again, from the last checkpoint "
-                              f"({str(error).splitlines()[0][:200]})") from error
-    finally:
-        # DistributedDataParallel sits in reference cycles. While one holds the group, gloo's
-        # threads outlive the interpreter and abort it: every second run of 4 short ranks.
-        gc.collect()
-        dist.destroy_process_group()
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and ("gloo" in str(error)
+                                                or isinstance(error, dist.DistError)):
+            reason = str(error).splitlines()[0][:200]
+            error = ConnectionError(f"another rank is gone, its own message says why; torchrun "
+                                    f"--max-restarts=N would start all again, from the last "
+                                    f"checkpoint ({reason})")
+        if on_gpu:          # leaving NCCL's group would wait for ranks that wait for this one
+            os._exit(print_error(error))
+        _leave()
+        raise error
+    _leave()
+
+
+def _leave() -> None:
+    # DistributedDataParallel sits in reference cycles. While one holds the group, gloo's threads
+    # outlive the interpreter and abort it: every second run of 4 short ranks.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _meet(rank: int, size: int, patience: timedelta) -> Callable[[], dist.Store]:
@@ -105,19 +122,28 @@ def _meet(rank: int, size: int, patience: timedelta) -> Callable[[], dist.Store]
     return lambda first=store: dist.PrefixStore(start, connect())
 
 
+class StopRequest(threading.Event):
+    """Set when a signal asked for the run's end; `number` says which."""
+    number = 0
+
+
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM ask the loop to save and stop; a second one interrupts at once."""
-    stop = threading.Event()
+def stop_signals() -> Iterator[StopRequest]:
+    """SIGINT and SIGTERM ask the loop to save and stop. A second SIGINT interrupts at once; not so
+    SIGTERM, which SLURM and torchrun send one after the other."""
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop                                      # Python delivers signals to the main thread
         return
 
     def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
+        if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.set()
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        if not stop.is_set():
+            stop.number = number
+            stop.set()
+            with suppress(OSError):                     # nobody may be there to read
+                print("\nstopping after this step; Ctrl-C once more to stop at once", file=sys.stderr)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -128,7 +154,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def repeatable(on: bool) -> Iterator[None]:
+def deterministic(on: bool) -> Iterator[None]:
     """Arithmetic that gives the same bits each time, where PyTorch knows a way.
 
     Without it torch.compile adds up the embedding's gradient in the order in which threads come to

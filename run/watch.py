@@ -1,10 +1,9 @@
-"""What can go wrong in a long run outside its arithmetic, and what is done about it.
+"""Processes that get in each other's way, or leave each other waiting.
 
     with locked(out): ...                           two runs in one folder: the second is refused
-    agree(world, facts)                             ranks that were started differently: refused
+    check_same_start(world, facts)                  ranks that were started differently: refused
     with Watch(world, minutes=30) as watch:         a rank that hangs: the others say which, and end
         watch.at(step, "computing")
-    spikes = Spikes(recent)                         a loss far above those before it
 
 Faults of the disk are checkpoint.py's, losses that are not finite train.py's, damaged data files
 data/shards.py's.
@@ -27,6 +26,7 @@ from run.processes import Processes
 
 PHASES = ("starting", "evaluating", "saving", "computing", "reducing")     # at a number of steps
 EXIT_HANGS = 3
+REPOSITORY = Path(__file__).parent.parent
 ROOMS = ("run", "fast", "formats", "data", "eval")         # what training runs, beside the top
 
 
@@ -47,16 +47,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def code_hash(repository: Path) -> str:
-    """A hash over the project's sources, 16 hex digits."""
+def code_hash() -> str:
+    """A hash over the sources that training runs, 16 hex digits."""
     digest = hashlib.sha256()
-    for path in sorted([*repository.glob("*.py"), *(path for room in ROOMS
-                                                    for path in repository.glob(f"{room}/*.py"))]):
+    for path in sorted(path for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS))
+                       for path in REPOSITORY.glob(pattern)):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def agree(world: Processes, facts: dict[str, Any]) -> None:
+def check_same_start(world: Processes, facts: dict[str, Any]) -> None:
     """All ranks must have been started with the same; ValueError names the rank and what differs.
 
     facts: name -> value that JSON can hold: settings, data fingerprint, code hash, versions.
@@ -71,26 +71,6 @@ def agree(world: Processes, facts: dict[str, Any]) -> None:
             if first.get(name) != other.get(name):
                 raise ValueError(f"rank {rank} ({who}) has {name}={other.get(name)}, rank 0 has "
                                  f"{name}={first.get(name)}; start all ranks alike")
-
-
-class Spikes:
-    """How far a loss lies above the finite ones before it, in standard deviations."""
-    WINDOW = 100
-
-    def __init__(self, recent: list[float]):
-        self.recent = list(recent)          # saved with the run, so that a resumed one judges alike
-
-    def add(self, loss: float) -> None:
-        """A loss that counts as usual from now on."""
-        self.recent = [*self.recent, loss][-self.WINDOW:]
-
-    def score(self, loss: float) -> float:
-        """0 until the window is full: the first losses fall too fast to be compared."""
-        if len(self.recent) < self.WINDOW:
-            return 0.0
-        mean = sum(self.recent) / self.WINDOW
-        variance = sum((value - mean) ** 2 for value in self.recent) / self.WINDOW
-        return (loss - mean) / max(variance ** 0.5, 1e-12)
 
 
 class Watch:

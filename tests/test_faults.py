@@ -181,7 +181,7 @@ def test_a_run_on_a_small_file_system_says_that_it_is_full(settings, tmp_path):
     disk.mkdir()
     small = {**settings, "out": str(disk / "run"), "max_failed_saves": 0}
     (tmp_path / "full.py").write_text(
-        f"{HEAD}from config import build, run_command\nfrom train import TrainConfig, train\n"
+        f"{HEAD}from run.config import build, run_command\nfrom train import TrainConfig, train\n"
         f"settings = json.loads({json.dumps(json.dumps(small))})\n"
         f"run_command(lambda words: train(build(TrainConfig, settings)))\n")
     command = (f"mount -t tmpfs -o size=300k tmpfs {disk} && {sys.executable} "
@@ -253,7 +253,7 @@ def test_a_spike_is_marked_and_with_skip_spikes_not_applied(settings, monkeypatc
 
 
 def test_a_spike_is_measured_in_standard_deviations_of_a_full_window():
-    spikes = faults.Spikes([])
+    spikes = report.Spikes([])
     for value in [1.0, 3.0] * 49 + [1.0]:
         spikes.add(value)
     assert spikes.score(1e9) == 0.0                     # 99 losses are no window
@@ -420,7 +420,7 @@ def test_compiled_runs_are_equal_bit_for_bit(settings, tmp_path):
     from run.device import has_compiler
     if not has_compiler(torch.device("cpu")):
         pytest.skip("no C++ compiler here")
-    torch.set_num_threads(2)            # without `repeatable` they add in the order they come
+    torch.set_num_threads(2)            # without `deterministic` they add in the order they come
     for name in "ab":
         train(build(TrainConfig, {**settings, "compile": "on", "out": str(tmp_path / name)}))
     assert differences(tmp_path / "a", tmp_path / "b") == []

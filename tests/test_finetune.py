@@ -107,7 +107,7 @@ def test_a_chat_run_answers_with_its_own_template_and_new_tokens(base, chats, tm
                       temperature=0) != ""
     shown = capsys.readouterr().out
     assert "sample at step 60" in shown and "\n> " in shown             # validation prompts
-    fit = summary["final"]["fit"]
+    fit = summary["fit"]
     assert f"the model {fit['verdict']}" in shown and 0 <= fit["exact_match"] <= 1
 
 
@@ -154,9 +154,9 @@ def test_patience_ends_a_run_and_the_same_command_leaves_it_ended(base, chats, t
     words = settings(base, chats, tmp_path / "run", learning_rate=0.0, min_learning_rate=0.0,
                      weight_decay=0.0, eval_every=2, patience=2, max_steps=40, sample_tokens=0)
     first = train(build(TrainConfig, words))                            # it cannot get better
-    assert first["final"]["step"] == 6
+    assert first["step"] == 6
     assert "ended at step 6: 2 evaluations without a lower loss" in capsys.readouterr().out
-    assert train(build(TrainConfig, words))["final"] == first["final"]
+    assert train(build(TrainConfig, words)) == first
     assert "is finished" in capsys.readouterr().out
 
 

@@ -23,7 +23,7 @@ from experiments.lora_results import (SETTING, best_rate, gains, grid_facts, kno
 from experiments.lora_studies import STUDIES, VARIANTS, Setting
 from experiments.lora_sweep import SweepConfig, count_trainable, done, drawn, plan, train_config
 from model import GPT, GPTConfig
-from run.log import write_json
+from formats.files import write_json
 from train import TrainConfig, train
 
 BASE = Setting("", learning_rate=1e-3, batch=4, micro_batch=4, epochs=1.0)

@@ -1,0 +1,200 @@
+"""Nothing wrong in silence: the best model, numbers that are not finite, signals, the screen."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as train_module
+from run import checkpoint, log, processes
+from run.config import build
+from train import TrainConfig, train
+
+REPOSITORY = Path(__file__).parent.parent
+MODEL = dict(block_size=32, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture
+def settings(dataset, tmp_path):
+    return dict(data=str(dataset), out=str(tmp_path / "run"), max_steps=8, batch_tokens=16 * 32,
+                micro_batch=16, learning_rate=1e-2, min_learning_rate=1e-3, eval_every=2,
+                save_every=0, log_every=2, dtype="float32", device="cpu", compile="off",
+                sample_tokens=0, model=MODEL)
+
+
+def run(settings, **changes):
+    return train(build(TrainConfig, {**settings, **changes}))
+
+
+def evaluations(monkeypatch, losses):
+    """Let the evaluations of a run find these losses."""
+    found = iter(losses)
+    monkeypatch.setattr(train_module, "evaluate_loss",
+                        lambda *arguments: {"loss": next(found), "tokens": 1})
+
+
+def best(settings):
+    return checkpoint.load(Path(settings["out"]) / "best.pt")
+
+
+# ---- the best model
+
+def test_a_best_model_that_could_not_be_saved_is_not_taken_for_saved(settings, monkeypatch):
+    """Losses 3.0, 2.0 with a failing save, 2.5: best.pt is that of 2.5, and run.json says so."""
+    evaluations(monkeypatch, [3.0, 2.0, 2.5, 4.0])
+    save, fails = checkpoint.save, [False, True]
+
+    def failing(path, state):
+        if Path(path).name == "best.pt" and fails and fails.pop(0):
+            raise OSError(28, "No space left on device")
+        save(path, state)
+    monkeypatch.setattr(checkpoint, "save", failing)
+    summary = run(settings)
+    assert (best(settings)["step"], best(settings)["best_loss"]) == (6, 2.5)
+    assert summary["best_val_loss"] == 2.5
+    final = json.loads((Path(settings["out"]) / "run.json").read_text())["final"]
+    assert final["best_val_loss"] == 2.5
+    assert checkpoint.load_last(settings["out"])["best_loss"] == 2.5
+
+
+@pytest.mark.parametrize("losses,step", [([3.0, math.nan, 3.9, 3.8], 2),
+                                         ([3.0, math.nan, 2.0, 2.5], 6),
+                                         ([math.nan, 3.0, 3.5, 3.6], 4)])
+def test_a_loss_that_is_no_number_is_never_the_best(settings, monkeypatch, losses, step):
+    evaluations(monkeypatch, losses)
+    run(settings)
+    assert best(settings)["step"] == step
+
+
+# ---- numbers that are not finite
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e400", "-inf"])
+@pytest.mark.parametrize("name", ["learning_rate", "grad_clip", "min_learning_rate", "optim.power",
+                                  "weight_decay", "model.dropout"])
+def test_a_setting_that_is_no_number_is_refused(settings, name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* is not a finite number"):
+        train_module.main([f"--{key}={value}" for key, value in (
+            ("data", settings["data"]), ("out", settings["out"]), (name, value))])
+    assert not Path(settings["out"]).exists()
+
+
+def test_a_setting_that_is_no_number_is_refused_in_a_notebook():
+    with pytest.raises(ValueError, match="learning_rate=nan is not a finite number"):
+        TrainConfig(max_steps=1, learning_rate=math.nan)
+
+
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(settings, monkeypatch):
+    run(settings, max_steps=4, save_every=2)
+    before = {path.name: path.read_bytes() for path in Path(settings["out"]).glob("*.pt")}
+    real = train_module.take_step
+
+    def damaging(optimizer, *arguments):
+        real(optimizer, *arguments)
+        optimizer.param_groups[0]["params"][0].data[0, 0] = math.inf
+    monkeypatch.setattr(train_module, "take_step", damaging)
+    with pytest.raises(FloatingPointError, match=r"transformer.wte.weight\), so no checkpoint"):
+        run(settings, max_steps=8, save_every=1, eval_every=0)
+    assert before == {path.name: path.read_bytes() for path in Path(settings["out"]).glob("*.pt")}
+
+
+# ---- what is there to go on from
+
+def test_where_only_milestones_are_left_the_newest_is_offered(settings):
+    run(settings, save_every=2, milestone_every=4)
+    out, logged = Path(settings["out"]), (Path(settings["out"]) / "log.jsonl").read_bytes()
+    for path in out.glob("last*.pt"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"cp .*step_0000008.pt .*last.pt; to start anew"):
+        run(settings, max_steps=10)
+    assert (out / "log.jsonl").read_bytes() == logged
+    shutil.copy(out / "step_0000004.pt", out / "last.pt")
+    assert run(settings)["step"] == 8
+
+
+def test_a_best_model_in_the_place_of_a_checkpoint_is_refused(settings):
+    run(settings)
+    out = Path(settings["out"])
+    shutil.copy(out / "best.pt", out / "last.pt")
+    with pytest.raises(ValueError, match="is a copy of a best.pt.*--init_from="):
+        run(settings, max_steps=10)
+
+
+def test_other_threads_are_said_where_they_change_bits(settings, capsys):
+    run(settings, max_steps=4)
+    torch.set_num_threads(2)
+    run(settings, max_steps=6)
+    assert "was trained with 1 threads, now there are 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [
+    lambda out: (out / "run.json").write_text(""), lambda out: (out / "log.jsonl").unlink(),
+    lambda out: (out / "log.jsonl").write_text("")])
+def test_a_finished_run_without_its_last_figures_is_one_line(settings, damage):
+    run(settings)
+    out = Path(settings["out"])
+    (out / "run.json").write_text("{}")
+    damage(out)
+    with pytest.raises(ValueError, match="move .* away to start anew"):
+        run(settings)
+
+
+# ---- signals and the screen
+
+def command(settings, *words):
+    return [sys.executable, "train.py", *(f"--{key}={value}" for key, value in settings.items()
+                                          if key != "model"),
+            *(f"--model.{key}={value}" for key, value in MODEL.items()), *words]
+
+
+def test_two_signals_to_end_a_run_still_save_it(settings):
+    """As SLURM and torchrun send them; only a second Ctrl-C interrupts at once."""
+    with processes.stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT if stop.number == 0 else signal.SIGTERM)
+        assert stop.is_set() and stop.number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_whose_screen_goes_away_goes_on_to_its_end(settings):
+    process = subprocess.Popen(command(settings, "--log_every=1", "--max_steps=40"),
+                               cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()                              # train.py | head -1
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert checkpoint.load_last(settings["out"])["step"] == 40
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line_of_the_log(settings, monkeypatch, capsys):
+    class Full:
+        """The log's file; the disk has no room from the third call to the fifth, and half a line
+        in the second."""
+        def __init__(self, file):
+            self.file, self.calls = file, 0
+
+        def write(self, data):
+            self.calls += 1
+            if 3 <= self.calls < 6:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data[:len(data) // 2] if self.calls == 2 else data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+    real = log.RunLog.__init__
+
+    def opened(self, *arguments):
+        real(self, *arguments)
+        self.file = Full(self.file)
+    monkeypatch.setattr(log.RunLog, "__init__", opened)
+    run(settings)
+    assert capsys.readouterr().err.count("log.jsonl cannot be written: [Errno 28]") == 1
+    lines = log.read_log(Path(settings["out"]) / "log.jsonl")
+    assert [line["step"] for line in lines if "lr" in line] == list(range(1, 9))
+    assert [line["step"] for line in lines if "val_loss" in line] == [2, 4, 6, 8]
