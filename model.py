@@ -13,23 +13,21 @@ References: Radford et al. 2019, "Language Models are Unsupervised Multitask Lea
 code for it (github.com/openai/gpt-2); tensors are named as there and in Hugging Face's GPT2LMHead.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import Iterable
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fast.cross_entropy import IGNORE, linear_cross_entropy
 
-# The front; of each block, `python -m pydoc model` would add a thousand lines of nn.Module's.
+# What pydoc shows; for each block it would print a thousand lines of nn.Module's.
 __all__ = ["GPT", "GPTConfig", "KVCache", "SIZES", "sample_token"]
 
-LAYER_NORM_EPS = 1e-5
 INIT_STD = 0.02
-
 SIZES = {               # parameters: 124,439,808  354,823,168  774,030,080  1,557,611,200
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
@@ -68,36 +66,15 @@ class GPTConfig:
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
 
 
-class LayerCache(NamedTuple):
-    """The part of one layer in a KVCache."""
-    keys: torch.Tensor                                              # (B, H, capacity, D)
-    values: torch.Tensor
-    length: int                                                     # tokens that are in it
-
-    def append(self, k: torch.Tensor, v: torch.Tensor):
-        """Add k, v (B, H, T, D) of the new tokens; return those of all tokens so far."""
-        end = self.length + k.size(2)
-        self.keys[:, :, self.length:end] = k
-        self.values[:, :, self.length:end] = v
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
+@dataclass
 class KVCache:
-    """Keys and values of the tokens that a model has read, so that each is computed once.
+    """Keys and values of the tokens that a model has read, so that each is computed once."""
+    keys: Tensor                                                    # (layer, B, H, capacity, D)
+    values: Tensor
+    length: int = 0                     # tokens that are in it; GPT.features moves it on
 
-    `length` tokens are held, of at most `capacity`; every attention layer appends to its own part,
-    `GPT.features` advances `length` when all of them have.
-    """
-
-    def __init__(self, config: GPTConfig, batch_size: int, capacity: int, like: torch.Tensor):
-        shape = (config.n_layer, batch_size, config.n_head, capacity,
-                 config.n_embd // config.n_head)
-        self.keys = like.new_empty(shape)                           # (layer, B, H, capacity, D)
-        self.values = like.new_empty(shape)
-        self.length = 0
-
-    def __getitem__(self, layer: int) -> LayerCache:
-        return LayerCache(self.keys[layer], self.values[layer], self.length)
+    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor, int]:
+        return self.keys[layer], self.values[layer], self.length    # what a layer reads and fills
 
 
 class CausalSelfAttention(nn.Module):
@@ -110,19 +87,19 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout = config.n_head, config.dropout
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
-                cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: tuple | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C). mask: bool, True where row may see column; (B, 1, T, T), or
         (T, past + T) with a cache, which the new keys and values are added to."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))      # (B, H, T, D) each
-        past = cache.length if cache else 0
         if cache:
-            k, v = cache.append(k, v)                               # (B, H, past + T, D)
-        # Without a mask, token i sees those up to itself; one new token after a past sees it all.
+            keys, values, past = cache                              # (B, H, capacity, D) each
+            keys[:, :, past:past + T], values[:, :, past:past + T] = k, v
+            k, v = keys[:, :, :past + T], values[:, :, :past + T]
+        # Without a mask, token i sees those up to itself; a single new one sees all.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                           is_causal=mask is None and not past,
+                                           is_causal=mask is None and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -137,7 +114,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         x = F.gelu(self.c_fc(x), approximate="tanh")                # (B, T, 4C); GPT-2 used tanh
         return F.dropout(self.c_proj(x), self.dropout, self.training)
@@ -148,13 +125,12 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None,
-                cache: LayerCache | None = None) -> torch.Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: tuple | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C); mask and cache as in CausalSelfAttention."""
         x = x + self.attn(self.ln_1(x), mask, cache)                # (B, T, C)
         return x + self.mlp(self.ln_2(x))
@@ -171,31 +147,43 @@ class GPT(nn.Module):
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, LAYER_NORM_EPS, bias=config.bias),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight           # tied: one tensor, two uses
-        self.apply(self._init_weights)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         # Every block adds two branches to the residual stream; scaled so, the sum of all keeps
         # the variance of one (GPT-2 paper, section 2.3).
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=INIT_STD / math.sqrt(2 * config.n_layer))
 
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=INIT_STD)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    def forward(self, idx: Tensor, targets: Tensor | None = None, positions: Tensor | None = None,
+                reduction: str = "mean", cache: KVCache | None = None):
+        """(logits (B, T, V), None) without targets, (None, loss) with them.
 
-    def features(self, idx: torch.Tensor, positions: torch.Tensor | None = None,
-                 cache: KVCache | None = None) -> torch.Tensor:
-        """The last hidden states, after the final LayerNorm: idx (B, T) -> (B, T, C).
-
-        positions (B, T) are for rows that hold several samples: they start at 0 with each, and no
-        token sees another sample than its own.
+        idx: (B, T) int64 token ids. targets: (B, T) int64, IGNORE where there is no label. loss:
+        cross-entropy in nats, `reduction` "mean" over the labelled tokens (0 when there is none) or
+        "sum". positions: see `features`. With a cache, idx are the tokens that follow those in it.
         """
+        x = self.features(idx, positions, cache)                    # (B, T, C)
+        if targets is None:
+            return self.lm_head(x)[..., :self.config.vocab_size], None          # (B, T, V)
+        # F.cross_entropy(lm_head(x), targets, reduction="sum"), without all logits at once
+        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head, targets.flatten(),
+                                    self.config.vocab_size)
+        if reduction == "mean":
+            loss = loss / (targets != IGNORE).sum().clamp(min=1)
+        return None, loss
+
+    def features(self, idx: Tensor, positions: Tensor | None = None,
+                 cache: KVCache | None = None) -> Tensor:
+        """The last hidden states, after the final LayerNorm: idx (B, T) -> (B, T, C). positions
+        (B, T) are for rows of several samples: 0, 1, ... in each, and none sees the others."""
         T, past = idx.size(1), cache.length if cache else 0
         if past + T > self.config.block_size:
             raise ValueError(f"a sequence of {past + T} tokens is longer than "
@@ -219,45 +207,8 @@ class GPT(nn.Module):
             cache.length += T
         return self.transformer.ln_f(x)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
-                positions: torch.Tensor | None = None, reduction: str = "mean",
-                cache: KVCache | None = None):
-        """Logits without targets, the loss with them.
-
-        idx: (B, T) int64 token ids. targets: (B, T) int64, IGNORE where there is no label.
-        Returns (logits (B, T, V), None) without targets, else (None, loss): the cross-entropy in
-        nats, `reduction` "mean" over the labelled tokens (0 when there is none) or "sum".
-        positions: see `features`. With a cache, idx are the tokens that follow those in it.
-        """
-        x = self.features(idx, positions, cache)
-        if targets is None:
-            return self.lm_head(x)[..., :self.config.vocab_size], None          # (B, T, V)
-        loss = linear_cross_entropy(x.flatten(0, 1), self.lm_head, targets.flatten(),
-                                    self.config.vocab_size)
-        if reduction == "mean":
-            loss = loss / (targets != IGNORE).sum().clamp(min=1)
-        return None, loss
-
-    def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
-        """An empty cache for `capacity` tokens (default block_size) of `batch_size` sequences."""
-        weight = self.transformer.wte.weight
-        if torch.is_autocast_enabled(weight.device.type):           # keys come in autocast's dtype
-            weight = weight.new_empty(0, dtype=torch.get_autocast_dtype(weight.device.type))
-        return KVCache(self.config, batch_size, capacity or self.config.block_size, weight)
-
-    def next_logits(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Logits of the token that follows idx (B, T), in float32: (B, V)."""
-        x = self.features(idx, cache=cache)[:, -1]                  # (B, C): only the last token
-        return self.lm_head(x)[:, :self.config.vocab_size].float()
-
-    def compile_generation(self) -> None:
-        """Compile what `generate` calls for each token, in place. It takes seconds, at the first
-        tokens; the blocks share their code."""
-        for module in (*self.transformer.h, self.lm_head):
-            module.compile()
-
     @torch.no_grad()
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0,
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  top_k: int | None = None, top_p: float | None = None,
                  stop_ids: Iterable[int] = (), generator: torch.Generator | None = None):
         """Continue idx (B, T) by max_new_tokens: (B, T + new) int64, dropout off.
@@ -265,8 +216,7 @@ class GPT(nn.Module):
         temperature 0 is greedy. top_k keeps the k likeliest tokens, top_p the likeliest ones that
         together have probability p. A row ends at its first stop id and repeats it from there; when
         all rows have ended, fewer columns come back. Beyond block_size the model sees the last
-        block_size tokens: every position then shifts, so the cache is no use and each token costs
-        a full forward pass.
+        block_size tokens: positions shift, so the cache is no use and a token costs a full pass.
         """
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"idx has shape {tuple(idx.shape)}; generate needs (B, T) with T >= 1")
@@ -281,22 +231,37 @@ class GPT(nn.Module):
         cache = self.new_cache(B, min(block_size, T + max_new_tokens)) if T < block_size else None
         unread = idx[:, -block_size:]                               # what the cache has not seen
         for end in range(T, T + max_new_tokens):
-            if cache and cache.length + unread.size(1) > block_size:
-                cache = None
-            if cache is None:
-                unread = out[:, max(0, end - block_size):end]
+            if cache is None or cache.length + unread.size(1) > block_size:
+                cache, unread = None, out[:, max(0, end - block_size):end]
             logits = self.next_logits(unread, cache)                # (B, V)
             new = sample_token(logits, temperature, top_k, top_p, generator)
-            new = torch.where(ended, out[:, end - 1], new)          # (B,)
-            out[:, end] = new
-            unread = new[:, None]
+            out[:, end] = torch.where(ended, out[:, end - 1], new)  # (B,)
+            unread = out[:, end:end + 1]
             if len(stops):
-                ended |= torch.isin(new, stops)
+                ended |= torch.isin(out[:, end], stops)
                 if ended.all():
                     out = out[:, :end + 1]
                     break
         self.train(was_training)
         return out
+
+    def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits of the token that follows idx (B, T), in float32: (B, V)."""
+        x = self.features(idx, cache=cache)[:, -1]                  # (B, C): only the last token
+        return self.lm_head(x)[:, :self.config.vocab_size].float()
+
+    def new_cache(self, batch_size: int, capacity: int | None = None) -> KVCache:
+        """An empty cache for `capacity` tokens (default block_size) of `batch_size` sequences."""
+        c, weight = self.config, self.transformer.wte.weight
+        shape = (c.n_layer, batch_size, c.n_head, capacity or c.block_size, c.n_embd // c.n_head)
+        kind = weight.device.type                                   # keys come in autocast's dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return KVCache(weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype))
+
+    def compile_generation(self) -> None:
+        """Compile what `generate` calls for each token, in place: seconds, at the first tokens."""
+        for module in (*self.transformer.h, self.lm_head):          # the blocks share their code
+            module.compile()
 
     def crop_context(self, block_size: int) -> None:
         """Shorten the context, in place: the last positions are left out."""
@@ -314,47 +279,50 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     def flops_per_token(self) -> int:
-        """Floating-point operations to train on one token, forward and backward.
-
-        6 per weight of a matrix product, 12·n_layer·C·T for attention (Chowdhery et al. 2022,
-        "PaLM", appendix B), full rather than causal, as MFU figures are published.
-        """
+        """Operations to train on a token, forward and backward: 6 per weight of a matrix product and
+        12·n_layer·C·T for attention, not halved for being causal (PaLM, 2204.02311, appendix B)."""
         matmul = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * matmul + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
     @staticmethod
     def from_pretrained(name: str | Path, dropout: float = 0.0,
                         block_size: int | None = None) -> "GPT":
-        """GPT-2 from a Hugging Face folder, from the hub ("gpt2", "gpt2-medium", "user/name"), or
-        from a checkpoint of llm.c ("gpt2_124M.bin"); see model_files.py.
-
-        block_size: a shorter context than the model's. ValueError names what does not fit. Hugging
-        Face's files need the extra `hf` (safetensors, huggingface_hub).
-        """
-        from formats import gpt2 as model_files
-        return model_files.load(name, dropout, block_size)
+        """GPT-2 from the hub ("gpt2", "gpt2-medium", "user/name"), from a Hugging Face folder (both
+        need the extra `hf`), or from llm.c's file ("gpt2_124M.bin"). block_size: a shorter context
+        than the model's. A file that is no GPT-2, or damaged, is a ValueError."""
+        from formats import gpt2
+        config, tensors = gpt2.read(name)
+        with torch.device("meta"):                                  # no init to be overwritten
+            model = GPT(GPTConfig(**config, dropout=dropout))
+        model.load_state_dict(tensors, assign=True)
+        model.lm_head.weight = model.transformer.wte.weight
+        if block_size is not None:
+            model.crop_context(block_size)
+        return model
 
     def save_pretrained(self, folder: str | Path, end: int | None = None) -> None:
         """Write config.json and model.safetensors, as transformers' GPT2LMHeadModel reads them.
 
-        end: the token that begins and ends documents, by default GPT-2's where the vocabulary is
-        GPT-2's. Padded rows are left out. `python -m run.export` writes the tokenizer too.
+        end: the token that ends documents. `python -m run.export` gives it, and writes a tokenizer.
+        ValueError if the forward pass is not GPT-2's, so that the files would compute other logits.
         """
-        from formats import gpt2 as model_files
-        if end is None and self.config.vocab_size == GPTConfig.vocab_size:
-            end = self.config.vocab_size - 1
-        model_files.save(self, folder, end)
+        from formats import gpt2
+        c, device, was_training = self.config, self.lm_head.weight.device, self.training
+        idx = torch.arange(min(16, c.block_size), device=device)[None] % c.vocab_size   # (1, T)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            logits, _ = self.eval()(idx)                            # what the files have to give
+            self.train(was_training)
+            gpt2.write(folder, asdict(c), self.state_dict(), end, idx, logits)
 
 
-def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
+def sample_token(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
                  top_p: float | None = None, generator: torch.Generator | None = None):
     """One token id a row: logits (B, V) -> (B,) int64. See `GPT.generate` for the settings."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
-        kth = logits.topk(top_k).values[:, -1:]                     # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered                   # probability of likelier ones

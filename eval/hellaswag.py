@@ -25,7 +25,7 @@ by len(ending), that is characters, without the space before it.
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, Iterator, Literal, NamedTuple, Sequence, get_args
+from typing import Any, Iterator, Literal, Sequence, get_args
 
 import torch
 import torch.distributed as dist
@@ -95,31 +95,20 @@ class Question:
         return len(self.context) + max(map(len, self.endings))
 
 
-class SharedLayer(NamedTuple):
-    """Stands in for a model.LayerCache."""
-    keys: torch.Tensor                                              # (B, H, L, D) of the contexts
-    values: torch.Tensor
-    rows: torch.Tensor
-    length: int
-
-    def append(self, k: torch.Tensor, v: torch.Tensor):
-        """k, v (R, H, T, D) of the endings -> (R, H, L + T, D) with those of their contexts."""
-        return (torch.cat([self.keys[self.rows], k], dim=2),
-                torch.cat([self.values[self.rows], v], dim=2))
-
-
 class SharedContext:
     """Stands in for a model.KVCache: many endings read the keys and values of few contexts.
 
-    Row r continues context `rows[r]` of the cache. Nothing is kept, and a layer's copy of the
-    contexts is gone when the layer is done; a cache for all endings would be 4 x larger.
+    Row r continues context `rows[r]` of the cache, by T tokens. Nothing is kept, and a layer's copy
+    of the contexts is gone when the layer is done; a cache for all endings would be 4 x larger.
     """
 
-    def __init__(self, cache: Any, rows: torch.Tensor):
-        self.cache, self.rows, self.length = cache, rows, cache.length
+    def __init__(self, cache: Any, rows: torch.Tensor, T: int):
+        self.cache, self.rows, self.T, self.length = cache, rows, T, cache.length
 
-    def __getitem__(self, layer: int) -> SharedLayer:
-        return SharedLayer(self.cache.keys[layer], self.cache.values[layer], self.rows, self.length)
+    def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+        keys, values = (F.pad(part[layer][self.rows], (0, 0, 0, self.T))        # (R, H, L + T, D)
+                        for part in (self.cache.keys, self.cache.values))
+        return keys, values, self.length
 
 
 def questions_of(n: int, context: list[int], endings: list[list[int]],
@@ -172,7 +161,7 @@ def score_batch(model: nn.Module, batch: list[Question], sums: torch.Tensor) -> 
                         for column in list(zip(*part))[2:])         # (R,) each
         x = last[which]                                             # (R, 1, C), predicts ids[:, 0]
         if T > 1:
-            tail = model.features(ids[:, :-1].to(device), cache=SharedContext(cache, which))
+            tail = model.features(ids[:, :-1].to(device), cache=SharedContext(cache, which, T - 1))
             x = torch.cat([x, tail], dim=1)                         # (R, T, C)
         r, t = (targets != IGNORE).nonzero(as_tuple=True)           # of the ending's tokens only
         found = log_probs(model, x[r.to(device), t.to(device)], targets[r, t].to(device))

@@ -3,8 +3,8 @@
     use_fast_products(model)            # in place: its nn.Linear layers compute by `linear`
     y = linear(x, weight, bias)         # F.linear in all but speed
 
-On a GPU that is PyTorch's own product. On a CPU PyTorch asks oneDNN for bfloat16 and MKL for float32, and
-two of their products are slow:
+On a GPU that is PyTorch's own product. On a CPU PyTorch asks oneDNN for bfloat16 and MKL for
+float32, and two of their products are slow:
 - MKL takes AVX-512 on Intel's processors only; on others oneDNN is twice as fast. What PyTorch
   gives oneDNN in float32 is convolutions, and a linear layer is one of width 1: OpenAI's code for
   GPT-2 calls it conv1d.

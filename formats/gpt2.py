@@ -1,57 +1,102 @@
-"""Models in the files of others: Hugging Face folders in and out, llm.c checkpoints in.
+"""GPT-2's weights in the files of others: Hugging Face folders in and out, llm.c checkpoints in.
 
-    model = load("gpt2")                        # what GPT.from_pretrained calls
-    save(model, folder, end=tokenizer.eot)      # what GPT.save_pretrained calls
+    config, tensors = read("gpt2")              # or a folder, or gpt2_124M.bin
+    write("folder", config, tensors, end=50256, idx=idx, logits=logits)
+
+`config` has the sizes, named as GPT-2's settings are in model.py; `tensors` the weights, named as
+in transformers, laid out as nn.Linear does, (out, in), in float32. GPT.from_pretrained and
+GPT.save_pretrained call these.
 
 A file is believed only as far as it is long: sizes that a config or header claims are compared with
 the tensors that are there before anything of that size is made. A ValueError names the file.
 
+Shapes: B batch, T time, C channels, H heads, D head size, V vocabulary.
+
 References: transformers, models/gpt2; safetensors' format (github.com/huggingface/safetensors);
 llm.c, train_gpt2.py (write_model) and train_gpt2.c (gpt2_build_from_checkpoint).
 """
-import dataclasses
-import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from model import LAYER_NORM_EPS, SIZES, GPT, GPTConfig
+from formats.files import atomic_write, read_json, write_json
 
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")           # the hub: openai-community/...
+WTE, HEAD = "transformer.wte.weight", "lm_head.weight"              # one tensor under two names
+LAYER_NORM_EPS = 1e-5
+GPT2_VOCAB = 50257                                                  # the last: <|endoftext|>
 LLMC_MAGIC, LLMC_HEADER = 20240326, 1024                            # the header's size in bytes
 LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}                 # by version
-LLMC_LAYERS = [f"{name}.{kind}" for name in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2",
-                                             "mlp.c_fc", "mlp.c_proj")
-               for kind in ("weight", "bias")]                      # each stacked over the blocks
+
+Config = dict[str, Any]
+Tensors = dict[str, torch.Tensor]
 
 
-def load(name: str | Path, dropout: float = 0.0, block_size: int | None = None) -> GPT:
-    """A model from a Hugging Face folder, an llm.c checkpoint (.bin), or by name from the hub.
+def block_shapes(C: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of one block, in llm.c's order."""
+    return {"ln_1.weight": (C,), "ln_1.bias": (C,),
+            "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
+            "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,),
+            "ln_2.weight": (C,), "ln_2.bias": (C,),
+            "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,),
+            "mlp.c_proj.weight": (C, 4 * C), "mlp.c_proj.bias": (C,)}
 
-    block_size: a shorter context than the file's, whose last positions are then left out.
-    """
-    if Path(name).is_file():
-        config, tensors = read_llmc(Path(name))
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The tensors of a GPT-2, less the head, which is the embedding."""
+    C = config["n_embd"]
+    blocks = {f"transformer.h.{i}.{name}": shape for i in range(config["n_layer"])
+              for name, shape in block_shapes(C).items()}
+    return {WTE: (config["vocab_size"], C), "transformer.wpe.weight": (config["block_size"], C),
+            **blocks, "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
+
+
+def read(name: str | Path) -> tuple[Config, Tensors]:
+    """A Hugging Face folder, an llm.c checkpoint (.bin), or a model of the hub by its name."""
+    path = Path(name)
+    if path.is_file():
+        config, tensors = read_llmc(path)
     else:
-        folder = Path(name) if Path(name).is_dir() else download(str(name))
-        config, tensors = read_folder(folder)
-    with torch.device("meta"):                                      # no init to be overwritten
-        model = GPT(dataclasses.replace(config, dropout=dropout))
-    model.load_state_dict(tensors, assign=True)
-    model.lm_head.weight = model.transformer.wte.weight
-    if block_size is not None:
-        model.crop_context(block_size)
-    return model
+        config, tensors = read_folder(path if path.is_dir() else download(str(name)))
+    return config, {**tensors, HEAD: tensors[WTE]}
+
+
+def logits_of(config: Config, tensors: Tensors, idx: torch.Tensor) -> torch.Tensor:
+    """What GPT-2, so transformers, computes from these tensors: idx (B, T) -> (B, T, V)."""
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], tensors[name + ".weight"], tensors[name + ".bias"],
+                            LAYER_NORM_EPS)
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, tensors[name + ".weight"], tensors[name + ".bias"])
+
+    x = tensors[WTE][idx] + tensors["transformer.wpe.weight"][:idx.size(1)]     # (B, T, C)
+    for i in range(config["n_layer"]):
+        block = f"transformer.h.{i}."
+        qkv = linear(norm(x, block + "ln_1"), block + "attn.c_attn")            # (B, T, 3C)
+        q, k, v = (part.unflatten(2, (config["n_head"], -1)).transpose(1, 2)    # (B, H, T, D)
+                   for part in qkv.chunk(3, dim=2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(y.transpose(1, 2).flatten(2), block + "attn.c_proj")
+        y = F.gelu(linear(norm(x, block + "ln_2"), block + "mlp.c_fc"), approximate="tanh")
+        x = x + linear(y, block + "mlp.c_proj")
+    return F.linear(norm(x, "transformer.ln_f"), tensors[WTE])
 
 
 # ------------------------------------------------------------------------------------------------
 # Hugging Face. There a linear layer of GPT-2 is a "Conv1D", whose weight is (in, out), the
 # transpose of nn.Linear's; everything else has the same name and shape.
 
-def read_folder(folder: Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
-    """The shape, and the tensors under our names and in our layout."""
+def is_conv1d(name: str) -> bool:
+    """Whether GPT-2's files hold this weight transposed, (in, out)."""
+    return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
+
+
+def read_folder(folder: Path) -> tuple[Config, Tensors]:
+    """`read` of a Hugging Face folder, without the head."""
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} has no config.json; it is no Hugging Face folder")
     config = read_config(folder / "config.json")
@@ -62,23 +107,18 @@ def read_folder(folder: Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue                                                # old files store the mask
         tensors[name] = tensor.t() if is_conv1d(name) and tensor.dim() == 2 else tensor
-    if "transformer.wte.weight" in tensors:
-        tensors.setdefault("lm_head.weight", tensors["transformer.wte.weight"])
+    head = tensors.pop(HEAD, tensors.get(WTE))
     check_tensors(tensors, config, folder)
-    if not torch.equal(tensors.pop("lm_head.weight"), tensors["transformer.wte.weight"]):
+    if not torch.equal(head, tensors[WTE]):
         raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; GPT-2 ties them")
     # Copies: what is read above is a view of the file, which may be replaced while we use it.
-    found = {name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-             for name, tensor in tensors.items()}
-    return config, {**found, "lm_head.weight": found["transformer.wte.weight"]}
+    return config, {name: tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+                    for name, tensor in tensors.items()}
 
 
-def read_config(path: Path) -> GPTConfig:
-    """The shape that a config.json describes; ValueError if it is not that of a GPT-2."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is truncated or not JSON: {error}") from None
+def read_config(path: Path) -> Config:
+    """The sizes that a config.json describes; ValueError if it is not that of a GPT-2."""
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path} is no JSON object")
     expected = dict(model_type="gpt2", activation_function="gelu_new",
@@ -95,24 +135,24 @@ def read_config(path: Path) -> GPTConfig:
                              f"to 2147483647")
     if settings.get("n_inner") not in (None, 4 * settings["n_embd"]):
         raise ValueError(f"{path}: n_inner is {settings['n_inner']!r:.80}; GPT-2 has 4 * n_embd")
-    return shape(path, **{ours: settings[theirs] for ours, theirs in names.items()})
+    return check_heads({ours: settings[theirs] for ours, theirs in names.items()}, path)
 
 
-def shape(path: Path, **sizes: int) -> GPTConfig:
-    """GPTConfig(**sizes), whose errors then name the file."""
-    try:
-        return GPTConfig(**sizes)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def check_heads(config: Config, path: Path) -> Config:
+    """The config; ValueError if its heads do not share the channels evenly."""
+    if config["n_embd"] % config["n_head"]:
+        raise ValueError(f"{path}: n_embd={config['n_embd']} is not divisible by "
+                         f"n_head={config['n_head']}")
+    return config
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> Tensors:
     """All tensors of a folder's .safetensors files. FileNotFoundError without one, ValueError for a
     damaged one."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no .safetensors file")
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: Tensors = {}
     for file in files:                                              # a large model has several
         try:
             tensors.update(safetensors().torch.load_file(file))
@@ -122,7 +162,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_tensors(tensors: dict[str, torch.Tensor], config: GPTConfig, folder: Path) -> None:
+def check_tensors(tensors: Tensors, config: Config, folder: Path) -> None:
     """ValueError that names a missing, extra or misshapen tensor."""
     def check(name: str, shape: tuple[int, ...]) -> None:
         if name not in tensors:
@@ -133,61 +173,63 @@ def check_tensors(tensors: dict[str, torch.Tensor], config: GPTConfig, folder: P
         if not tensors[name].is_floating_point():
             raise ValueError(f"{folder}: tensor {name!r} is {tensors[name].dtype}, no float")
 
-    # These three bound every size, before a model with those sizes is made, if only of shapes.
-    check("transformer.wte.weight", (config.vocab_size, config.n_embd))
-    check("transformer.wpe.weight", (config.block_size, config.n_embd))
+    # n_layer first: the shapes of all blocks are as many as it says.
     blocks = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
-    if config.n_layer > blocks:
-        raise ValueError(f"{folder}: config.json asks for n_layer={config.n_layer}; the tensors "
+    if config["n_layer"] > blocks:
+        raise ValueError(f"{folder}: config.json asks for n_layer={config['n_layer']}; the tensors "
                          f"are those of {blocks} blocks")
-    with torch.device("meta"):
-        wanted = GPT(config).state_dict()
-    for name, tensor in wanted.items():
-        check(name, tuple(tensor.shape))
+    wanted = shapes(config)
+    for name, shape in wanted.items():
+        check(name, shape)
     extra = sorted(tensors.keys() - wanted.keys())
     if extra:
         raise ValueError(f"{folder} has a tensor {extra[0]!r:.80} that GPT-2 does not"
                          + (f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""))
 
 
-def save(model: GPT, folder: str | Path, end: int | None = None) -> None:
-    """Write config.json, generation_config.json and model.safetensors.
+@torch.no_grad()
+def write(folder: str | Path, config: Config, tensors: Tensors, end: int | None,
+          idx: torch.Tensor, logits: torch.Tensor) -> None:
+    """Write config.json, generation_config.json and model.safetensors, in the tensors' dtype.
 
-    end: the token that begins and ends documents. Padded vocabulary rows are left out; without
-    biases, zeros are written (GPT-2 has them, and zeros compute the same).
+    end: the token that begins and ends documents; None in a GPT-2 vocabulary: its own. Rows of a
+    padded vocabulary are left out; missing biases are written as zeros, which compute the same.
+    idx (B, T) and logits (B, T, V): what the model makes of some tokens. Where GPT-2 with these
+    tensors makes something else of them, the files would be another model: a ValueError then, and
+    nothing is written.
     """
-    save_file = safetensors().torch.save_file
-    folder, c = Path(folder), model.config
+    if end is None and config["vocab_size"] == GPT2_VOCAB:
+        end = GPT2_VOCAB - 1
+    save_file, folder = safetensors().torch.save_file, Path(folder)
+    found = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    found[WTE] = tensors[WTE][:config["vocab_size"]]
+    wanted = shapes(config)
+    for name, shape in wanted.items():
+        if name.endswith(".bias"):
+            found.setdefault(name, found[WTE].new_zeros(shape))
+    odd = sorted(found.keys() ^ wanted.keys()) or [
+        name for name, shape in wanted.items() if found[name].shape != shape]
+    if odd:
+        raise ValueError(f"{folder} is not written: the model differs from GPT-2 in {odd[0]!r}; an "
+                         f"adapter has to be merged and unloaded first")
+    expected = logits_of(config, found, idx)
+    difference, largest = (logits - expected).abs().max(), expected.abs().max()
+    if difference > largest * torch.finfo(logits.dtype).eps ** 0.5:
+        raise ValueError(f"{folder} is not written: with these weights GPT-2 computes other logits "
+                         f"than the model, by up to {difference:.3g} where the largest is "
+                         f"{largest:.3g}; keep them by torch.save(model.state_dict(), FILE)")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight":                                # tied to wte
-            tensor = tensor[:c.vocab_size] if name == "transformer.wte.weight" else tensor
-            tensors[name] = (tensor.t() if is_conv1d(name) else tensor).contiguous().cpu()
-    for name in [name for name in tensors if not c.bias and has_bias(name)]:
-        size = tensors[name].size(-1)                               # Conv1D weights are (in, out)
-        tensors[name.replace(".weight", ".bias")] = tensors[name].new_zeros(size)
-    ends = dict(bos_token_id=end, eos_token_id=end)
+    ends, dropout = dict(bos_token_id=end, eos_token_id=end), config["dropout"]
     write_json(folder / "config.json", dict(
-        architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=c.vocab_size,
-        n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-        activation_function="gelu_new", layer_norm_epsilon=LAYER_NORM_EPS,
-        resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout,
-        tie_word_embeddings=True, **ends))
+        architectures=["GPT2LMHeadModel"], model_type="gpt2", vocab_size=config["vocab_size"],
+        n_positions=config["block_size"], n_embd=config["n_embd"], n_layer=config["n_layer"],
+        n_head=config["n_head"], activation_function="gelu_new", layer_norm_epsilon=LAYER_NORM_EPS,
+        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, tie_word_embeddings=True,
+        **ends))
     write_json(folder / "generation_config.json", dict(do_sample=False, pad_token_id=end, **ends))
-    temporary = folder / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "model.safetensors")
-
-
-def is_conv1d(name: str) -> bool:
-    """Whether GPT-2's files hold this weight transposed, (in, out)."""
-    return name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
-
-
-def has_bias(name: str) -> bool:
-    """Whether the layer of this weight has a bias, in models with biases."""
-    return is_conv1d(name) or name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))
+    with atomic_write(folder / "model.safetensors") as temporary:
+        save_file({name: (tensor.t() if is_conv1d(name) else tensor).contiguous().cpu()
+                   for name, tensor in found.items()}, temporary, metadata={"format": "pt"})
 
 
 def safetensors():
@@ -205,7 +247,7 @@ def download(name: str) -> Path:
     safetensors()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-    repository = f"openai-community/{name}" if name in SIZES else name
+    repository = f"openai-community/{name}" if name in OPENAI else name
     try:
         return Path(snapshot_download(repository, allow_patterns=["config.json", "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -218,8 +260,8 @@ def download(name: str) -> Path:
 # padding), then the embeddings, each tensor of a block stacked over the blocks, and the final
 # LayerNorm. Weights are (out, in), as nn.Linear's.
 
-def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
-    """The shape, and the tensors under our names."""
+def read_llmc(path: Path) -> tuple[Config, Tensors]:
+    """`read` of an llm.c checkpoint, without the head."""
     size = path.stat().st_size
     if size < LLMC_HEADER:
         raise ValueError(f"{path} is shorter than the header of an llm.c checkpoint")
@@ -230,33 +272,21 @@ def read_llmc(path: Path) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
                          f"{LLMC_MAGIC}, and 3 (float32) or 5 (bfloat16)")
     if min(header[2:8]) < 1 or padded < vocab_size:
         raise ValueError(f"{path} has impossible sizes in its header: {header[2:8]}")
-    config = shape(path, block_size=block_size, vocab_size=vocab_size, n_layer=n_layer,
-                   n_head=n_head, n_embd=n_embd)
-    dtype, C = LLMC_DTYPES[version], n_embd
-    width = {"attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
-             "attn.c_proj.weight": (C, C), "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,),
-             "mlp.c_proj.weight": (C, 4 * C)}
-    layout = [("wte.weight", (1, padded, C)), ("wpe.weight", (1, block_size, C)),
-              *((name, (n_layer, *width.get(name, (C,)))) for name in LLMC_LAYERS),
-              ("ln_f.weight", (1, C)), ("ln_f.bias", (1, C))]
-    counts = [math.prod(stacked) for _, stacked in layout]
+    config = check_heads(dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer,
+                              n_head=n_head, n_embd=n_embd), path)
+    dtype, block = LLMC_DTYPES[version], block_shapes(n_embd)
+    stacked = {"wte.weight": (1, padded, n_embd), "wpe.weight": (1, block_size, n_embd),
+               **{name: (n_layer, *shape) for name, shape in block.items()},
+               "ln_f.weight": (1, n_embd), "ln_f.bias": (1, n_embd)}
+    counts = [math.prod(shape) for shape in stacked.values()]
     expected = LLMC_HEADER + dtype.itemsize * sum(counts)
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes; its header says {expected:,}")
     numbers = torch.from_file(str(path), size=size // dtype.itemsize, dtype=dtype)
     tensors, parts = {}, numbers[LLMC_HEADER // dtype.itemsize:].split(counts)
-    for (name, stacked), part in zip(layout, parts):
-        for i, tensor in enumerate(part.view(stacked)):
-            place = f"h.{i}.{name}" if name in LLMC_LAYERS else name
-            tensors["transformer." + place] = tensor.to(torch.float32, copy=True)
-    tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"][:vocab_size].clone()
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    for (name, shape), part in zip(stacked.items(), parts):
+        for i, tensor in enumerate(part.view(shape)):
+            place = f"transformer.h.{i}.{name}" if name in block else f"transformer.{name}"
+            tensors[place] = tensor.to(torch.float32, copy=True)
+    tensors[WTE] = tensors[WTE][:vocab_size].clone()                # without padding
     return config, tensors
-
-
-# ------------------------------------------------------------------------------------------------
-# Export.
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """An object as indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
