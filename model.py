@@ -24,8 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fast.cross_entropy import IGNORE, linear_cross_entropy
 
-# What pydoc shows; for each block it would print a thousand lines of nn.Module's.
-__all__ = ["GPT", "GPTConfig", "KVCache", "SIZES", "sample_token"]
+__all__ = ["GPT", "GPTConfig", "KVCache", "SIZES", "sample_token"]      # what pydoc is to show
 
 INIT_STD = 0.02
 SIZES = {               # parameters: 124,439,808  354,823,168  774,030,080  1,557,611,200
@@ -93,13 +92,14 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).split(C, dim=2))      # (B, H, T, D) each
+        past = 0
         if cache:
             keys, values, past = cache                              # (B, H, capacity, D) each
             keys[:, :, past:past + T], values[:, :, past:past + T] = k, v
             k, v = keys[:, :, :past + T], values[:, :, :past + T]
-        # Without a mask, token i sees those up to itself; a single new one sees all.
+        # Without a mask, token i sees those up to itself; one new token after a past sees it all.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask,
-                                           is_causal=mask is None and T > 1,
+                                           is_causal=mask is None and not past,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)

@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from run import checkpoint
 import lora
-from formats import gpt2 as model_files
 import ranks
 from run import log as report
 import sample
 from bench.kills import start
 from run.classifier import Classifier
 from run.config import build
+from run.export import export
 from data import labels
 from eval import __main__ as every_eval
 from eval import imdb, loss
@@ -313,7 +313,7 @@ def test_what_needs_a_model_that_writes_refuses_a_classifier(run, reviews, tmp_p
     with pytest.raises(ValueError, match="is a classifier, and this needs a model that writes"):
         sample.main([str(run), "--prompt=A", "--device=cpu"])
     with pytest.raises(ValueError, match="is a classifier, and this needs a model that writes"):
-        model_files.export(run, tmp_path / "out")
+        export(run, tmp_path / "out")
     with pytest.raises(ValueError, match="is a classifier, and this needs a model that writes"):
         train(build(TrainConfig, run_settings(tmp_path / "run", reviews / "data",
                                               init_from=str(run))))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fast.linear import use_fast_products
 from model import IGNORE, GPT, GPTConfig, SIZES, sample_token
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
@@ -162,7 +163,7 @@ def test_greedy_with_cache_equals_greedy_without_also_beyond_the_context():
 def test_compiled_generation_equals_uncompiled_with_a_graph_for_each_kind_of_pass(rows, lower):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = randomised(tiny(block_size=32, n_layer=3))
+    model = use_fast_products(randomised(tiny(block_size=32, n_layer=3)))  # as sample.py does
     idx = torch.randint(61, (rows, 5))
     plain = model.generate(idx, 20, temperature=0)
 

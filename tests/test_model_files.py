@@ -5,11 +5,11 @@ import struct
 import pytest
 import torch
 
-from formats import gpt2 as model_files
 from bpe import Tokenizer
+from lora import LoRAConfig, add_lora, merge_lora, unload_lora
 from run import export
 from run.config import build
-from model import GPT, GPTConfig
+from model import GPT, MLP, GPTConfig
 from run.load import load_model
 from sample import continue_text
 from train import TrainConfig, train
@@ -70,6 +70,60 @@ def test_our_weights_give_transformers_the_same_logits(tmp_path, changes):
     torch.testing.assert_close(again(idx)[0], ours(idx)[0], rtol=0, atol=1e-5)
 
 
+# ---- a model that is no longer GPT-2
+
+class Louder(GPT):
+    """Its logits are twice as large."""
+
+    def forward(self, *args, **settings):
+        logits, loss = super().forward(*args, **settings)
+        return (logits if logits is None else 2 * logits), loss
+
+
+def untie(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() + 0.1)
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda model: setattr(model, "__class__", Louder), "computes other logits than the model"),
+    (untie, "computes other logits than the model"),
+    (lambda model: setattr(model.transformer.h[1], "ln_2", torch.nn.RMSNorm(32)),
+     "computes other logits than the model"),
+    (lambda model: add_lora(model, LoRAConfig(r=2)), "has to be merged and unloaded first"),
+    (lambda model: model.register_buffer("gate", torch.ones(1)), "differs from GPT-2 in 'gate'"),
+])
+def test_a_model_that_the_files_would_not_give_back_is_not_written(tmp_path, change, message):
+    pytest.importorskip("safetensors")
+    model = randomised(tiny()).train()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_model_file_whose_activation_was_edited_is_not_written(tmp_path, monkeypatch):
+    """What a reader of the file would compare with is edited along, so the check is of its own."""
+    pytest.importorskip("safetensors")
+    monkeypatch.setattr(MLP, "forward", lambda self, x: self.c_proj(self.c_fc(x).relu().square()))
+    with pytest.raises(ValueError, match="other logits than the model, by up to [0-9.e-]+ where"):
+        tiny().train().save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gpt2_in_training_is_written_in_its_precision_and_stays_as_it_is(tmp_path, dtype):
+    pytest.importorskip("safetensors")
+    model = add_lora(randomised(tiny(dropout=0.5, vocab_multiple=64)), LoRAConfig(r=2), quiet=True)
+    merge_lora(model)
+    unload_lora(model)
+    model = model.to(dtype).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.save_pretrained(tmp_path)
+    assert model.training
+    for name, tensor in GPT.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name][:len(tensor)].float()), name
+
+
 def test_a_model_saved_without_its_head_is_read(tmp_path):
     theirs = hugging_face(**SMALL)
     theirs.transformer.save_pretrained(tmp_path)        # keys have no "transformer." in front
@@ -85,6 +139,7 @@ def test_a_model_saved_without_its_head_is_read(tmp_path):
     (lambda t: t.update({"transformer.wpe.weight": torch.zeros(15, 32)}),
      r"'transformer.wpe.weight' is \(15, 32\) in the file; config.json asks for \(16, 32\)"),
     (lambda t: t.update({"lm_head.weight": torch.zeros(61, 32)}), "GPT-2 ties them"),
+    (lambda t: t.update({"lm_head.weight": torch.zeros(61, 32, dtype=torch.int8)}), "ties them"),
     (lambda t: t.update({"transformer.h.0.mlp.c_fc.weight": torch.zeros(4096)}),
      r"c_fc.weight' is \(4096,\) in the file"),
     (lambda t: t.update({"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int8)}), "no float"),
