@@ -27,8 +27,9 @@ from typing import Any, Callable
 
 from bench.machine import (CPU, Row, check_known, check_least, in_process, lasting, publish,
                            table, take_turns, where)
-from bpe import GPT2_PATTERN, TIKTOKEN_GPT2, Tokenizer
-from fast.bpe import read_blocks
+from bpe import GPT2_PATTERN, Tokenizer
+from fast.bpe_counts import read_blocks
+from fast.bpe_encode import TIKTOKEN_GPT2
 from run.config import parse, run_command
 
 PEERS = ("ours", "Hugging Face", "rustbpe", "tiktoken", "minbpe")

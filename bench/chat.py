@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bench.machine import CPU, publish, table, take_turns, where
-from bpe import find_tokenizer
+from bpe import Tokenizer
 from run.config import parse, run_command
 from data import conversations, pydocs
 from data.chat import encode, extend_tokenizer
@@ -108,7 +108,7 @@ def main(words: list[str]) -> None:
     config = parse(ChatBenchConfig, words, "python -m bench.chat", about=__doc__)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    tokenizer = extend_tokenizer(find_tokenizer(config.tokenizer), "chatml")
+    tokenizer = extend_tokenizer(Tokenizer.load(config.tokenizer), "chatml")
     other, collator = load_theirs(tokenizer)
     talks = [talk["messages"] for talk in (
         conversations.read(find_files(config.from_, RECORDS))[0] if config.from_

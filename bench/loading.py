@@ -27,7 +27,7 @@ import torch
 
 from bench.machine import (CPU, Row, check_known, check_least, held, in_process, lasting,
                            median_row, publish, table, take_turns, where)
-from bpe import Tokenizer, has_gpt2
+from bpe import Tokenizer
 from data import shards
 from data.corpus import documentation, named_tokenizer, sources
 from data.fineweb import FinewebConfig, prepare
@@ -45,8 +45,7 @@ WHO = ("oneloop", "tiktoken")
 class LoadingConfig:
     from_: str = ""  # text: files or folders of .jsonl, .parquet and .txt, by comma; empty: what
         # every Python carries
-    tokenizer: str = ""  # gpt2 or a tokenizer's path; empty: gpt2 where it is here, else one that
-        # is trained on the text
+    tokenizer: str = ""  # gpt2 or a tokenizer's path; empty: one that is trained on the text
     megabytes: float = 60.0  # text, where --from does not name it
     threads: int = 0  # threads that encode; 0: one for each core
     tokens: int = 64_000_000  # tokens of the generated shard
@@ -150,9 +149,7 @@ def compare_text(config: LoadingConfig, scratch: Path) -> tuple[Row, list[float]
         write_text(Path(source), config.megabytes)
     texts = list(read_documents(find_files(source)))
     size = sum(len(text.encode()) for text in texts)
-    if not tokenizer and has_gpt2():
-        tokenizer = "gpt2"
-    elif not tokenizer:
+    if not tokenizer:
         tokenizer = str(scratch / "tok.json")
         Tokenizer.train(texts, 32_000).save(tokenizer)
     config = replace(config, from_=source, tokenizer=tokenizer,

@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
-from bpe import find_tokenizer
+from bpe import Tokenizer
 from data.prepared import split_by_hash, write_dataset
 from data.texts import lone_surrogate, read_records
 
@@ -187,7 +187,7 @@ def write_conversations(folder: str | Path, conversations: list[dict[str, Any]],
                          read=len(train) + len(val) + sum(dropped.values()))
     print(f"{folder}: {len(train):,} conversations to train on, {len(val):,} to validate"
           + "".join(f"; dropped {n:,}: {reason}" for reason, n in sorted(dropped.items())))
-    encode = find_tokenizer(tokenizer).encode if tokenizer else None
+    encode = Tokenizer.load(tokenizer).encode if tokenizer else None
     for name, part in (("train", train), ("val", val)) if encode else ():
         counts: Counter[str] = Counter()
         for message in (message for record in part for message in record["messages"]):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
-from bpe import Tokenizer, find_tokenizer
+from bpe import Tokenizer
 from data.prepared import DATA, split_by_hash
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter
@@ -141,7 +141,7 @@ def write_shards(folder: Path, train: list[str], val: list[str], tokenizer: Toke
 
 def named_tokenizer(name: str) -> Tokenizer:
     """"gpt2", "bytes" (256 ids and no merge), or a tokenizer's path."""
-    return Tokenizer([], special_tokens=()) if name == "bytes" else find_tokenizer(name)
+    return Tokenizer([], special_tokens=()) if name == "bytes" else Tokenizer.load(name)
 
 
 def prepare(config: CorpusConfig = CorpusConfig()) -> Path:

@@ -4,23 +4,131 @@ They hold the same thing in different spellings. GPT-2 and Hugging Face write a 
 characters, one per byte, so "Ġthe" is " the" (`BYTE_TO_CHAR`); their merges are pairs of such
 spellings. tiktoken keeps the bytes of each token and its id, and no merges.
 
-In: a file or its contents. Out: the arguments of `bpe.Tokenizer` as a dict; a file that holds
-anything that would silently change ids is refused. And the way back, for Hugging Face.
+In: a file's content. Out: a dict of what makes a byte-level BPE: its merges, pattern,
+special_tokens, byte_ids (the id of each byte) and first_merge (the id that merge 0 makes).
+ValueError, with the reason, for a file that holds anything that would silently change ids. And the
+way back, for Hugging Face.
 """
-import json
+import contextlib
+import itertools
 import os
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator, Sequence
 
 import regex
+import tiktoken
 
+from fast.bpe_encode import TIKTOKEN_GPT2
+from fast.bpe_pieces import GPT2_PATTERN, NO_PATTERN
 from formats.download import download
-from formats.files import read_json, write_text
+from formats.files import read_json, write_json
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
+
+
+MOST_IDS, MOST_BYTES = 1 << 22, 1 << 28         # what damaged files claim is more
+# What numbers in the place of texts, missing keys and the like raise while a file is read.
+WRONG_TYPES = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError)
+
+
+# ------------------------------------------------------------------------------ files and folders
+
+def find(name: str | Path) -> Path:
+    """The file to read: of a folder its tok.json or tokenizer.json, else the folder itself; of
+    "gpt2", where there is no such folder, that of GPT-2's two files."""
+    path = gpt2_folder() if name == "gpt2" and not Path(name).exists() else Path(name)
+    files = [path / name for name in ("tok.json", "tokenizer.json")] if path.is_dir() else []
+    return next((file for file in files if file.is_file()), path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The tokenizer in a tokenizer.json or a folder with GPT-2's files; other JSON as it stands."""
+    if path.is_dir():
+        return read_gpt2(path)
+    data = read_json(path)
+    if isinstance(data, dict) and "model" in data:
+        return from_hugging_face(data)
+    if not isinstance(data, dict) or "format" not in data:
+        raise ValueError(f"{path} is neither our tok.json nor a Hugging Face tokenizer.json")
+    return data
+
+
+@contextlib.contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """What is wrong with a file becomes a ValueError with its name."""
+    try:
+        yield
+    except WRONG_TYPES as error:
+        raise ValueError(f"{path} was changed or damaged: {error!r:.200}") from None
+    except ValueError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path} cannot be read exactly: {error!s:.300}") from None
+
+
+# --------------------------------------------------------------------- what a tokenizer has to be
+
+def spell(merges: Sequence[tuple[int, int]], special_tokens: dict[str, int],
+          byte_ids: Sequence[int], first_merge: int) -> list[bytes]:
+    """The bytes of every id: those of merge (a, b) are those of a and b. b"" for special tokens
+    and for ids that nothing has. ValueError if these cannot be the merges and ids of a BPE."""
+    spelled = {i: bytes([b]) for b, i in enumerate(byte_ids)}
+    if len(spelled) != 256 or max(spelled) >= first_merge:
+        raise ValueError(f"byte_ids must be 256 different ids under first_merge={first_merge}")
+    total = 0
+    for i, (a, b) in enumerate(merges):
+        if a not in spelled or b not in spelled:
+            raise ValueError(f"merges[{i}]=({a}, {b}) uses an id that no byte or earlier merge has")
+        total += len(spelled[a]) + len(spelled[b])
+        if total > MOST_BYTES:                          # each merge can double the longest token
+            raise ValueError(f"merges[:{i + 1}] make tokens of more than {MOST_BYTES:,} bytes")
+        spelled[first_merge + i] = spelled[a] + spelled[b]
+    if len(set(spelled.values())) != len(spelled):
+        raise ValueError("two merges make the same token; no BPE trainer does that")
+    for name, i in special_tokens.items():
+        if i in spelled:
+            raise ValueError(f"special token {name!r} has id {i}, which a byte or merge has")
+    size = max([256, first_merge + len(merges), *(i + 1 for i in special_tokens.values())])
+    if size > MOST_IDS:
+        raise ValueError(f"id {size - 1} is beyond the {MOST_IDS:,} ids that are allowed")
+    return [spelled.get(i, b"") for i in range(size)]
+
+
+def number_specials(names: Iterable[str] | dict[str, int], first_id: int,
+                    before: dict[str, int] | None = None) -> dict[str, int]:
+    """{name: id} of special tokens: those `before`, then names with ids from first_id on.
+
+    ValueError for a name that is empty or given twice, or an id that two of them share.
+    """
+    if isinstance(names, str):
+        raise ValueError(f"special_tokens={names!r} is one string; give a list of names")
+    numbered = dict(before or {})
+    pairs = names.items() if isinstance(names, dict) else zip(names, itertools.count(first_id))
+    for name, i in pairs:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"special token {name!r} is empty or not a string; give it a name")
+        if name in numbered:
+            raise ValueError(f"special token {name!r} exists already, as id {numbered[name]}"
+                             if name in (before or {}) else f"special token {name!r} is given "
+                             "twice; each name may stand once")
+        numbered[name] = i
+    if len(set(numbered.values())) != len(numbered):
+        raise ValueError(f"two special tokens share an id: {numbered}")
+    return numbered
+
+
+def count_merges(vocab_size: int, special_tokens: Sequence[str], min_frequency: int) -> int:
+    """How many merges fill the vocabulary; ValueError if it has no room for the other ids."""
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} is under 256 bytes + {len(special_tokens)} "
+                         f"special tokens; give at least {least}")
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency={min_frequency} is not allowed; give at least 1")
+    return vocab_size - least
 
 
 # ---------------------------------------------------------------------------- spelling of tokens
@@ -40,29 +148,27 @@ CHAR_TO_BYTE = {char: b for b, char in BYTE_TO_CHAR.items()}
 def readable(token: bytes) -> str:
     """A token for people: text where it is text, \\x.. where it is not."""
     text = token.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def from_vocab(vocab: dict[str, int], merges: Iterable[tuple[str, str]], specials: dict[str, int],
-               path: str | Path) -> dict[str, Any]:
-    """Tokenizer arguments, but for the pattern, from ids and merges of spellings."""
+def from_vocab(vocab: dict[str, int], merges: Iterable[tuple[str, str]], specials: dict[str, int]
+               ) -> dict[str, Any]:
+    """Merges, special tokens and ids of bytes from the ids and merges of spellings."""
     for token, i in [*vocab.items(), *specials.items()]:
         if type(i) is not int or i < 0:
-            raise ValueError(f"{path} is damaged: token {token!r:.50} has the id {i!r:.50}")
+            raise ValueError(f"token {token!r:.50} has the id {i!r:.50}")
     try:
         byte_ids = [vocab[BYTE_TO_CHAR[b]] for b in range(256)]
         pairs = [(vocab[a], vocab[b]) for a, b in merges]
         made = [vocab[a + b] for a, b in merges]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is no byte-level BPE: its vocabulary lacks {error!s:.80}"
-                         ) from None
+        raise ValueError(f"it is no byte-level BPE: its vocabulary lacks {error!s:.80}") from None
     first = made[0] if made else max(256, max(byte_ids) + 1)
     if made != list(range(first, first + len(made))):
-        raise ValueError(f"{path}: the ids of its merges are not consecutive, which is not "
-                         "supported")
+        raise ValueError("the ids of its merges are not consecutive, which is not supported")
     extra = set(vocab) - set(specials) - set(CHAR_TO_BYTE) - {a + b for a, b in merges}
     if extra:
-        raise ValueError(f"{path}: token {min(extra)!r:.80} is no byte, merge or special token")
+        raise ValueError(f"token {min(extra)!r:.80} is no byte, merge or special token")
     return {"merges": pairs, "special_tokens": specials, "byte_ids": byte_ids,
             "first_merge": first}
 
@@ -70,36 +176,22 @@ def from_vocab(vocab: dict[str, int], merges: Iterable[tuple[str, str]], special
 # --------------------------------------------------------------------------------- GPT-2's files
 
 def gpt2_folder() -> Path:
-    """Where GPT-2's two files are or shall be: beside the repository, else in the cache."""
-    shared = Path(os.environ.get("ONELOOP_SHARED",
-                                 Path(__file__).resolve().parent.parent / "shared/data"))
-    if (shared / "gpt2_vocab").is_dir():
-        return shared / "gpt2_vocab"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "oneloop" / "gpt2"
+    """The folder of GPT-2's two files, in the cache; they are downloaded if it lacks them.
 
-
-def has_gpt2() -> bool:
-    """Whether GPT-2's two files are here, so that nothing has to be downloaded."""
-    return all((gpt2_folder() / name).is_file() for name in GPT2_SHA256)
-
-
-def find_gpt2() -> Path:
-    """The folder of GPT-2's two files, after downloading them once if need be.
-
-    FileNotFoundError if that fails; ValueError if what comes is not what OpenAI published.
+    FileNotFoundError if that fails; ValueError if a file is not what OpenAI published.
     """
-    folder = gpt2_folder()
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "oneloop" / "gpt2"
     for name, sha256 in GPT2_SHA256.items():
-        if (folder / name).is_file():
-            continue
         download(GPT2_URL + name, folder / name, sha256,
                  f"put vocab.bpe and encoder.json into {folder}")
     return folder
 
 
-def from_gpt2_folder(folder: Path) -> dict[str, Any]:
-    """Tokenizer arguments from GPT-2's two files under either of their names; its pattern is the
-    default one. FileNotFoundError if the folder has neither."""
+def read_gpt2(folder: Path) -> dict[str, Any]:
+    """A tokenizer from GPT-2's two files under either of their names.
+
+    FileNotFoundError if the folder has neither.
+    """
     for vocab_name, merges_name in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
         if (folder / vocab_name).is_file() and (folder / merges_name).is_file():
             break
@@ -112,23 +204,18 @@ def from_gpt2_folder(folder: Path) -> dict[str, Any]:
         merges = [(a, b) for line in lines if line and not line.startswith("#version")
                   for a, b in [line.split(" ")]]
     except ValueError as error:
-        raise ValueError(f"{folder / merges_name} is damaged, each line is a merge of two tokens: "
-                         f"{error}") from None
+        raise ValueError(f"{merges_name} is damaged, each line is a merge of two tokens: {error}"
+                         ) from None
     made = {a + b for a, b in merges}
     specials = {token: i for token, i in vocab.items()
                 if token not in made and token not in CHAR_TO_BYTE}
-    return from_vocab(vocab, merges, specials, folder / vocab_name)
+    return {**from_vocab(vocab, merges, specials), "pattern": GPT2_PATTERN}
 
 
 # ---------------------------------------------------------------------------------- Hugging Face
 
-def from_hugging_face(data: dict[str, Any], path: str | Path,
-                      patterns: dict[str, str]) -> dict[str, Any]:
-    """Tokenizer arguments from the contents of a tokenizer.json.
-
-    patterns: those of "gpt2", which ByteLevel has built in, and "none".
-    ValueError, with the reason, for what would change ids silently.
-    """
+def from_hugging_face(data: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer from the content of a tokenizer.json."""
     model, pre = data["model"], data.get("pre_tokenizer") or {}
     steps = pre.get("pretokenizers", [pre])
     splits = [step for step in steps if step.get("type") == "Split"]
@@ -146,31 +233,31 @@ def from_hugging_face(data: dict[str, Any], path: str | Path,
     ]
     for found, reason in problems:
         if found:
-            raise ValueError(f"{path} cannot be read exactly: {reason}")
+            raise ValueError(reason)
     if splits:
         pattern = splits[0]["pattern"].get("Regex") or regex.escape(splits[0]["pattern"]["String"])
     else:
-        pattern = patterns["gpt2" if levels[0].get("use_regex", True) else "none"]
+        pattern = GPT2_PATTERN if levels[0].get("use_regex", True) else NO_PATTERN
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     specials = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
-    return {**from_vocab(model["vocab"], merges, specials, path), "pattern": pattern}
+    return {**from_vocab(model["vocab"], merges, specials), "pattern": pattern}
 
 
 def write_hugging_face(folder: str | Path, merges: list[tuple[int, int]], token_bytes: list[bytes],
-                       special_tokens: dict[str, int], pattern: str | None, end: str | None
-                       ) -> None:
+                       special_tokens: dict[str, int], pattern: str, end: str | None) -> None:
     """Write the tokenizer.json and tokenizer_config.json that AutoTokenizer loads.
 
-    token_bytes: the bytes of each id; pattern: None is GPT-2's, which ByteLevel has built in;
-    end: the special token that begins and ends documents, if there is one.
+    token_bytes: the bytes of each id; end: the special token that begins and ends documents, if
+    there is one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spell = ["".join(BYTE_TO_CHAR[b] for b in token) for token in token_bytes]
     vocab = {token: i for i, token in enumerate(spell) if token} | special_tokens
+    gpt2 = pattern == GPT2_PATTERN          # which ByteLevel has built in
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": pattern is None}
-    pre_tokenizer = byte_level if pattern is None else {
+                  "use_regex": gpt2}
+    pre_tokenizer = byte_level if gpt2 else {
         "type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
              "invert": False}, byte_level]}
@@ -190,14 +277,22 @@ def write_hugging_face(folder: str | Path, merges: list[tuple[int, int]], token_
               "clean_up_tokenization_spaces": False}
     if end is not None:
         config.update(bos_token=end, eos_token=end, unk_token=end)
-    write_text(folder / "tokenizer.json", json.dumps(data, ensure_ascii=False, indent=1))
-    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=1))
+    write_json(folder / "tokenizer.json", data, indent=1, ensure_ascii=False)
+    write_json(folder / "tokenizer_config.json", config, indent=1)
 
 
 # -------------------------------------------------------------------------------------- tiktoken
 
+def from_tiktoken(encoding: tiktoken.Encoding) -> dict[str, Any]:
+    """A tokenizer from a tiktoken.Encoding; ValueError if that was not made by BPE."""
+    pattern = encoding._pat_str
+    return {**from_ranks(encoding._mergeable_ranks, encoding.name),
+            "pattern": GPT2_PATTERN if pattern == TIKTOKEN_GPT2 else pattern,
+            "special_tokens": dict(encoding._special_tokens)}
+
+
 def from_ranks(ranks: dict[bytes, int], name: str) -> dict[str, Any]:
-    """Tokenizer arguments from tiktoken's ranks (bytes -> id), which have tokens but no merges.
+    """Merges and ids of bytes from tiktoken's ranks (bytes -> id), which have no merges.
 
     A token's merge is the pair that is left of it when only the earlier merges are known.
     ValueError, with the `name` of the encoding, if the tokens were not made by BPE.

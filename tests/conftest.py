@@ -4,8 +4,6 @@ from pathlib import Path
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).parent.parent
-SHARED = Path(os.environ.get("ONELOOP_SHARED", REPOSITORY.parent / "shared" / "data"))
 
 
 @pytest.fixture(autouse=True)
@@ -17,10 +15,26 @@ def one_thread():
 
 @pytest.fixture
 def shared():
-    """The folder of real data beside the repository; tests that use it are skipped without it."""
-    if not SHARED.is_dir():
-        pytest.skip(f"real data is not here ({SHARED})")
-    return SHARED
+    """The folder of real data that ONELOOP_SHARED names; tests that use it are skipped without."""
+    if "ONELOOP_SHARED" not in os.environ:
+        pytest.skip("ONELOOP_SHARED names no folder of real data")
+    return Path(os.environ["ONELOOP_SHARED"])
+
+
+@pytest.fixture
+def gpt2_vocab(shared):
+    """The folder with GPT-2's encoder.json and vocab.bpe."""
+    return shared / "gpt2_vocab"
+
+
+@pytest.fixture
+def gpt2_in_cache(gpt2_vocab, tmp_path, monkeypatch):
+    """A cache that has GPT-2's two files, so that Tokenizer.gpt2() downloads nothing."""
+    (tmp_path / "cache" / "oneloop").mkdir(parents=True)
+    (tmp_path / "cache" / "oneloop" / "gpt2").symlink_to(gpt2_vocab)
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MPLCONFIGDIR", str(home / "matplotlib"))    # which keeps its list of fonts
 
 
 @pytest.fixture

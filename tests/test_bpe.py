@@ -11,16 +11,16 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 import bpe
-from formats import tokenizer as bpe_files
-from fast import bpe as bpe_train
 from bpe import Tokenizer, train_slowly
-from fast.bpe import GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, count_pieces, learn_merges, split
+from fast import bpe_counts, bpe_encode, bpe_merges, bpe_pieces
+from fast.bpe_counts import count_pieces
+from fast.bpe_merges import learn_merges
+from fast.bpe_pieces import (GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, O200K_PATTERN, compile_pattern,
+                             split)
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is a development extra")
 from hypothesis import given, settings, strategies as st  # noqa: E402
 
-SHARED = Path(os.environ.get("ONELOOP_SHARED", Path(__file__).parents[1].parent / "shared/data"))
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data at {SHARED}")
 examples = settings(max_examples=100, deadline=None)
 
 # Few different characters, so that pairs repeat, overlap and tie; apostrophes and spaces, which
@@ -29,20 +29,18 @@ dense = st.text(alphabet="ab '\nsl", max_size=60)
 anything = st.text(max_size=60) | st.text(alphabet="aé中 \u3000\U0001f600'1²\t\u0301\u0558.",
                                           max_size=40)
 texts = st.lists(dense | anything, max_size=6)
-patterns = st.sampled_from([GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, r"\w+|\W", r"[\s\S]{1,3}"])
+patterns = st.sampled_from([GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, NO_PATTERN, r"\w+|\W", r"[\s\S]{1,3}"])
 
 
 def naive_pieces(texts, pattern):
-    compiled = bpe_train.compile_pattern(pattern)
-    return Counter(piece.encode() for text in texts for piece in split(compiled, text))
+    return Counter(piece.encode() for text in texts for piece in split(pattern, text))
 
 
-def reference_gpt2():
+def reference_gpt2(folder):
     """tiktoken's own GPT-2, built from the files rather than downloaded."""
-    folder = bpe_files.find_gpt2() if SHARED.is_dir() else pytest.skip("GPT-2's files are not here")
     ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"),
                                             str(folder / "encoder.json"))
-    return tiktoken.Encoding("gpt2", pat_str=bpe.TIKTOKEN_GPT2, mergeable_ranks=ranks,
+    return tiktoken.Encoding("gpt2", pat_str=bpe_encode.TIKTOKEN_GPT2, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": 50256}, explicit_n_vocab=50257)
 
 
@@ -56,10 +54,10 @@ def test_the_example_in_the_docstring_holds():
 def test_merges_equal_the_slow_trainer(texts, pattern, num_merges, min_frequency, few, size):
     """Whatever the share of loop and numpy (FEW) and however often pairs are indexed again."""
     pieces = naive_pieces(texts, pattern)
-    index = bpe_train.Corpus.index
+    index = bpe_merges.Corpus.index
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_train, "FEW", few)
-        patch.setattr(bpe_train.Corpus, "index", lambda self, least: index(self, least, size))
+        patch.setattr(bpe_merges, "FEW", few)
+        patch.setattr(bpe_merges.Corpus, "index", lambda self, least: index(self, least, size))
         fast = learn_merges(pieces, num_merges, min_frequency)
     assert fast == train_slowly(pieces, num_merges, min_frequency)
 
@@ -68,7 +66,7 @@ def test_overlapping_runs_merge_left_to_right():
     assert bpe.merge([7] * 5, (7, 7), 8) == [8, 8, 7]
     for few in (0, 16):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bpe_train, "FEW", few)
+            patch.setattr(bpe_merges, "FEW", few)
             for pieces in ({b"aaaaaaa": 3, b"aaa": 2, b"baab": 1}, {b"aaaa": 3, b"xy": 4}):
                 assert learn_merges(pieces, 5) == train_slowly(pieces, 5)
 
@@ -91,30 +89,30 @@ def test_apostrophes_and_spaces_are_split_as_the_regex_does(texts):
     assert count_pieces(texts, GPT2_PATTERN) == naive_pieces(texts, GPT2_PATTERN)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.text(alphabet="ab1 \n.'s\u3000中é\u0558!", max_size=400),
-       st.sampled_from(bpe_train.SAFE_PATTERNS), st.integers(1, 20))
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="abA1 \n.'s\u3000中é\u0301\u0558!/", max_size=400),
+       st.sampled_from(list(bpe_counts.SAFE_PATTERNS)), st.integers(1, 20))
 def test_blocks_split_as_the_whole_text(tmp_path_factory, text, pattern, block):
     path = tmp_path_factory.getbasetemp() / "blocks.txt"
     path.write_bytes((text or "a").encode())
-    blocks = list(bpe_train.read_blocks([path], pattern, block=block))
+    blocks = list(bpe_counts.read_blocks([path], pattern, block=block))
     whole = naive_pieces([text or "a"], pattern)
     assert "".join(blocks) == (text or "a")
     assert naive_pieces(blocks, pattern) == whole
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_train, "BLOCK", block)
+        patch.setattr(bpe_counts, "BLOCK", block)
         assert count_pieces([text or "a"], pattern, num_proc=1) == whole
 
 
 @pytest.mark.parametrize("pattern", [GPT2_PATTERN, GPT4_PATTERN])
 def test_processes_count_as_one_does(monkeypatch, pattern):
-    monkeypatch.setattr(bpe_train, "BLOCK", 1000)
+    monkeypatch.setattr(bpe_counts, "BLOCK", 1000)
     text = "It's one loop, 中文也行。 for x in range(10):\n\tprint('x')\n" * 1000
     assert count_pieces([text], pattern, num_proc=2) == naive_pieces([text], pattern)
 
 
 def test_an_interrupted_count_leaves_no_process(monkeypatch):
-    monkeypatch.setattr(bpe_train, "BLOCK", 1000)
+    monkeypatch.setattr(bpe_counts, "BLOCK", 1000)
 
     def texts():
         for _ in range(50):
@@ -127,51 +125,47 @@ def test_an_interrupted_count_leaves_no_process(monkeypatch):
 
 
 def test_a_killed_process_is_noticed(monkeypatch):
-    monkeypatch.setattr(bpe_train, "BLOCK", 1000)
-    monkeypatch.setattr(bpe_train, "count_worker", lambda *args: os._exit(9))
+    monkeypatch.setattr(bpe_counts, "BLOCK", 1000)
+    monkeypatch.setattr(bpe_counts, "count_worker", lambda *args: os._exit(9))
     with pytest.raises(RuntimeError, match="killed"):
         count_pieces(["some words " * 100] * 50, GPT2_PATTERN, num_proc=2)
 
 
-@needs_shared
 @pytest.mark.parametrize("corpus", ["novels", "chinese", "mix"])
-def test_merges_equal_rustbpe(corpus):
+def test_merges_equal_rustbpe(shared, corpus):
     rustbpe = pytest.importorskip("rustbpe", reason="rustbpe is a development extra")
-    paths = {"novels": sorted(SHARED.glob("novels/*.txt")),
-             "chinese": sorted(SHARED.glob("chinese/*.txt"))}
+    paths = {"novels": sorted(shared.glob("novels/*.txt")),
+             "chinese": sorted(shared.glob("chinese/*.txt"))}
     paths["mix"] = (paths["novels"][:3] + paths["chinese"][:1] + [Path(bpe.__file__)]
-                    + sorted(SHARED.glob("multilingual/**/*.txt"))
-                    + sorted(SHARED.glob("alpaca/*.json")))
+                    + sorted(shared.glob("multilingual/**/*.txt"))
+                    + sorted(shared.glob("alpaca/*.json")))
     documents = [path.read_text(encoding="utf-8") for path in paths[corpus]]
     ours = Tokenizer.train(documents, 32000, special_tokens=())
-    for vocab_size in (1000, 8192, 32000):
-        theirs = rustbpe.Tokenizer()
-        theirs.train_from_iterator(iter(documents), vocab_size, pattern=GPT2_PATTERN)
-        expected = sorted(theirs.get_mergeable_ranks(), key=lambda item: item[1])
-        assert ours.token_bytes[:vocab_size] == [bytes(token) for token, _ in expected]
+    theirs = rustbpe.Tokenizer()
+    theirs.train_from_iterator(iter(documents), 32000, pattern=GPT2_PATTERN)
+    expected = sorted(theirs.get_mergeable_ranks(), key=lambda item: item[1])
+    assert ours.token_bytes == [bytes(token) for token, _ in expected]
 
 
-def shared_texts():
-    for path in sorted(path for path in SHARED.rglob("*") if path.is_file()):
+def texts_in(folder):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             yield path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             yield path.read_text(encoding="latin-1")
 
 
-@needs_shared
-def test_gpt2_gives_tiktokens_ids():
-    tok, reference = Tokenizer.gpt2(), reference_gpt2()
+def test_gpt2_gives_tiktokens_ids(shared, gpt2_vocab):
+    tok, reference = Tokenizer.gpt2(gpt2_vocab), reference_gpt2(gpt2_vocab)
     assert (tok.vocab_size, tok.eot) == (50257, 50256)
-    for text in shared_texts():
+    for text in texts_in(shared):
         assert tok.encode(text[:100_000]) == reference.encode_ordinary(text[:100_000])
 
 
-@needs_shared
 @pytest.mark.slow
-def test_gpt2_gives_tiktokens_ids_on_whole_files():
-    tok, reference = Tokenizer.gpt2(), reference_gpt2()
-    for text in shared_texts():
+def test_gpt2_gives_tiktokens_ids_on_whole_files(shared, gpt2_vocab):
+    tok, reference = Tokenizer.gpt2(gpt2_vocab), reference_gpt2(gpt2_vocab)
+    for text in texts_in(shared):
         assert tok.encode(text) == reference.encode_ordinary(text)
 
 
@@ -183,7 +177,7 @@ def toks():
             for name, pattern in [*bpe.PATTERNS.items(), ("own", r"\w+|\s|[^\w\s]+")]}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt4", "none", "own"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt4", "o200k", "none", "own"])
 def test_round_trips_and_the_slow_encoder_agrees(toks, name):
     tok = toks[name]
 
@@ -198,23 +192,31 @@ def test_round_trips_and_the_slow_encoder_agrees(toks, name):
     holds()
 
 
-@needs_shared
-def test_the_slow_encoder_agrees_on_24_languages():
-    tok = Tokenizer.gpt2()
-    for path in sorted(SHARED.glob("multilingual/udhr/*.txt")):
+def test_the_slow_encoder_agrees_on_24_languages(shared, gpt2_vocab):
+    tok = Tokenizer.gpt2(gpt2_vocab)
+    for path in sorted(shared.glob("multilingual/udhr/*.txt")):
         text = path.read_text(encoding="utf-8")[:3000]
         assert tok.encode_slowly(text) == tok.encode(text), path.name
 
 
+def test_o200k_is_the_pattern_that_tiktoken_publishes(monkeypatch):
+    from tiktoken_ext import openai_public
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: {})
+    assert bpe.PATTERNS["o200k"] == openai_public.o200k_base()["pat_str"]
+    assert split(O200K_PATTERN, "I'VE 12345 camelCase/words\n") == [
+        "I'VE", " ", "123", "45", " camel", "Case", "/words", "\n"]
+
+
 def test_letters_newer_than_tiktokens_unicode_are_split_as_tiktoken_does(toks):
     """`regex` and tiktoken know different versions of Unicode; the same pieces all the same."""
-    every = map(chr, bpe_train.POINTS.tolist())
-    seen = {char for char in every if bpe_train.regex.match(r"\p{L}", char)}
-    known = {chr(i) for i in (bpe_train.kinds() == bpe_train.LETTER).nonzero()[0]}
+    every = map(chr, bpe_pieces.POINTS.tolist())
+    seen = {char for char in every if bpe_pieces.regex.match(r"\p{L}", char)}
+    known = {chr(i) for i in (bpe_pieces.kinds() == bpe_pieces.LETTER).nonzero()[0]}
     for char in sorted(seen ^ known)[:200]:
         text = f"a{char}a {char}a 1{char}"
         assert count_pieces([text], GPT2_PATTERN) == naive_pieces([text], GPT2_PATTERN)
-        assert toks["gpt4"].encode(text) == toks["gpt4"].encode_slowly(text)
+        for name in ("gpt4", "o200k"):
+            assert toks[name].encode(text) == toks[name].encode_slowly(text)
 
 
 def test_a_lone_surrogate_is_refused_with_its_place(toks):
@@ -315,7 +317,7 @@ def test_bad_arguments_are_refused(arguments, message):
 
 
 def test_pattern_none_refuses_a_text_that_is_too_long_for_one_piece(monkeypatch):
-    monkeypatch.setattr(bpe_train, "MAX_PIECE", 1000)
+    monkeypatch.setattr(bpe_counts, "MAX_PIECE", 1000)
     with pytest.raises(ValueError, match="a piece has 2,000 bytes; allowed are 1,000, because"):
         Tokenizer.train(["ab" * 1000], 300, pattern="none")
     tok = Tokenizer.train(["ab" * 100], 258, pattern="none", special_tokens=())

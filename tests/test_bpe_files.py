@@ -1,8 +1,6 @@
 """Tokenizer files: ours keep everything and notice changes, others' give the same ids."""
 import hashlib
 import json
-import os
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +8,6 @@ import bpe
 from formats import tokenizer as bpe_files
 from bpe import Tokenizer
 
-SHARED = Path(os.environ.get("ONELOOP_SHARED", Path(__file__).parents[1].parent / "shared/data"))
 TEXT = ("It's 2024, isn't it? We'll see: naïve café 中文中文 \U0001f600\U0001f600  \n\t x  = 10\n"
         "the cat and the hat and the bat <|endoftext|> 12345 ") * 3
 PATTERNS = [*bpe.PATTERNS.values(), r"\w+|\s|[^\w\s]+"]
@@ -141,7 +138,7 @@ def test_autotokenizer_gives_the_same_ids(tok, tmp_path):
 
 
 @pytest.mark.parametrize("specials", [[], ["<|endoftext|>", "<pad>"]])
-@pytest.mark.parametrize("pattern", [None, bpe.GPT4_PATTERN])
+@pytest.mark.parametrize("pattern", [None, bpe.PATTERNS["gpt4"]])
 def test_a_tokenizer_trained_by_hugging_face_keeps_its_ids(tmp_path, specials, pattern):
     """Theirs put special tokens first and order the bytes in their own way."""
     tokenizers = pytest.importorskip("tokenizers", reason="a development extra")
@@ -201,9 +198,8 @@ def test_gpt2s_files_are_read_under_either_name(small, tmp_path):
         same(Tokenizer.gpt2(folder), small)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data at {SHARED}")
-def test_gpt2_goes_through_every_format(tmp_path):
-    tok = Tokenizer.gpt2(SHARED / "gpt2_vocab")
+def test_gpt2_goes_through_every_format(gpt2_vocab, tmp_path):
+    tok = Tokenizer.gpt2(gpt2_vocab)
     tok.save(tmp_path / "tok.json")
     tok.save_pretrained(tmp_path)
     for again in (Tokenizer.load(tmp_path / "tok.json"), Tokenizer.from_tiktoken(tok.to_tiktoken()),
@@ -214,7 +210,6 @@ def test_gpt2_goes_through_every_format(tmp_path):
 
 def test_gpt2_is_downloaded_once_and_checked(monkeypatch, tmp_path):
     """From a folder instead of the internet; download.py has its own tests."""
-    monkeypatch.setenv("ONELOOP_SHARED", str(tmp_path / "none"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(bpe_files, "GPT2_URL", tmp_path.as_uri() + "/")
     with pytest.raises(FileNotFoundError, match="cannot download .*vocab.bpe .*: put vocab.bpe "):
@@ -226,8 +221,8 @@ def test_gpt2_is_downloaded_once_and_checked(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("cache/**/vocab.bpe"))
     sha256 = hashlib.sha256(b"something else").hexdigest()
     monkeypatch.setattr(bpe_files, "GPT2_SHA256", dict.fromkeys(bpe_files.GPT2_SHA256, sha256))
-    folder = bpe_files.find_gpt2()
+    folder = bpe_files.gpt2_folder()
     assert (folder / "vocab.bpe").read_bytes() == b"something else"
     for name in bpe_files.GPT2_SHA256:
         (tmp_path / name).unlink()
-    assert bpe_files.find_gpt2() == folder
+    assert bpe_files.gpt2_folder() == folder

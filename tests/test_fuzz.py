@@ -88,8 +88,8 @@ class Tok:
 class HuggingFace(Tok):
     """tokenizer.json; no checksum."""
     def write(self, folder):
-        from bpe import GPT4_PATTERN, Tokenizer
-        Tokenizer.train([TEXT], 280, GPT4_PATTERN).save_pretrained(folder)
+        from bpe import Tokenizer
+        Tokenizer.train([TEXT], 280, "gpt4").save_pretrained(folder)
         (folder / "tokenizer_config.json").unlink()
 
     def check(self, found, original):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import bpe
-
 nbformat = pytest.importorskip("nbformat", reason="nbformat is a development extra")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is a development extra")
 pytest.importorskip("ipykernel", reason="ipykernel is a development extra")
@@ -31,10 +29,10 @@ def with_solutions(notebook):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
-def test_the_notebook_runs_with_its_solutions(path):
+def test_the_notebook_runs_with_its_solutions(path, request):
     notebook = with_solutions(nbformat.read(path, as_version=4))
-    if "Tokenizer.gpt2()" in str(notebook) and not bpe.has_gpt2():
-        pytest.skip("GPT-2's vocabulary files are not here, and tests download nothing")
+    if "Tokenizer.gpt2()" in str(notebook):
+        request.getfixturevalue("gpt2_in_cache")
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",
                                      resources={"metadata": {"path": str(path.parent)}})
     client.execute()   # raises CellExecutionError with the cell and its traceback
