@@ -148,7 +148,7 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect is an error: it would carry the key to an address that nobody named."""
 
     def redirect_request(self, *_: Any) -> None:
-        return None
+        """None, upon which urllib raises the redirect as an error."""
 
 
 def post(request: urllib.request.Request, timeout: float) -> bytes:
