@@ -7,13 +7,10 @@
     with disable_lora(model): ...                           # the base
     merge_lora(model, idx);  unmerge_lora(model);  plain = unload_lora(model)
 
-A layer y = W x + b gets s B A dropout(x) added, with A (R, in), B (out, R) and scale s = alpha / R.
-B starts at zero, so the model starts as its base; W is frozen and never edited.
+A layer W x + b gets s B A dropout(x) added, with A (R, in), B (out, R) and scale s = alpha / R. B
+starts at zero, so the model starts as its base; W is frozen and never edited. That is the first
+section. Each one after it is one idea, up to merging; the rest chooses layers, checks and files.
 
-The first section is all of plain LoRA. Each section after it is one idea: scale, inits, DoRA, parts
-of fused layers, NF4, which layers, several adapters, merging, checkpoints, files.
-
-Shapes: in and out are the layer's features, R the rank, x is (..., in).
 Hu et al. 2022, "LoRA"; Kalajdzievski 2023, "rsLoRA"; Meng et al. 2024, "PiSSA"; Büyükakyüz 2024,
 "OLoRA"; Li et al. 2024, "LoftQ"; Liu et al. 2024, "DoRA"; Dettmers et al. 2023, "QLoRA". LoRA+ is a
 setting of optim.py.
@@ -26,7 +23,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Literal, Mapping, get_args, get_type_hints
+from typing import Any, Callable, Iterable, Iterator, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -101,14 +98,14 @@ class LowRank(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with its adapters: lora_adapters.NAME.PART, PART "whole" or of FUSED."""
+    """A frozen linear layer and its adapters, lora_adapters.NAME.PART: PART "whole" or of FUSED."""
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.lora_adapters = nn.ModuleDict()
-        self.active: dict[str, float] = {}                  # adapters that compute: their shares
+        self.active: dict[str, float] = {}                  # adapters that compute, and their share
         self.lora_merged: nn.Linear | None = None           # computes alone, once merged
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,7 +118,7 @@ class LoRALinear(nn.Module):
         for change, share in self.changes(self.active):
             out = change(x, out, share)
             if change.lora_magnitude is not None:
-                out = rescaled(out, change, self.base_layer)
+                out = rescaled(out, change, self.base_layer, self.base_layer.bias)
         return out
 
     def changes(self, shares: dict[str, float]) -> list[tuple[LowRank, float]]:
@@ -137,9 +134,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
     Returns the model. ValueError where no layer matches, the name is taken, or a layer cannot have
     one; then nothing has changed.
     """
-    check_addition(model, config, name)
-    adapters = getattr(model, "adapters", None) or Adapters(peft.base_hash(model.named_parameters()))
-    found, linear = targets(model, config), linear_layers(model)            # {layer: its parts}
+    adapters = check_addition(model, config, name)
+    linear, found = linear_layers(model), targets(model, config)            # {layer: its parts}
     extras = trained_names(model, config, found)
     changes = {layer: {part: new_change(linear[layer], layer, part, config) for part in parts}
                for layer, parts in found.items()}
@@ -152,10 +148,10 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
             model.set_submodule(layer, module)
         module.lora_adapters[name] = nn.ModuleDict(parts)
         module.train(module.base_layer.training)
-    model.adapters = adapters
-    adapters.configs[name], now = config, base_parameters(model)
+    model.adapters, base = adapters, base_parameters(model)
     for key in extras:
-        adapters.original.setdefault(key, now[key])
+        adapters.original.setdefault(key, base[key])
+    adapters.configs[name] = config
     adapters.trained[name] = {key: nn.Parameter(adapters.original[key].detach().clone())
                               for key in extras}
     set_adapter(model, name)
@@ -164,34 +160,12 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
     return model
 
 
-def check(config: LoRAConfig) -> None:
-    """ValueError for a setting that cannot be."""
-    for name, rank in (("r", config.r), *(("rank_pattern." + key, rank)
-                                          for key, rank in config.rank_pattern.items())):
-        if rank <= 0:
-            raise ValueError(f"lora.{name}={rank} must be at least 1; for full training, leave "
-                             f"LoRA out")
-    for name, alpha in (("alpha", config.alpha), *(("alpha_pattern." + key, alpha)
-                                                   for key, alpha in config.alpha_pattern.items())):
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"lora.{name}={alpha} must be positive and finite")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"lora.dropout={config.dropout} is not in [0, 1)")
-    for name in ("init", "bias", "quantize"):
-        value, allowed = getattr(config, name), get_args(get_type_hints(LoRAConfig)[name])
-        if value not in allowed:
-            raise ValueError(f"lora.{name}={value!r} is unknown; choose {', '.join(allowed)}")
-    if config.init == "loftq" and config.quantize == "none":
-        raise ValueError("lora.init=loftq makes up for quantising; add lora.quantize=nf4, or take "
-                         "init=pissa")
-
-
 # ------------------------------------------------------------------------------------------------
 # Scale
 
 def rank_and_scale(config: LoRAConfig, name: str) -> tuple[int, float]:
-    """R and s of a layer, by the patterns that match its name. alpha / R shrinks the change of a
-    large R too much for it to learn as fast as a small one; alpha / sqrt(R) does not (rsLoRA)."""
+    """R and s of a layer, by the patterns that match its name. alpha / R lets a large R learn
+    slower than a small one; alpha / sqrt(R) does not (rsLoRA)."""
     rank = peft.by_pattern(config.rank_pattern, name, config.r)
     alpha = peft.by_pattern(config.alpha_pattern, name, config.alpha)
     return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
@@ -217,7 +191,7 @@ def initial_factors(base: nn.Module, rows: slice, r: int, scale: float, init: st
         A = A.uniform_(-1, 1) / base.in_features ** 0.5
     if init == "kaiming":
         return A, None
-    W = weight_of(base)[rows]                   # a packed one cannot be read
+    W = weight_of(base)[rows]
     if init == "pissa":
         return largest_directions(W, r, scale)
     if init == "olora":
@@ -261,11 +235,6 @@ class LowRankFromWeight(LowRank):
 # ------------------------------------------------------------------------------------------------
 # DoRA: the changed weight gives each row its direction; its length is a parameter of its own
 
-def start_dora(change: LowRank, base: nn.Module) -> None:
-    """Make the lengths of the rows of W + scale * B A parameters."""
-    change.lora_magnitude = nn.Parameter(row_lengths(change, base))
-
-
 @torch.no_grad()
 def row_lengths(change: LowRank, base: nn.Module) -> torch.Tensor:
     """The length of each row of W + s B A, without forming B A (out, in):
@@ -280,16 +249,12 @@ def row_lengths(change: LowRank, base: nn.Module) -> torch.Tensor:
         return square.clamp_min(1e-30).sqrt()
 
 
-def row_gains(change: LowRank, base: nn.Module) -> torch.Tensor:
-    """What each row (out,) is multiplied by; the length takes no gradient (DoRA, section 4.3)."""
-    return change.whole(change.lora_magnitude / row_lengths(change, base), 1.0)
-
-
-def rescaled(out: torch.Tensor, change: LowRank, base: nn.Module) -> torch.Tensor:
-    """out (..., out) with rows of the trained lengths; biases keep theirs."""
-    gain = row_gains(change, base)
-    shift = 0.0 if base.bias is None else base.bias * (1 - gain)
-    return (out * gain + shift).to(out.dtype)
+def rescaled(out: torch.Tensor, change: LowRank, base: nn.Module, bias: torch.Tensor | None = None
+             ) -> torch.Tensor:
+    """out (..., out), its rows of the trained lengths; a bias in it keeps its own. The length as
+    computed takes no gradient (DoRA, section 4.3)."""
+    gain = change.whole(change.lora_magnitude / row_lengths(change, base), 1.0)     # (out,)
+    return (out * gain + (0.0 if bias is None else bias * (1 - gain))).to(out.dtype)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -311,12 +276,11 @@ def new_change(module: nn.Module, layer: str, part: str, config: LoRAConfig) -> 
     if len(A) < r:
         raise ValueError(f"lora.r={r} is above the {len(A)} directions of {name}, which "
                          f"init={config.init} takes them from")
-    kind = LowRank if B is None else LowRankFromWeight
-    B = A.new_zeros(size, r) if B is None else B
+    kind, B = (LowRank, A.new_zeros(size, r)) if B is None else (LowRankFromWeight, B)
     change = kind(A.contiguous(), B.contiguous(), scale, config.dropout, above,
                   base.out_features - above - size)         # strides would change the rounding
     if config.use_dora:
-        start_dora(change, base)
+        change.lora_magnitude = nn.Parameter(row_lengths(change, base))
     return change
 
 
@@ -327,9 +291,8 @@ def quantize_base(model: nn.Module, changes: dict[str, dict[str, LowRank]],
                   extras: Iterable[str]) -> None:
     """Replace the frozen linear layers but the head by NF4 ones. What a change starts at is taken
     off the weight before and not quantised (PiSSA, LoftQ)."""
-    tied = tied_weights(model)
-    for layer, module in linear_layers(model).items():
-        if is_head(layer, tied) or f"{layer}.weight" in extras or not isinstance(module, nn.Linear):
+    for layer, module in linear_layers(model, heads=False).items():
+        if not isinstance(module, nn.Linear) or f"{layer}.weight" in extras:
             continue
         parts = changes.get(layer, {}).values()
         moved = [part for part in parts if isinstance(part, LowRankFromWeight)]
@@ -338,8 +301,8 @@ def quantize_base(model: nn.Module, changes: dict[str, dict[str, LowRank]],
             torch.cat([part.initial_A for part in moved])))
         model.set_submodule(layer, packed)
         for part in parts:
-            if part.lora_magnitude is not None:
-                start_dora(part, packed)                    # the lengths that the rows have now
+            if part.lora_magnitude is not None:             # the lengths that the rows have now
+                part.lora_magnitude = nn.Parameter(row_lengths(part, packed))
 
 
 def weight_of(base: nn.Module) -> torch.Tensor:
@@ -354,13 +317,199 @@ def weight_of(base: nn.Module) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------
-# Which layers
+# Several adapters. Where one trains biases or whole modules it has parameters of its own for them,
+# which take the places of the base's while it computes.
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers by name, plain, quantised or adapted."""
+@dataclass
+class Adapters:
+    """What a model with adapters knows of them, as `model.adapters`."""
+    base_hash: str
+    configs: dict[str, LoRAConfig] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)                  # {adapter: its share}
+    original: dict[str, nn.Parameter] = field(default_factory=dict)         # the base's, by name
+    trained: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)   # each adapter's
+
+
+def set_adapter(model: nn.Module, names: str | Iterable[str] | dict[str, float],
+                trainable: str | Iterable[str] | None = None) -> None:
+    """Choose which adapters compute, {name: share} for a linear mixture, and which train.
+
+    The active ones train unless `trainable` says otherwise; () freezes all. Every call sets every
+    parameter's requires_grad, so none is left over from before.
+    """
+    shares = as_shares(names)
+    train = tuple(shares) if trainable is None else as_tuple(trainable)
+    adapters = adapters_of(model, (*shares, *train), to="switch")
+    for name in shares:
+        if adapters.configs[name].use_dora and shares != {name: 1.0}:
+            raise ValueError(f"the DoRA adapter {name!r} is not linear in its factors: it computes "
+                             f"alone and in full, not as {shares}")
+    activate(model, shares)
+    model.requires_grad_(False)
+    for name in train:
+        for layer in adapted_layers(model).values():
+            for change, _ in layer.changes({name: 1.0}):
+                change.requires_grad_(True)
+        for p in adapters.trained[name].values() if shares == {name: 1.0} else ():
+            p.requires_grad_(True)
+
+
+def activate(model: nn.Module, shares: dict[str, float]) -> None:
+    """Let these adapters compute."""
+    for key, p in trained_values(model, shares).items():
+        owner, _, last = key.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(getattr(module, "base_layer", module), last, p)
+    for module in (model.adapters, *adapted_layers(model).values()):
+        module.active = shares
+
+
+@torch.no_grad()
+def trained_values(model: nn.Module, shares: dict[str, float]) -> dict[str, nn.Parameter]:
+    """Biases and whole modules as these adapters have them; where they have none, the base's."""
+    original, trained, now = model.adapters.original, model.adapters.trained, base_parameters(model)
+    for values in (original, *trained.values()):
+        for key, p in values.items():
+            p.data = p.data.to(now[key])                            # the model may have moved
+    if list(shares.values()) == [1.0]:
+        return {**original, **trained[next(iter(shares))]}
+    mixed = dict(original)
+    for name, share in shares.items():
+        for key, p in trained[name].items():
+            mixed[key] = nn.Parameter(mixed[key] + share * (p - original[key]), False)
+    return mixed
+
+
+@contextlib.contextmanager
+def disable_lora(model: nn.Module) -> Iterator[nn.Module]:
+    """The base, inside a `with`."""
+    shares = adapters_of(model, to="disable them").active
+    activate(model, {})
+    try:
+        yield model
+    finally:
+        activate(model, shares)
+
+
+def as_tuple(names: str | Iterable[str]) -> tuple[str, ...]:
+    """A name as a tuple of one."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def as_shares(names: str | Iterable[str] | dict[str, float]) -> dict[str, float]:
+    """One name, several, or {name: share} as {name: share}."""
+    return dict(names) if isinstance(names, dict) else dict.fromkeys(as_tuple(names), 1.0)
+
+
+def adapters_of(model: nn.Module, names: Iterable[str] = (), to: str = "") -> Adapters:
+    """`model.adapters`, which must know these names; none may be merged where something is `to`
+    be done that cannot be done then."""
+    adapters = getattr(model, "adapters", None)
+    if adapters is None:
+        raise ValueError("the model has no adapter; add_lora or load_lora gives it one")
+    for name in names:
+        if name not in adapters.configs:
+            raise ValueError(f"there is no adapter {name!r}; there are "
+                             f"{', '.join(adapters.configs)}")
+    if to and any(layer.lora_merged is not None for layer in adapted_layers(model).values()):
+        raise ValueError(f"adapters are merged into the base; unmerge_lora before you {to}")
+    return adapters
+
+
+def check_addition(model: nn.Module, config: LoRAConfig, name: str) -> Adapters:
+    """`model.adapters`, new ones of a plain model; ValueError where this one cannot be among them.
+    """
+    adapters = getattr(model, "adapters", None) or Adapters(
+        peft.base_hash(model.named_parameters()))
+    if name in adapters.configs:
+        raise ValueError(f"there is an adapter {name!r} already; choose another name")
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"an adapter cannot be called {name!r}; choose another name")
+    if adapters.configs:
+        adapters_of(model, to="add an adapter")
+    if config.quantize != "none" and any(isinstance(layer.base_layer, nn.Linear)
+                                         for layer in adapted_layers(model).values()):
+        raise ValueError(f"lora.quantize={config.quantize}: the base has adapters already; the "
+                         f"first one says whether it is quantised")
+    return adapters
+
+
+# ------------------------------------------------------------------------------------------------
+# Merging: one product instead of two. The base stays as it was, and comes back bit for bit.
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, *inputs: Any) -> float:
+    """Add the active adapters to the base's weights: in float32, rounded once.
+
+    Prints and returns how far that moves the logits of model(*inputs), or, without inputs, the
+    weights. The base is kept for `unmerge_lora`; a quantised layer becomes a plain one.
+    """
+    def logits() -> torch.Tensor:
+        out = model(*inputs)
+        out = getattr(out, "logits", out)
+        return (out[0] if isinstance(out, tuple) else out).float()
+
+    shares, training = adapters_of(model, to="merge again").active, model.training
+    moved, packed = 0.0, 0
+    model.eval()
+    before = logits() if inputs else None
+    for layer in adapted_layers(model).values():
+        changes, base = layer.changes(shares), layer.base_layer
+        if not changes:
+            continue
+        exact = weight_of(base)
+        for change, share in changes:
+            A, B = (factor.float() for factor in change.factors())
+            exact = exact + share * change.scale * change.whole(B) @ A
+            if change.lora_magnitude is not None:
+                exact = rescaled(exact.t(), change, base).t()
+        merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        dtype = torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
+        merged.weight = nn.Parameter(exact.to(dtype).contiguous(), requires_grad=False)
+        merged.bias, layer.lora_merged = base.bias, merged
+        moved = max(moved, (merged.weight.float() - exact).abs().max().item())
+        packed += isinstance(base, NF4Linear)
+    if inputs:
+        moved = (logits() - before).abs().max().item()
+    model.train(training)
+    if packed:
+        say(f"merged onto the dequantised weights of {packed} layers, which are float32 now")
+    say(f"merged: {'logits differ' if inputs else 'weights are rounded'} by at most {moved:.3g}")
+    return moved
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Take merged adapters off again; the base is as it was, bit for bit."""
+    adapters_of(model)
+    layers = [layer for layer in adapted_layers(model).values() if layer.lora_merged is not None]
+    if not layers:
+        raise ValueError("no adapter is merged")
+    for layer in layers:
+        layer.lora_merged = None
+
+
+def unload_lora(model: nn.Module) -> nn.Module:
+    """The plain model, in place: with what is merged, else without any adapter's change."""
+    adapters_of(model)
+    layers = adapted_layers(model)
+    if all(layer.lora_merged is None for layer in layers.values()):
+        activate(model, {})
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.lora_merged or layer.base_layer)
+    del model.adapters
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Which layers: names, ends of names, regular expressions
+
+def linear_layers(model: nn.Module, heads: bool = True) -> dict[str, nn.Module]:
+    """Linear layers by name, plain, quantised or adapted; at will without output heads."""
+    tied = () if heads else tied_weights(model)
     return {name: module for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, NF4Linear, LoRALinear))
-            and not {"base_layer", "lora_merged"} & set(name.split("."))}
+            and not {"base_layer", "lora_merged"} & set(name.split("."))
+            and (heads or name not in tied and name.rpartition(".")[2] not in HEADS)}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -384,11 +533,6 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
     return {a: b for names in users.values() for a in names for b in names if a != b}
 
 
-def is_head(name: str, tied: dict[str, str]) -> bool:
-    """Whether a layer is the output head, or shares its weight with another."""
-    return name in tied or name.rpartition(".")[2] in HEADS
-
-
 def matches(target: str, name: str) -> bool:
     """Whether a target is a module's name, the end of it after a dot, or a regex of all of it."""
     try:
@@ -398,206 +542,106 @@ def matches(target: str, name: str) -> bool:
             from None
 
 
+def choose(setting: str, wanted: str, names: Iterable[str], what: str = "layer",
+           match: Callable[[str, str], bool] = matches) -> list[str]:
+    """The names that a setting means; ValueError where it means none."""
+    hits = [name for name in names if match(wanted, name)]
+    if not hits:
+        ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+        near = difflib.get_close_matches(wanted.rpartition(".")[2], ends, n=3, cutoff=0.4)
+        raise ValueError(f"lora.{setting}: {wanted!r} matches no {what}; " + (
+            f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(ends)}"))
+    return hits
+
+
 def targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
     """The layers to adapt, and which parts of each: {"h.0.attn.c_attn": ["whole"], ...}.
 
     ValueError for a choice that matches nothing, or what cannot be adapted.
     """
-    linear, tied, found = linear_layers(model), tied_weights(model), {}
+    parts = {full_name(layer, part): (layer, part) for layer in linear_layers(model)
+             for part in ("whole", *FUSED.get(layer.rpartition(".")[2], ()))}
+    found: dict[str, Any] = {}
     for target in as_tuple(config.target_modules):
         if target == "all-linear":
-            hits = [(layer, "whole") for layer in linear if not is_head(layer, tied)]
+            hits = list(linear_layers(model, heads=False))
+        elif any(matches(target, name) for name in parts):
+            hits = choose("target_modules", target, parts)
         else:
-            hits = [(layer, part) for layer in linear
-                    for part in ("whole", *sorted(FUSED.get(layer.rpartition(".")[2], ())))
-                    if matches(target, full_name(layer, part))]
-        if not hits:
-            refuse_target(target, model, linear, tied)
-        for layer, part in hits:
+            leaves = [name for name, module in model.named_modules() if not list(module.children())]
+            other = choose("target_modules", target, [*parts, *leaves])[0]
+            refuse_tied(model, [other])
+            kind = type(model.get_submodule(other)).__name__
+            raise ValueError(f"lora.target_modules: {other} is {kind}, no linear layer")
+        for layer, part in map(parts.get, hits):
             found.setdefault(layer, set()).add(part)
-    found = {layer: ["whole"] if "whole" in parts else sorted(parts)
-             for layer, parts in found.items()}
-    refuse_tied(found, tied)
-    if config.layers is not None:
-        block = {layer: next((int(word) for word in layer.split(".") if word.isdigit()), None)
-                 for layer in found}
-        for number in config.layers:
-            if number not in block.values():
-                raise ValueError(f"lora.layers={config.layers}: no target is in block {number}")
-        found = {layer: found[layer] for layer in found if block[layer] in config.layers}
-    names = [full_name(layer, part) for layer, parts in found.items() for part in parts]
+    refuse_tied(model, found)
+    numbers = {layer: next((int(word) for word in layer.split(".") if word.isdigit()), None)
+               for layer in found}
+    for number in config.layers or ():
+        if number not in numbers.values():
+            raise ValueError(f"lora.layers={config.layers}: no target is in block {number}")
+    found = {layer: ["whole"] if "whole" in chosen else sorted(chosen)
+             for layer, chosen in found.items()
+             if config.layers is None or numbers[layer] in config.layers}
+    names = [full_name(layer, part) for layer, chosen in found.items() for part in chosen]
     for kind in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, kind):
-            if not any(peft.by_pattern({key: True}, name, False) for name in names):
-                raise ValueError(f"lora.{kind}: {key!r} matches no adapted layer; there are "
-                                 f"{summary(names)}")
+            choose(kind, key, names, "adapted layer",
+                   lambda key, name: peft.by_pattern({key: True}, name, False))
     return found
-
-
-def refuse_target(target: str, model: nn.Module, linear: dict[str, nn.Module],
-                  tied: dict[str, str]) -> None:
-    """Say why a target matches no linear layer."""
-    for name, module in model.named_modules():
-        if name and matches(target, name) and not list(module.children()):
-            refuse_tied([name], tied)
-            raise ValueError(f"lora.target_modules: {name} is {type(module).__name__}, no linear "
-                             f"layer")
-    ends = {name.rpartition(".")[2] for name in linear}
-    near = difflib.get_close_matches(target.rpartition(".")[2], ends, n=3, cutoff=0.4)
-    raise ValueError(f"lora.target_modules: {target!r} matches no layer; " + (
-        f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(ends)}"))
-
-
-def refuse_tied(names: Iterable[str], tied: dict[str, str]) -> None:
-    """ValueError where one of these modules shares its weight."""
-    for name in names:
-        if name in tied:
-            raise ValueError(f"{name} shares its weight with {tied[name]}: training or merging one "
-                             f"would change the other; leave {name} out, or untie the two first")
-
-
-def saved_modules(model: nn.Module, config: LoRAConfig, found: Iterable[str] = ()) -> list[str]:
-    """The modules of config.modules_to_save; none may be tied or hold a layer of `found`."""
-    names = []
-    for wanted in config.modules_to_save:
-        hits = [name for name, _ in model.named_modules() if name and matches(wanted, name)]
-        if not hits:
-            raise ValueError(f"lora.modules_to_save: there is no module {wanted!r}")
-        names += hits
-    refuse_tied(names, tied_weights(model))
-    for name in names:
-        for layer in found:
-            if (layer + ".").startswith(name + "."):
-                raise ValueError(f"lora.modules_to_save: {name} holds the adapted layer {layer}; "
-                                 f"leave one of them out")
-    return names
 
 
 def trained_names(model: nn.Module, config: LoRAConfig, found: Iterable[str]) -> list[str]:
     """The base's own parameters that the adapter trains: biases and whole modules."""
-    saved = tuple(f"{name}." for name in saved_modules(model, config, found))
+    saved = saved_modules(model, config)
+    refuse_tied(model, saved)
+    for name, layer in ((name, layer) for name in saved for layer in found):
+        if (layer + ".").startswith(name + "."):
+            raise ValueError(f"lora.modules_to_save: {name} holds the adapted layer {layer}; leave "
+                             f"one of them out")
     return [key for key in base_parameters(model) for owner, _, last in [key.rpartition(".")]
-            if key.startswith(saved) or last == "bias" and (
+            if key.startswith(tuple(f"{name}." for name in saved)) or last == "bias" and (
                 config.bias == "all" or config.bias == "lora_only" and owner in found)]
 
 
+def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The modules that config.modules_to_save chooses."""
+    modules = [name for name, _ in model.named_modules() if name]
+    return [name for wanted in config.modules_to_save
+            for name in choose("modules_to_save", wanted, modules, "module")]
+
+
+def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
+    """ValueError where one of these modules shares its weight with another."""
+    tied = tied_weights(model)
+    for name in tied.keys() & set(names):
+        raise ValueError(f"{name} shares its weight with {tied[name]}: training or merging one "
+                         f"would change the other; leave {name} out, or untie the two first")
+
+
 # ------------------------------------------------------------------------------------------------
-# Several adapters. Where one trains biases or whole modules it has parameters of its own for them,
-# which take the places of the base's while it computes.
+# Checks, and what is printed
 
-@dataclass
-class Adapters:
-    """What a model with adapters knows of them, as `model.adapters`."""
-    base_hash: str
-    configs: dict[str, LoRAConfig] = field(default_factory=dict)
-    active: dict[str, float] = field(default_factory=dict)                  # {adapter: its share}
-    original: dict[str, nn.Parameter] = field(default_factory=dict)         # the base's, by name
-    trained: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)   # each adapter's
-
-
-def set_adapter(model: nn.Module, names: str | Iterable[str] | Mapping[str, float],
-                trainable: str | Iterable[str] | None = None) -> None:
-    """Choose which adapters compute, {name: share} for a linear mixture, and which train.
-
-    The active ones train unless `trainable` says otherwise; () freezes all. Every call sets every
-    parameter's requires_grad, so none is left over from before.
-    """
-    shares = as_shares(names)
-    train = tuple(shares) if trainable is None else as_tuple(trainable)
-    adapters = adapters_of(model, (*shares, *train))
-    refuse_if_merged(model, "switch")
-    for name in shares:
-        if adapters.configs[name].use_dora and shares != {name: 1.0}:
-            raise ValueError(f"the DoRA adapter {name!r} is not linear in its factors: it computes "
-                             f"alone and in full, not as {shares}")
-    activate(model, shares)
-    model.requires_grad_(False)
-    for name in train:
-        for layer in adapted_layers(model).values():
-            for change, _ in layer.changes({name: 1.0}):
-                change.requires_grad_(True)
-        for p in adapters.trained[name].values() if shares == {name: 1.0} else ():
-            p.requires_grad_(True)
-
-
-def activate(model: nn.Module, shares: dict[str, float]) -> None:
-    """Let these adapters compute."""
-    for key, p in trained_values(model, shares).items():
-        owner, _, last = key.rpartition(".")
-        module = model.get_submodule(owner)
-        setattr(getattr(module, "base_layer", module), last, p)
-    model.adapters.active = shares
-    for layer in adapted_layers(model).values():
-        layer.active = shares
-
-
-@torch.no_grad()
-def trained_values(model: nn.Module, shares: dict[str, float]) -> dict[str, nn.Parameter]:
-    """Biases and whole modules as these adapters have them; where they have none, the base's."""
-    original, trained, now = model.adapters.original, model.adapters.trained, base_parameters(model)
-    for values in (original, *trained.values()):
-        for key, p in values.items():
-            p.data = p.data.to(now[key])                            # the model may have moved
-    if list(shares.values()) == [1.0]:
-        return {**original, **trained[next(iter(shares))]}
-    mixed = dict(original)
-    for name, share in shares.items():
-        for key, p in trained[name].items():
-            mixed[key] = nn.Parameter(mixed[key] + share * (p - original[key]), False)
-    return mixed
-
-
-@contextlib.contextmanager
-def disable_lora(model: nn.Module) -> Iterator[nn.Module]:
-    """The base, inside a `with`."""
-    shares = adapters_of(model).active
-    refuse_if_merged(model, "disable them")
-    activate(model, {})
-    try:
-        yield model
-    finally:
-        activate(model, shares)
-
-
-def adapters_of(model: nn.Module, names: Iterable[str] = ()) -> Adapters:
-    """`model.adapters`, which must know these names."""
-    adapters = getattr(model, "adapters", None)
-    if adapters is None:
-        raise ValueError("the model has no adapter; add_lora or load_lora gives it one")
-    for name in names:
-        if name not in adapters.configs:
-            raise ValueError(f"there is no adapter {name!r}; there are "
-                             f"{', '.join(adapters.configs)}")
-    return adapters
-
-
-def check_addition(model: nn.Module, config: LoRAConfig, name: str) -> None:
-    """ValueError where the model cannot have this adapter beside those that it has."""
-    known = getattr(model, "adapters", None)
-    if known and name in known.configs:
-        raise ValueError(f"there is an adapter {name!r} already; choose another name")
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"an adapter cannot be called {name!r}; choose another name")
-    refuse_if_merged(model, "add an adapter")
-    if known and config.quantize != "none":
-        raise ValueError(f"lora.quantize={config.quantize}: the base has adapters already; the "
-                         f"first one says whether it is quantised")
-
-
-def refuse_if_merged(model: nn.Module, what: str) -> None:
-    """ValueError where adapters are merged; `what` says what was to be done."""
-    if any(layer.lora_merged is not None for layer in adapted_layers(model).values()):
-        raise ValueError(f"adapters are merged into the base; unmerge_lora before you {what}")
-
-
-def as_tuple(names: str | Iterable[str]) -> tuple[str, ...]:
-    """A name as a tuple of one."""
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def as_shares(names: str | Iterable[str] | Mapping[str, float]) -> dict[str, float]:
-    """One name, several, or {name: share} as {name: share}."""
-    return dict(names) if isinstance(names, Mapping) else dict.fromkeys(as_tuple(names), 1.0)
+def check(config: LoRAConfig) -> None:
+    """ValueError for a setting that cannot be."""
+    sizes = {"r": config.r, "alpha": config.alpha}
+    for kind in ("rank_pattern", "alpha_pattern"):
+        sizes.update((f"{kind}.{key}", value) for key, value in getattr(config, kind).items())
+    for name, value in sizes.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"lora.{name}={value} must be " + (
+                "positive and finite" if name.startswith("alpha") else
+                "at least 1; for full training, leave LoRA out"))
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"lora.dropout={config.dropout} is not in [0, 1)")
+    for name in ("init", "bias", "quantize"):
+        value, allowed = getattr(config, name), get_args(get_type_hints(LoRAConfig)[name])
+        if value not in allowed:
+            raise ValueError(f"lora.{name}={value!r} is unknown; choose {', '.join(allowed)}")
+    if config.init == "loftq" and config.quantize == "none":
+        raise ValueError("lora.init=loftq makes up for quantising; add lora.quantize=nf4, or take "
+                         "init=pissa")
 
 
 def describe(model: nn.Module) -> str:
@@ -608,12 +652,13 @@ def describe(model: nn.Module) -> str:
         found = {full_name(layer, part): change for layer, module in adapted_layers(model).items()
                  if name in module.lora_adapters
                  for part, change in module.lora_adapters[name].items()}
-        ranks = sorted({len(change.lora_A) for change in found.values()})
-        scales = sorted({change.scale for change in found.values()})
-        lines.append(f"adapter {name}: {summary(found)}; rank {', '.join(map(str, ranks))}, scale "
-                     f"{', '.join(f'{s:.4g}' for s in scales)} (alpha / "
+        counts = Counter(re.sub(r"\b\d+\b", "*", full) for full in found)
+        where = ", ".join(f"{n} x {full}" if n > 1 else full for full, n in counts.items())
+        ranks = ", ".join(map(str, sorted({len(change.lora_A) for change in found.values()})))
+        scales = ", ".join(f"{s:.4g}" for s in sorted({change.scale for change in found.values()}))
+        lines.append(f"adapter {name}: {where}; rank {ranks}, scale {scales} (alpha / "
                      f"{'sqrt(r)' if config.use_rslora else 'r'}), init {config.init}"
-                     + (", DoRA" if config.use_dora else "")
+                     f"{', DoRA' if config.use_dora else ''}"
                      + (f", base in {config.quantize}" if config.quantize != "none" else ""))
     packed = sum(module.in_features * module.out_features for module in model.modules()
                  if isinstance(module, NF4Linear))
@@ -622,87 +667,10 @@ def describe(model: nn.Module) -> str:
     return "\n".join([*lines, f"trainable {train:,} of {total:,} parameters ({train / total:.2%})"])
 
 
-def summary(names: Iterable[str]) -> str:
-    """12 x transformer.h.*.attn.c_attn"""
-    counts = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
-    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counts.items())
-
-
 def say(text: str) -> None:
     """Print, on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
-
-
-# ------------------------------------------------------------------------------------------------
-# Merging: the same layer as one product. The base stays as it was, and comes back bit for bit.
-
-@torch.no_grad()
-def merge_lora(model: nn.Module, *inputs: Any) -> float:
-    """Add the active adapters to the base's weights: in float32, rounded once.
-
-    Prints and returns how far that moves the logits of model(*inputs), or, without inputs, the
-    weights. The base is kept for `unmerge_lora`; a quantised layer becomes a plain one.
-    """
-    adapters = adapters_of(model)
-    refuse_if_merged(model, "merge again")
-    before, rounding, packed = logits(model, inputs), 0.0, 0
-    for layer in adapted_layers(model).values():
-        changes, base = layer.changes(adapters.active), layer.base_layer
-        if not changes:
-            continue
-        exact = weight_of(base)
-        for change, share in changes:
-            A, B = (factor.float() for factor in change.factors())
-            exact = exact + share * change.scale * change.whole(B) @ A
-            if change.lora_magnitude is not None:
-                exact = exact * row_gains(change, base)[:, None]
-        merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        dtype = torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
-        merged.weight = nn.Parameter(exact.to(dtype), requires_grad=False)
-        merged.bias = base.bias
-        layer.lora_merged = merged.train(layer.training)
-        rounding = max(rounding, (merged.weight.float() - exact).abs().max().item())
-        packed += isinstance(base, NF4Linear)
-    if packed:
-        say(f"merged onto the dequantised weights of {packed} layers, which are float32 now")
-    moved = (logits(model, inputs) - before).abs().max().item() if inputs else rounding
-    say(f"merged: {'logits differ' if inputs else 'weights are rounded'} by at most {moved:.3g}")
-    return moved
-
-
-@torch.no_grad()
-def logits(model: nn.Module, inputs: tuple) -> torch.Tensor | None:
-    """What a model gives in eval mode, in float32."""
-    if not inputs:
-        return None
-    training = model.training
-    out = model.eval()(*inputs)
-    model.train(training)
-    out = getattr(out, "logits", out)
-    return (out[0] if isinstance(out, tuple) else out).float()
-
-
-def unmerge_lora(model: nn.Module) -> None:
-    """Take merged adapters off again; the base is as it was, bit for bit."""
-    adapters_of(model)
-    layers = [layer for layer in adapted_layers(model).values() if layer.lora_merged is not None]
-    if not layers:
-        raise ValueError("no adapter is merged")
-    for layer in layers:
-        layer.lora_merged = None
-
-
-def unload_lora(model: nn.Module) -> nn.Module:
-    """The plain model, in place: with what is merged, else without any adapter's change."""
-    adapters_of(model)
-    layers = adapted_layers(model)
-    if all(layer.lora_merged is None for layer in layers.values()):
-        activate(model, {})
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.lora_merged or layer.base_layer)
-    del model.adapters
-    return model
 
 
 # ------------------------------------------------------------------------------------------------
@@ -742,7 +710,7 @@ def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> No
 
 @torch.no_grad()
 def save_lora(model: nn.Module, folder: str | Path,
-              name: str | Mapping[str, float] = "default", base: str = "") -> None:
+              name: str | dict[str, float] = "default", base: str = "") -> None:
     """Write an adapter, or a mixture {name: share}, as PEFT reads it; `base` names the base.
 
     Every adapter becomes an ordinary LoRA: one that did not start at zero (PiSSA) has twice its
@@ -784,23 +752,20 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
     Returns the model. FileNotFoundError without the two files; ValueError for an adapter of another
     base, of other shapes, or of a kind that is not here.
     """
-    fields, layers, others, notes = peft.read(folder, {
-        layer: (module.in_features, module.out_features)
-        for layer, module in linear_layers(model).items()})
-    adapters = getattr(model, "adapters", None)
-    here = adapters.base_hash if adapters else peft.base_hash(model.named_parameters())
-    if here and notes.get("base_hash", here) != here:
-        raise ValueError(f"{folder} was trained on another base ({notes['base'] or 'unnamed'}, "
-                         f"hash {notes['base_hash'][:8]}); this model's hash is {here[:8]}")
+    sizes = {layer: (module.in_features, module.out_features)
+             for layer, module in linear_layers(model).items()}
+    fields, layers, others, notes = peft.read(folder, sizes)
     # PEFT takes every module whose name ends so, even within a word
     ends = tuple(fields.pop("modules_to_save")) or "\0"
     config = LoRAConfig(**fields, target_modules=tuple(layers), modules_to_save=tuple(
         module for module, _ in model.named_modules() if module.endswith(ends)))
-    parameters = base_parameters(model)
+    here, base = check_addition(model, config, name).base_hash, base_parameters(model)
+    if here and notes.get("base_hash", here) != here:
+        raise ValueError(f"{folder} was trained on another base ({notes['base'] or 'unnamed'}, "
+                         f"hash {notes['base_hash'][:8]}); this model's hash is {here[:8]}")
     for key in trained_names(model, config, layers):
-        if key not in others or others[key].shape != parameters[key].shape:
-            raise ValueError(f"{folder} has no tensor {key} of shape "
-                             f"{tuple(parameters[key].shape)}")
+        if key not in others or others[key].shape != base[key].shape:
+            raise ValueError(f"{folder} has no tensor {key} of shape {tuple(base[key].shape)}")
     with torch.random.fork_rng(devices=[]):             # its random start is overwritten
         add_lora(model, config, name, quiet=True)
     for layer, found in layers.items():

@@ -32,29 +32,25 @@ UNSUPPORTED = ("lora_bias", "trainable_token_indices", "target_parameters", "lay
                "arrow_config", "kasa_config", "monteclora_config", "velora_config")
 
 
-def whole(value: Any) -> bool:
-    """Whether this is a rank."""
-    return type(value) is int and value > 0
+def positive(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
+    """Whether this is a finite number above 0."""
+    return type(value) in kinds and 0 < value < math.inf
 
 
-def positive(value: Any) -> bool:
-    """Whether this is an alpha."""
-    return type(value) in (int, float) and 0 < value < math.inf
-
-
-FIELDS = {      # of adapter_config.json: our name, the default, what it may be
-    "r": ("r", None, whole, "a whole number above 0"),
-    "lora_alpha": ("alpha", None, positive, "a positive number"),
+FIELDS = {      # of adapter_config.json: our name, the default, whether a value may be, in words
+    "r": ("r", None, lambda r: positive(r, (int,)), "a whole number above 0"),
+    "lora_alpha": ("alpha", None, positive, "a number above 0"),
     "lora_dropout": ("dropout", 0.0, lambda p: p == 0 or positive(p) and p < 1, "in [0, 1)"),
-    "bias": ("bias", "none", ("none", "all", "lora_only").__contains__, "none, all or lora_only"),
-    "use_rslora": ("use_rslora", False, (True, False).__contains__, "true or false"),
-    "use_dora": ("use_dora", False, (True, False).__contains__, "true or false"),
+    "bias": ("bias", "none", lambda name: name in ("none", "all", "lora_only"),
+             "none, all or lora_only"),
+    "use_rslora": ("use_rslora", False, lambda on: type(on) is bool, "true or false"),
+    "use_dora": ("use_dora", False, lambda on: type(on) is bool, "true or false"),
     "modules_to_save": ("modules_to_save", [], lambda names: type(names) is list and all(
         type(name) is str and name for name in names), "a list of names"),
     "rank_pattern": ("rank_pattern", {}, lambda ranks: type(ranks) is dict and all(
-        map(whole, ranks.values())), "a whole number above 0 for each name"),
+        positive(r, (int,)) for r in ranks.values()), "whole numbers above 0 by name"),
     "alpha_pattern": ("alpha_pattern", {}, lambda alphas: type(alphas) is dict and all(
-        map(positive, alphas.values())), "a positive number for each name")}
+        map(positive, alphas.values())), "numbers above 0 by name")}
 
 
 def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, torch.Tensor]]],
@@ -70,7 +66,7 @@ def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, 
     for layer, terms in layers.items():
         scale = terms[0][0]
         A = torch.cat([A for _, A, _ in terms])
-        B = torch.cat([B if own == scale else own / scale * B for own, _, B in terms], dim=1)
+        B = torch.cat([own / scale * B for own, _, B in terms], dim=1)
         tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = A, B
         ranks[layer] = len(A)
         alpha = scale * (math.sqrt(len(A)) if settings["use_rslora"] else len(A))

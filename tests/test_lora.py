@@ -586,7 +586,7 @@ def test_rank_and_alpha_patterns():
     (dict(target_modules=("wte",)), "transformer.wte shares its weight with lm_head"),
     (dict(target_modules=("c_attn(",)), "neither a module nor a regular expression"),
     (dict(modules_to_save=("lm_head",)), "lm_head shares its weight with transformer.wte"),
-    (dict(modules_to_save=("ln_9",)), "there is no module 'ln_9'"),
+    (dict(modules_to_save=("ln_9",)), "'ln_9' matches no module; did you mean ln_"),
     (dict(modules_to_save=("attn",)), "holds the adapted layer transformer.h.0.attn.c_attn"),
     (dict(layers=(7,)), "no target is in block 7"),
     (dict(rank_pattern={"c_fc": 2}), "lora.rank_pattern: 'c_fc' matches no adapted layer"),

@@ -1,6 +1,7 @@
 """Adapters as files: to PEFT and back, what is in them, what is refused, exporting."""
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -250,6 +251,77 @@ def test_files_that_do_not_fit_are_refused_in_one_line(change, settings, words, 
         load_lora(model, tmp_path)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert list(model.state_dict()) == list(gpt().state_dict())     # nothing half done
+
+
+@pytest.mark.parametrize("settings,words", [
+    ([], "adapter_config.json holds a list, not an object of settings"),
+    ("", "adapter_config.json holds a str, not an object"),
+    (dict(r=None), "adapter_config.json has no r; it must be a whole number above 0"),
+    (dict(r=4.0), "r=4.0 must be a whole number above 0"),
+    (dict(r=True), "r=True must be a whole number above 0"),
+    (dict(lora_alpha=math.inf), "lora_alpha=inf must be a number above 0"),
+    (dict(lora_alpha=math.nan), "lora_alpha=nan must be a number above 0"),
+    (dict(lora_alpha="16"), "lora_alpha='16' must be a number above 0"),
+    (dict(lora_dropout=1), "lora_dropout=1 must be in [0, 1)"),
+    (dict(bias="some"), "bias='some' must be none, all or lora_only"),
+    (dict(use_dora="no"), "use_dora='no' must be true or false"),
+    (dict(modules_to_save="ln_f"), "modules_to_save='ln_f' must be a list of names"),
+    (dict(rank_pattern={"c_attn": 0}), "must be whole numbers above 0 by name"),
+    (dict(alpha_pattern={"c_attn": math.inf}), "must be numbers above 0 by name"),
+])
+def test_settings_that_cannot_be_are_refused_in_one_line(settings, words, tmp_path):
+    save_lora(add_lora(gpt(), LoRAConfig(r=4)), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    if isinstance(settings, dict):
+        settings = {**json.loads(file.read_text()), **settings}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError) as error:
+        load_lora(gpt(), tmp_path)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def cut_short(data):
+    return data[:-100]
+
+
+def no_header(data):
+    return b"\xff" * len(data)
+
+
+@pytest.mark.parametrize("file,change,words", [
+    ("adapter_model.safetensors", cut_short, "is truncated or damaged"),
+    ("adapter_model.safetensors", no_header, "is truncated or damaged"),
+    ("adapter_model.safetensors", lambda data: b"", "is truncated or damaged"),
+    ("adapter_config.json", cut_short, "is truncated or not JSON"),
+])
+def test_damaged_files_are_refused_in_one_line(file, change, words, tmp_path):
+    save_lora(add_lora(gpt(), LoRAConfig(r=4)), tmp_path)
+    (tmp_path / file).write_bytes(change((tmp_path / file).read_bytes()))
+    with pytest.raises(ValueError, match=words) as error:
+        load_lora(gpt(), tmp_path)
+    assert file in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda t: {**t, KEY + "lora_B.weight": torch.full((96, 4), math.nan)},
+     "transformer.h.1.attn.c_attn.lora_B.weight holds values that are not finite"),
+    (lambda t: {"ln_f.weight": torch.ones(32)}, "has no tensor of a LoRA adapter"),
+    (lambda t: {}, "has no tensor of a LoRA adapter"),
+    (lambda t: {**t, KEY + "lora_A.weight": torch.zeros(128)}, "A and B of transformer.h.1"),
+])
+def test_tensors_that_cannot_be_an_adapters_are_refused_in_one_line(change, words, tmp_path):
+    save_lora(add_lora(gpt(), LoRAConfig(r=4)), tmp_path)
+    spoil(tmp_path, change)
+    with pytest.raises(ValueError) as error:
+        load_lora(gpt(), tmp_path)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_magnitude_of_another_shape_is_refused(tmp_path):
+    save_lora(add_lora(gpt(), LoRAConfig(r=4, use_dora=True)), tmp_path)
+    spoil(tmp_path, lambda t: {**t, KEY + "lora_magnitude_vector": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"magnitude of transformer.h.1.attn.c_attn is \(1,\)"):
+        load_lora(gpt(), tmp_path)
 
 
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
