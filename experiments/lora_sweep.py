@@ -34,6 +34,7 @@ import torch
 
 import lora
 from formats import files
+from run.log import provenance
 from run import load
 from bpe import Tokenizer
 from run.config import build, parse, run_command
@@ -174,7 +175,7 @@ def claim(config: SweepConfig, base: str) -> None:
     facts = {**{name: value for name, value in dataclasses.asdict(config).items()
                 if name not in varied}, "base": base}
     agree(Path(config.out), facts, {"init_from": config.init_from,
-                                    **report.provenance(pick_device(config.device), 1, "")})
+                                    **provenance(pick_device(config.device), 1, "")})
 
 
 def agree(out: Path, facts: dict[str, Any], more: dict[str, Any]) -> None:
