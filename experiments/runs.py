@@ -4,7 +4,7 @@
     run.steps["loss"]; run.x("time"); run.measured("val_loss", "tokens")
     print(status(run)); print(text_plot([run], "tokens", smooth=20, width=80, height=16))
 
-In: a run's log.jsonl, config.json and run.json (report.py). experiments/plots.py draws from this.
+In: a run's log.jsonl, config.json and run.json (run/log.py). experiments/plots.py draws from this.
 """
 import json
 from dataclasses import dataclass

@@ -3,10 +3,12 @@ docs/ and the heads of modules show fits its function, and the pages' Python run
 import ast
 import importlib
 import inspect
+import io
 import itertools
 import re
 import shlex
 import textwrap
+import tokenize
 import types
 import typing
 from pathlib import Path
@@ -72,6 +74,22 @@ def test_names_without_a_docstring_are_found():
             def length(self): pass
         '''))
     assert list(undocumented(tree.body)) == ["untold", "Record", "Record.length"]
+
+
+def named_files(source):
+    """Files of ours that comments and docstrings name."""
+    lines = [token.string for token in tokenize.generate_tokens(io.StringIO(source).readline)
+             if token.type == tokenize.COMMENT]
+    lines += [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source))
+              if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    return set(re.findall(r"[\w/.]+\.(?:py|md|ipynb)\b", " ".join(lines))) - {"train_gpt2.py"}
+
+
+def test_files_that_comments_and_docstrings_name_exist():
+    paths = [*MODULES, *REPOSITORY.glob("bench/*.py"), *REPOSITORY.glob("experiments/*.py")]
+    assert [(name_of(path), file) for path in paths for file in named_files(path.read_text())
+            if not (REPOSITORY / file).exists() and not (path.parent / file).exists()] == []
+    assert named_files('"""As in a.py."""\nb = "c.py"  # see d/e.md') == {"a.py", "d/e.md"}
 
 
 # --------------------------------------------------------------------------- calls that are shown
