@@ -8,6 +8,7 @@ What has no file here is left out, and said so. A classifier has a loss, an accu
 says nothing to the others. Of a run the figures are also kept, in its eval.json. Losses of models
 with different tokenizers do not compare; bits per byte do.
 """
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,17 +41,8 @@ class EvalConfig:
                                  f"without limits")
 
 
-@dataclass(frozen=True)
-class Tasks:
-    """The items of each task, read once for all models; empty lists are left out."""
-    hellaswag: list[hellaswag.Item]
-    imdb: list[imdb.Review]
-    lambada: list[tuple[str, str]]
-
-
-def load_tasks(config: EvalConfig) -> Tasks:
-    """The items of each evaluation; without a file, HellaSwag is left out, which is said."""
-    end = None if config.all else config.limit
+def load_tasks(config: EvalConfig) -> dict[str, list[Any]]:
+    """{task: its items}, read once for all models; without a file, a task has none."""
     try:
         items = hellaswag.load_items(config.hellaswag_file or None)
     except FileNotFoundError as error:
@@ -58,12 +50,14 @@ def load_tasks(config: EvalConfig) -> Tasks:
             raise
         print(f"HellaSwag is left out: {error}", file=sys.stderr)
         items = []
-    return Tasks(items[:end], imdb.load_reviews(config.imdb)[:end] if config.imdb else [],
-                 lambada.load_passages(config.lambada)[:end] if config.lambada else [])
+    tasks = {"hellaswag": items,
+             "imdb": imdb.load_reviews(config.imdb) if config.imdb else [],
+             "lambada": lambada.load_passages(config.lambada) if config.lambada else []}
+    return tasks if config.all else {name: items[:config.limit] for name, items in tasks.items()}
 
 
-def evaluate(name: str, model: Any, tokenizer: Any, tasks: Tasks, config: EvalConfig
-             ) -> dict[str, Any]:
+def evaluate(name: str, model: Any, tokenizer: Any, tasks: dict[str, list[Any]],
+             config: EvalConfig) -> dict[str, Any]:
     """{task: what its own evaluation returns}, with the number of parameters and the context."""
     dtype = pick_dtype(config.dtype, next(model.parameters()).device)
     found: dict[str, Any] = {"parameters": model.num_params(),
@@ -79,15 +73,15 @@ def evaluate(name: str, model: Any, tokenizer: Any, tasks: Tasks, config: EvalCo
             if config.data:
                 raise
             print(f"{name}: its loss is left out: {error}", file=sys.stderr)
-    if tasks.imdb:
-        found["imdb"] = imdb.evaluate(model, tokenizer, tasks.imdb, dtype=dtype)
+    if tasks["imdb"]:
+        found["imdb"] = imdb.evaluate(model, tokenizer, tasks["imdb"], dtype=dtype)
     if getattr(model, "classes", 0):                                # it has no words
         return found
-    for style in get_args(hellaswag.Style) if tasks.hellaswag else ():
-        found[f"hellaswag_{style}"] = hellaswag.evaluate(model, tokenizer, tasks.hellaswag, style,
-                                                         dtype=dtype, progress=True)
-    if tasks.lambada:
-        found["lambada"] = lambada.evaluate(model, tokenizer, tasks.lambada, dtype=dtype)
+    for style in get_args(hellaswag.Style) if tasks["hellaswag"] else ():
+        found[f"hellaswag_{style}"] = hellaswag.evaluate(
+            model, tokenizer, tasks["hellaswag"], style, dtype=dtype, progress=True)
+    if tasks["lambada"]:
+        found["lambada"] = lambada.evaluate(model, tokenizer, tasks["lambada"], dtype=dtype)
     return found
 
 
@@ -122,13 +116,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(words: list[str]) -> None:
-    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    names, words = list(dict.fromkeys(words[:count])), words[count:]
-    config = parse(EvalConfig, words, "python -m eval RUN|FOLDER|gpt2 [MORE...]", about=__doc__)
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    config = parse(EvalConfig, words[len(names):], "python -m eval RUN|FOLDER|gpt2 [MORE...]",
+                   about=__doc__)
     if not names:
         raise ValueError("no model given; name runs or folders: python -m eval out/demo")
     device, tasks, results = pick_device(config.device), load_tasks(config), {}
-    for name in names:
+    for name in dict.fromkeys(names):
         model, tokenizer = load_model(name, device)
         results[name] = evaluate(name, model, needs_tokenizer(tokenizer, name), tasks, config)
         if is_run(name):

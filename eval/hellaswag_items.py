@@ -4,13 +4,7 @@
     context, endings, texts = prepare(tokenizer, items[0], "completion")
 
 In: JSONL of official records {activity_label, ctx, ctx_a, ctx_b, endings, label}, or the text form
-{query, endings, label}. Out: `Item`s. A style says what of an item is the text:
-
-    completion   ctx, then " " + ending, as in the file
-    harness      "activity_label: ctx_a Ctx_b" without WikiHow's [marks], then " " + ending
-
-References: Zellers et al. 2019, "HellaSwag" (1905.07830); completion as in llm.c and build-nanogpt;
-harness as in EleutherAI's lm-evaluation-harness (lm_eval/tasks/hellaswag).
+{query, endings, label}. Styles and references: eval/hellaswag.py.
 """
 import os
 import re

@@ -35,7 +35,7 @@ from eval.scoring import evaluating
 from model import IGNORE
 from run.config import parse, run_command
 from run.device import pick_device, pick_dtype
-from run.load import load_model, run_template
+from run.load import load_model, needs_tokenizer, run_template
 
 KINDS = {"text": "text", "tokens": "text", "chat": "chat data", "classes": "texts with classes"}
 
@@ -182,9 +182,8 @@ def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, A
     if (kind == "classes") != bool(getattr(model, "classes", 0)):
         raise ValueError(f"{config.model} is {'no' if kind == 'classes' else 'a'} classifier, and "
                          f"{config.data} holds {KINDS[kind]}; name another --model or --data")
-    if tokenizer is None and kind != "tokens":
-        raise ValueError(f"{config.model} has no tokenizer to read {config.data} with; put its "
-                         f"tokenizer.json there")
+    if kind != "tokens":
+        needs_tokenizer(tokenizer, config.model)
     for name, meant in (("stride", ("text", "tokens")), ("fit", ("chat",))):
         if getattr(config, name) and kind not in meant:
             raise ValueError(f"--{name} is for {KINDS[meant[0]]}, and {config.data} is none; leave "

@@ -32,14 +32,14 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from formats import files
-from run import load
-from run.config import build, parse, run_command
 from bpe import END_OF_TEXT
 from data import chat, conversations, pydocs
 from data.samples import Samples
 from data.templates import TEMPLATES, Template
 from eval.fit import answer_figures
+from formats.files import write_json
+from run import load
+from run.config import build, parse, run_command
 from run.presets import SFT_DEMO
 from train import TrainConfig, train
 
@@ -207,7 +207,7 @@ def perform(arm: Arm, seed: int, checks: list[Talk], config: DataConfig) -> Path
             "data": str(folder / "data"), "epochs": 0, "max_steps": config.steps, "eval_every": 0,
             "save_every": 0, "sample_tokens": 0, **arm.settings, "compile": "off",
             "batch_tokens": int(share * SFT_DEMO["batch_tokens"])}))
-    if summary["step"] < config.steps:     # stopped by a signal, which train() obeys
+    if summary["step"] < config.steps:              # stopped by a signal, which train() obeys
         raise KeyboardInterrupt
     return folder
 
@@ -275,8 +275,8 @@ def main(words: list[str]) -> None:
     for row in all_rows(config):
         rows.append(row)
         print(json.dumps(row), flush=True)
-        files.write_json(Path(config.out) / "results.json",
-                          {"config": dataclasses.asdict(config), "rows": rows})
+        write_json(Path(config.out) / "results.json",
+                   {"config": dataclasses.asdict(config), "rows": rows})
     for study in dict.fromkeys(row["study"] for row in rows):
         print("\n" + table(rows, study))
 

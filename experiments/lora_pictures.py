@@ -7,8 +7,6 @@ lora_imdb.png and lora_alpaca.png (the original's four panels), lora_compare.png
 with a radar chart), lora_grid.png, lora_variants.png and lora_budget.png. Needs the extra "plots".
 Error bars are spreads over seeds, each seed's own level taken out (experiments/lora_results.py).
 """
-import io
-import os
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,14 @@ from typing import Any, Callable
 
 import numpy as np
 
-from run.config import parse, run_command
+from experiments import plots
 from experiments.lora_results import (DATA_NAMES, Point, base_loss, best, data_sets, gains,
                                       grid_facts, knob, of, points_of, read_rows, reference,
                                       spell_slope, summary, tables)
-from experiments.plots import GREY, LINES, MARKERS, STYLE
+from experiments.plots import GREY, LINES, MARKERS
 from experiments.runs import PALETTE
-from formats.files import write_json
+from formats.files import write_bytes, write_json
+from run.config import parse, run_command
 
 KNOBS = {"r": "rank", "alpha": "alpha", "dropout": "dropout", "learning_rate": "learning rate",
          "epochs": "epochs", "batch": "batch", "micro_batch": "accumulation"}
@@ -35,21 +34,9 @@ class PicturesConfig:
 
 def save(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
     """Draw a figure into a .png, which is replaced whole."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure                        # pyplot would open windows
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError('pictures need the extra "plots": pip install -c constraints.txt '
-                                  '-e ".[plots]"') from None
-    content = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, dpi=130, layout="constrained")
-        draw(figure)
-        figure.savefig(content, format="png")
+    content = plots.picture(draw, size, dpi=130)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content.getvalue())
-    os.replace(temporary, path)
+    write_bytes(path, content)
 
 
 def style(i: int) -> dict[str, Any]:

@@ -33,19 +33,19 @@ import numpy as np
 import torch
 
 import lora
-from formats import files
-from run.log import provenance
-from run import load
 from bpe import Tokenizer
-from run.config import build, parse, run_command
 from data import alpaca, conversations, corpus, imdb, shards
 from data.texts import RECORDS, find_files
-from run.device import pick_device
 from experiments import lora_pictures
 from experiments.lora_studies import STUDIES, VARIANTS, Setting
 from experiments.runs import load_run
 from formats import peft
+from formats.files import write_json, write_text
 from model import GPT
+from run import load
+from run.config import build, parse, run_command
+from run.device import pick_device
+from run.log import provenance
 from train import TrainConfig, train
 
 DATA_SETS = ("imdb", "alpaca")
@@ -191,7 +191,7 @@ def agree(out: Path, facts: dict[str, Any], more: dict[str, Any]) -> None:
                                  f"{name}={facts[name]}; choose another --out, or delete {out}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, {"shared": facts, **more})
+    write_json(path, {"shared": facts, **more})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -295,9 +295,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text.getvalue())
-    os.replace(temporary, path)
+    write_text(path, text.getvalue())
 
 
 def sweep(config: SweepConfig) -> list[dict[str, Any]]:

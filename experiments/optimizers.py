@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from run.config import build, parse, run_command
 from data import sets, shards
-from run.device import pick_device
 from experiments.lora_pictures import log_axis, save, style, title
 from experiments.lora_sweep import agree, done, train_apart, write_csv
 from experiments.plots import GREY
 from experiments.runs import load_run, short
+from formats.files import write_json
 from model import GPTConfig
 from optim import OptimConfig
-from formats.files import write_json
+from run.config import build, parse, run_command
+from run.device import pick_device
 from run.log import provenance
 from train import TrainConfig
 

@@ -14,21 +14,22 @@ loss as build-nanogpt measured them, OpenWebText validation loss from nanoGPT's 
 """
 import html
 import io
-import os
+import itertools
 import shutil
 import sys
 import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Callable, Literal
 
 import numpy as np
 
-from run.config import parse, run_command
 from data import shards
 from experiments.runs import (PALETTE, Run, duration, limits, load_runs, moving_average, short,
                               status, text_plot, window_of)
+from formats.files import write_bytes
+from run.config import parse, run_command
 
 LINES = ("-", "--", "-.", ":")      # 4 and 7 colours have no common divisor: 28 different curves
 MARKERS = "osD^vPX"
@@ -64,8 +65,9 @@ class PlotConfig:
             raise ValueError(f"out={self.out} must end in {', '.join(ENDINGS)}")
 
 
-def picture(runs: list[Run], config: PlotConfig, kind: Literal["png", "svg"]) -> bytes:
-    """The content of a picture file. runs: those with at least one step."""
+def picture(draw: Callable[[Any], None], size: tuple[float, float], dpi: int,
+            kind: Literal["png", "svg"] = "png") -> bytes:
+    """The content of a picture file; draw(figure) fills its figure, of `size` inches."""
     try:
         import matplotlib
         from matplotlib.figure import Figure                        # pyplot would open windows
@@ -74,31 +76,30 @@ def picture(runs: list[Run], config: PlotConfig, kind: Literal["png", "svg"]) ->
                                   '-e ".[plots]"; --follow without --out does without') from None
     file = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(10, 3.4 if config.sample else 6.6),
-                         dpi=80 if config.sample else 150, layout="constrained")
-        (draw_with_sample if config.sample else draw)(drawing, runs, config)
-        drawing.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+        draw(figure)
+        figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return file.getvalue()
 
 
-def draw(drawing: Any, runs: list[Run], config: PlotConfig) -> None:
+def draw_panels(figure: Any, runs: list[Run], config: PlotConfig) -> None:
     """All panels: loss above, twice; learning rate, gradient norm and HellaSwag, if any, below."""
     scored = any(len(run.measured("acc_norm", "steps")[0]) for run in runs)
-    grid, width = drawing.add_gridspec(2, 6, height_ratios=(3, 2)), 2 if scored else 3
-    draw_loss(drawing.add_subplot(grid[0, :3]), runs, config.x, config.smooth, legend=True)
-    draw_loss(drawing.add_subplot(grid[0, 3:]), runs, "tokens" if config.x == "time" else "time",
+    grid, width = figure.add_gridspec(2, 6, height_ratios=(3, 2)), 2 if scored else 3
+    draw_loss(figure.add_subplot(grid[0, :3]), runs, config.x, config.smooth, legend=True)
+    draw_loss(figure.add_subplot(grid[0, 3:]), runs, "tokens" if config.x == "time" else "time",
               config.smooth, legend=False)
-    lower = [drawing.add_subplot(grid[1, i:i + width]) for i in range(0, 6, width)]
+    lower = [figure.add_subplot(grid[1, i:i + width]) for i in range(0, 6, width)]
     draw_rate(lower[0], runs, config.x)
     draw_norm(lower[1], runs, config.x, config.smooth)
     if scored:
         draw_hellaswag(lower[2], runs, config.x)
-    drawing.suptitle(caption(runs), x=0.01, ha="left", fontsize=9, color=GREY)
+    figure.suptitle(caption(runs), x=0.01, ha="left", fontsize=9, color=GREY)
 
 
-def draw_with_sample(drawing: Any, runs: list[Run], config: PlotConfig) -> None:
+def draw_with_sample(figure: Any, runs: list[Run], config: PlotConfig) -> None:
     """The loss of one run, and the last text that it wrote."""
-    left, right = drawing.subplots(1, 2)
+    left, right = figure.subplots(1, 2)
     draw_loss(left, runs, config.x, config.smooth, legend=True)
     if entropy := unigram_entropy(runs[0]):
         left.axhline(entropy, color=GREY, linewidth=1.2, linestyle=DOTTED)
@@ -218,9 +219,8 @@ def unit(runs: list[Run], axis: str) -> tuple[float, str]:
     if axis != "time":
         return 1, {"tokens": "tokens", "steps": "optimizer steps"}[axis]
     longest = max(run.steps["seconds"][-1] for run in runs)
-    size, name = next((size, name) for size, name in ((3600, "hours"), (60, "minutes"),
-                                                      (1, "seconds")) if longest >= 3 * size
-                      or size == 1)
+    size, name = ((3600, "hours") if longest >= 3 * 3600 else (60, "minutes") if longest >= 180
+                  else (1, "seconds"))
     return size, f"{name} of training, without evaluations"
 
 
@@ -246,16 +246,17 @@ def caption(runs: list[Run]) -> str:
 
 def save(runs: list[Run], config: PlotConfig, path: Path) -> None:
     """Draw into a file. It is replaced whole, so that no viewer sees half of it."""
-    started = [run for run in runs if len(run)]
-    kind = "png" if path.suffix == ".png" else "svg"
-    content = picture(started, config, kind) if started else b""
+    started, content = [run for run in runs if len(run)], b""
+    if started:
+        draw, height, dpi = ((draw_with_sample, 3.4, 80) if config.sample else
+                             (draw_panels, 6.6, 150))
+        content = picture(lambda figure: draw(figure, started, config), (10, height), dpi,
+                          "png" if path.suffix == ".png" else "svg")
     if path.suffix == ".html":
         content = page(runs, content.decode(), config).encode()
     if content:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_bytes(path, content)
 
 
 def page(runs: list[Run], svg: str, config: PlotConfig) -> str:
@@ -299,10 +300,10 @@ def follow(folders: list[str], config: PlotConfig) -> None:
 
 
 def main(words: list[str]) -> None:
-    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    folders = words[:first] or ["out/demo"]
-    config = parse(PlotConfig, words[first:], "python -m experiments.plots RUN [RUN ...]",
+    named = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    config = parse(PlotConfig, words[len(named):], "python -m experiments.plots RUN [RUN ...]",
                    about=__doc__)
+    folders = named or ["out/demo"]
     if config.sample and len(folders) > 1:
         raise ValueError(f"--sample draws one run, not {len(folders)}; name one")
     if config.follow:

@@ -6,13 +6,13 @@
 
 In: a run's log.jsonl, config.json and run.json (run/log.py). experiments/plots.py draws from this.
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from formats.files import read_json
 from run.log import read_log
 
 STEP_KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s")
@@ -180,7 +180,7 @@ def _character(cell: np.ndarray, color: bool) -> str:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty where there is none, or one that is being written."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

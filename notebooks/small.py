@@ -38,9 +38,9 @@ def small_run(name: str, **changes) -> tuple[GPT, Tokenizer]:
     with (open(OUT / ".lock", "w") as lock,
           contextlib.redirect_stdout(io.StringIO())):   # other words at the first call than later
         fcntl.flock(lock, fcntl.LOCK_EX)                # until the file is closed
-        final = train(build(TrainConfig, settings))
-    print(f"out/notebooks/{name}: {final['step']} steps, training loss {final['train_loss']:.2f}, "
-          f"validation loss {final['val_loss']:.2f}")
+        summary = train(build(TrainConfig, settings))
+    print(f"out/notebooks/{name}: {summary['step']} steps, training loss "
+          f"{summary['train_loss']:.2f}, validation loss {summary['val_loss']:.2f}")
     return load_writer(OUT / name)
 
 

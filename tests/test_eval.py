@@ -209,7 +209,8 @@ def test_a_classifier_of_other_classes_is_refused(tokenizer, reviews):
 
 @pytest.mark.parametrize("load", [imdb.load_reviews, lambada.load_passages])
 @pytest.mark.parametrize("line,message", [
-    (b"{", "line 2 is no JSON"), (b"\xff", "line 2 is no JSON"), (b"[1]", "line 2 is no JSON obj"),
+    (b"{", "line 2 is no JSON"), (b"[1]", "line 2 is no JSON object"),
+    (b"\xff", "bad.jsonl is not UTF-8: byte 28 is 0xff"),
     (b'{"text": 1, "label": 1}', "line 2 has no text 'text'"),
     (b'{"text": " ", "label": 1}', "line 2 has no text 'text'"),
     (b'{"text": "a \\ud800", "label": 1}', "line 2: text has half a surrogate pair"),

@@ -1,5 +1,6 @@
 """Imports point down only, those inside functions included: held by reading every import."""
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ ROW = {room: number for number, rooms in enumerate(HOUSE) for room in rooms}
 LESSONS = ("model", "bpe", "lora", "optim")     # each stands alone: none imports another
 
 
+@functools.cache
 def modules():
     """{"run.config": its syntax tree} of every module but the tests."""
     return {path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", "."):

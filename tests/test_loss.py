@@ -114,7 +114,7 @@ def test_what_cannot_be_scored_is_one_line(tmp_path, tokenizer):
     (tmp_path / "text.txt").write_text(TEXT)
     for reader, name, message in [
             (tokenizer, "empty.txt", "has fewer than two tokens"),
-            (None, "text.txt", "has no tokenizer to read"),
+            (None, "text.txt", "has no tokenizer.json"),
             (tokenizer, "none.txt", "there is no")]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             measure(model, reader, LossConfig(data=str(tmp_path / name)))
@@ -189,7 +189,7 @@ def test_a_model_and_data_of_different_kinds_are_refused(topics, dataset, tokeni
             (classifier_of(tokenizer, 2), topics, {}, r"among 2 classes, .* has 3 \(0, 1, 2\)")]:
         with pytest.raises(ValueError, match=message):
             measure(one, tokenizer, LossConfig(data=str(data), **changes))
-    with pytest.raises(ValueError, match="has no tokenizer to read"):
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
         measure(model, None, LossConfig(data=str(topics)))
 
 
@@ -309,7 +309,7 @@ def test_settings_of_the_wrong_data_are_refused(conversations, chat_model, datas
             (dict(data=str(folder), template="alpine"), "template='alpine' is unknown")]:
         with pytest.raises(ValueError, match=message):
             measure(chat_model, tokenizer, LossConfig(**settings))
-    with pytest.raises(ValueError, match="has no tokenizer to read"):
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
         measure(chat_model, None, LossConfig(data=str(folder)))
 
 

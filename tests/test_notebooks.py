@@ -46,8 +46,7 @@ def test_two_notebooks_at_once_train_their_base_once(tmp_path, monkeypatch):
     def train(config):
         inside.append(threading.current_thread())
         going_on.wait(60)
-        figures = {"step": 1, "train_loss": 1.0, "val_loss": 1.0}
-        return {"final": figures, **figures}
+        return {"step": 1, "train_loss": 1.0, "val_loss": 1.0}
     monkeypatch.setattr(small, "OUT", tmp_path)
     monkeypatch.setattr(small, "train", train)
     monkeypatch.setattr(small, "load_writer", lambda folder: None)
