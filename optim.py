@@ -19,11 +19,10 @@ import torch
 import torch.nn as nn
 
 
-
 @dataclass(frozen=True)
 class OptimConfig:
     """How gradients become updates. ValueError for a number out of its range."""
-    optimizer: Literal["adamw", "galore", "muon"] = "adamw"  # how matrices are updated
+    optimizer: "Literal[tuple(RULES)]" = "adamw"  # how matrices are updated
     beta1: float = 0.9  # AdamW: decay of the mean of gradients
     beta2: float = 0.95  # AdamW: decay of their mean square (GPT-3's; PyTorch has 0.999)
     eps: float = 1e-8  # AdamW: added to the root of the mean square
@@ -43,9 +42,10 @@ class OptimConfig:
         for name in ("lora_plus_ratio", "galore_rank", "galore_every", "galore_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be positive")
-        if self.optimizer not in ("adamw", "galore", "muon"):
-            raise ValueError(f"optim.optimizer={self.optimizer!r} is unknown; choose adamw, "
-                             f"galore or muon")
+        if self.optimizer not in RULES:
+            *names, last = RULES
+            raise ValueError(f"optim.optimizer={self.optimizer!r} is unknown; choose "
+                             f"{', '.join(names)} or {last}")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"optim.decay_share={self.decay_share} is not in (0, 1]")
 
@@ -163,6 +163,7 @@ def muon(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig) -> 
     return 0.2 * math.sqrt(max(x.shape)) * x
 
 
+# What OptimConfig.optimizer may be: one more is a function like these and a name here.
 RULES = {"adamw": adamw, "galore": galore, "muon": muon}
 
 
@@ -183,9 +184,9 @@ SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {
     "cosine": lambda done, config: 0.5 * (1 + math.cos(math.pi * done)),
     "linear": lambda done, config: 1 - done,
     "constant": lambda done, config: 1.0,
-    "polynomial": lambda done, config: (1 - done) ** config.power,
     # warmup-stable-decay (Hu et al. 2024, MiniCPM): constant, then linear in the last decay_share
     "wsd": lambda done, config: min(1.0, (1 - done) / config.decay_share),
+    "polynomial": lambda done, config: (1 - done) ** config.power,
 }
 
 
@@ -196,6 +197,8 @@ def learning_rate(step: int, schedule: str, max_steps: int, warmup_steps: int, p
     Warmup never starts at zero, which would waste a step: step s of w warmup steps has
     peak * (s + 1) / w, and the step after the last would reach the schedule's end.
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is unknown; choose {', '.join(SCHEDULES)}")
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, max_steps - warmup_steps)

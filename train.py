@@ -32,7 +32,7 @@ from eval.loss import evaluate_loss, token_lengths
 from fast.linear import use_fast_products
 from lora import LoRAConfig, add_lora
 from model import GPTConfig
-from optim import OptimConfig, learning_rate, make_optimizer, take_step
+from optim import SCHEDULES, OptimConfig, learning_rate, make_optimizer, take_step
 from run import plan, resume
 from run.checkpoint import Saver
 from run.classifier import Pooling
@@ -73,8 +73,7 @@ class TrainConfig:
     micro_batch: int = 16  # sequences in memory at once on each rank, at most
     learning_rate: float = 6e-4  # peak learning rate
     min_learning_rate: float = 6e-5  # floor of the schedule
-    schedule: Literal["cosine", "linear", "constant", "wsd", "polynomial"] = "cosine"
-        # after warmup; wsd is warmup-stable-decay
+    schedule: Literal[tuple(SCHEDULES)] = "cosine"  # after warmup; wsd is warmup-stable-decay
     warmup_steps: int = 0  # steps of linear warmup
     warmup_ratio: float = 0.0  # the same as a share of all steps; one of the two
     weight_decay: float = 0.1  # of matrices and embeddings; gains and biases have none

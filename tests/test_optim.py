@@ -1,13 +1,17 @@
 """Schedules and optimizer steps against hand-worked values; weight decay where it belongs."""
 import io
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
-from optim import OptimConfig, learning_rate, make_optimizer, parameter_groups
+from optim import (RULES, SCHEDULES, OptimConfig, learning_rate, make_optimizer,
+                   parameter_groups)
+from run.config import parse
+from train import TrainConfig
 
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
 
@@ -200,6 +204,25 @@ def test_it_learns(optimizer):
         optimizer.step()
         optimizer.zero_grad()
     assert loss.item() < 0.5 * start
+
+
+def test_a_new_rule_and_a_new_schedule_are_named_once(monkeypatch):
+    """Lion (Chen et al. 2023) in a line, from the command line to the weights."""
+    monkeypatch.setitem(RULES, "lion", lambda gradient, state, config: gradient.sign())
+    with pytest.raises(ValueError, match="'sgd' is unknown; choose adamw, galore, muon or lion"):
+        OptimConfig(optimizer="sgd")
+    config = parse(TrainConfig, ["--optim.optimizer=lion", "--max_steps=1"], "train.py")
+    layer = torch.nn.Linear(3, 2)
+    before = layer.weight.detach().clone()
+    optimizer = make_optimizer(layer, config.optim, 0.1, 0.0)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before - 0.1)
+    monkeypatch.setitem(SCHEDULES, "half", lambda done, config: 0.5)
+    assert learning_rate(3, "half", 10, 0, 1.0, 0.0) == 0.5
+    with pytest.raises(ValueError, match="schedule='none' is unknown; choose cosine, .*, half"):
+        learning_rate(3, "none", 10, 0, 1.0, 0.0)
+    assert {"cosine", "wsd"} < set(get_args(get_type_hints(TrainConfig)["schedule"])) < {*SCHEDULES}
 
 
 @pytest.mark.parametrize("settings,words", [

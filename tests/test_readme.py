@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from optim import SCHEDULES
 
 REPOSITORY = Path(__file__).parent.parent
 README, CHINESE, PROMISES, CONTRIBUTING = (
@@ -82,8 +81,6 @@ def test_places_to_change_things_are_there():
                           for file in re.findall(r"`([\w/]+\.py)", touch))
         for name in re.findall(r"`(?:[A-Z]\w+\.|[\w/]+\.py:)?(\w+)`", touch):
             assert re.search(rf"\b{name}\b", sources), name
-    assert SCHEDULES.keys() == set(re.findall(r'"(\w+)"', re.search(
-        r"schedule: Literal\[(.*?)\]", (REPOSITORY / "train.py").read_text())[1]))
 
 
 # ---- the figures of the table
