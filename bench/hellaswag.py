@@ -1,6 +1,6 @@
 """HellaSwag against scoring it one item at a time: items a second, and the same answers.
 
-    python -m bench.hellaswag [--file=PATH] [--items=100] [--dtype=bfloat16]
+    python -m bench.hellaswag [--hellaswag_file=PATH] [--items=100] [--dtype=bfloat16]
 
 The other way is the usual script's (build-nanogpt's train_gpt2.py, llm.c's): an item is four rows
 of context and ending, padded; the logits of all positions; the loss of each; autocast entered for
@@ -26,7 +26,7 @@ from model import GPT, GPTConfig
 
 @dataclass(frozen=True)
 class HellaswagBenchConfig:
-    file: str = ""  # HellaSwag file; empty: the official one, downloaded once
+    hellaswag_file: str = ""  # local HellaSwag file; empty: the official one, downloaded once
     items: int = 100  # how many of its items, spread over it
     repeats: int = 4  # turns of each way; the best counts, as others may use the machine
     batch_tokens: int = 0  # tokens of a batch of ours; 0: its default
@@ -67,7 +67,7 @@ def measure(config: HellaswagBenchConfig) -> tuple[dict[str, Any], list[float]]:
     torch.manual_seed(0)
     model = use_fast_products(GPT(config.model)).to(device).eval()
     tokenizer = Tokenizer.gpt2()
-    items = load_items(config.file or None)
+    items = load_items(config.hellaswag_file or None)
     items = items[::max(1, len(items) // config.items)][:config.items]
 
     def theirs(dtype: torch.dtype, once: bool = False) -> torch.Tensor:

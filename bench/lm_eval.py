@@ -1,7 +1,7 @@
 """HellaSwag against EleutherAI's lm-evaluation-harness: the same model, items and decisions.
 
     pip install -c constraints.txt lm-eval
-    python -m bench.lm_eval --model=RUN|FOLDER|gpt2 --file=HELLASWAG.jsonl [--limit=N]
+    python -m bench.lm_eval --model=RUN|FOLDER|gpt2 --hellaswag_file=FILE [--limit=N]
 
 The model is exported to a folder that transformers loads; the harness scores it by its own task
 "hellaswag", whose data is replaced by the file; we score it by --style=harness. Both in float32.
@@ -35,7 +35,7 @@ training_split: null
 @dataclass(frozen=True)
 class LMEvalConfig:
     model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium
-    file: str = ""  # HellaSwag file with official records
+    hellaswag_file: str = ""  # local HellaSwag file with official records
     limit: int = 0  # the first so many items; 0 is all
     batch_size: int = 16  # rows at a time of the harness
     device: str = "cpu"  # cpu, cuda, cuda:N
@@ -51,7 +51,7 @@ def harness_scores(folder: Path, config: LMEvalConfig, limit: int) -> tuple[torc
                                   "pip install -c constraints.txt lm-eval") from None
     theirs = Path(lm_eval.tasks.__file__).parent / "hellaswag" / "hellaswag.yaml"
     (folder / "task.yaml").write_text(TASK.format(hellaswag=theirs,
-                                                  file=Path(config.file).resolve()))
+                                                  file=Path(config.hellaswag_file).resolve()))
     manager = lm_eval.tasks.TaskManager(include_path=str(folder))
     found = lm_eval.simple_evaluate(
         "hf", dict(pretrained=str(folder), dtype="float32"), ["hellaswag_file"], limit=limit,
@@ -80,9 +80,9 @@ def compare(sums: torch.Tensor, theirs: dict[str, torch.Tensor], ours: Scores,
 
 
 def measure(config: LMEvalConfig) -> dict[str, Any]:
-    if not config.file:
-        raise ValueError("file is empty; give --file=HELLASWAG.jsonl, as the harness is offline")
-    items = load_items(config.file)[:config.limit or None]
+    if not config.hellaswag_file:
+        raise ValueError("hellaswag_file is empty; give one, as the harness is offline")
+    items = load_items(config.hellaswag_file)[:config.limit or None]
     model, tokenizer = load_writer(config.model, pick_device(config.device))
     with tempfile.TemporaryDirectory() as name:
         export(config.model, name)

@@ -219,16 +219,18 @@ def judge_sheet(sheet: dict[str, Any], config: JudgeConfig, out: Path) -> None:
 
 # --------------------------------------------------------------------------------------- the result
 
+def points_of(item: dict[str, Any], run: str) -> dict[str, int]:
+    """The points of the run "a" or "b"."""
+    return item["points"]["first" if item["order"][0] == run else "second"]
+
+
 def verdict(items: list[dict[str, Any]]) -> str:
     """"a", "b" or "tie" from the items of one pair, "split" where the two orders disagree; "" where
     not both are judged."""
     if len(items) != 2 or any(check_points(item["points"]) for item in items):
         return ""
-    leads = []
-    for item in items:
-        first, second = (sum(item["points"][place].values()) for place in ("first", "second"))
-        leads.append(first - second if item["order"] == "ab" else second - first)
-    low, high = sorted(leads)
+    low, high = sorted(sum(points_of(item, "a").values()) - sum(points_of(item, "b").values())
+                       for item in items)
     if low < 0 < high:
         return "split"
     return "a" if high > 0 else "b" if low < 0 else "tie"
@@ -249,11 +251,9 @@ def tally(sheet: dict[str, Any]) -> dict[str, Any]:
         result["share_a"] = wins / (wins + losses)
         result["interval_a"] = wilson_interval(wins, wins + losses)
     judged = [item for items, found in zip(pairs.values(), verdicts) if found for item in items]
-    for run in "ab":
-        points = [item["points"][("first", "second")[item["order"].index(run)]] for item in judged]
-        if points:
-            result[f"points_{run}"] = {name: sum(p[name] for p in points) / len(points)
-                                       for name in RUBRIC}
+    for run in "ab" if judged else "":
+        result[f"points_{run}"] = {name: sum(points_of(item, run)[name] for item in judged)
+                                   / len(judged) for name in RUBRIC}
     return result
 
 

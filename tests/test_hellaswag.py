@@ -150,7 +150,7 @@ def test_the_harness_itself_decides_the_same(shared, tmp_path):
     overfit(model, tokenizer, [item.context for item in load_items(file)], steps=100)
     model.save_pretrained(tmp_path)
     tokenizer.save(tmp_path / "tokenizer.json")
-    row = measure(LMEvalConfig(model=str(tmp_path), file=str(file)))
+    row = measure(LMEvalConfig(model=str(tmp_path), hellaswag_file=str(file)))
     assert row["items"] == 1000 and row["cut"] > 0
     assert row["acc"]["items_that_differ"] == row["acc_norm"]["items_that_differ"] == 0
     assert row["largest_difference_of_sums"] < 1e-3                     # float32
