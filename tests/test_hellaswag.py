@@ -179,7 +179,8 @@ def test_folders_written_here_and_by_transformers_give_the_same_figures(
     transformers.AutoTokenizer.from_pretrained(ours).save_pretrained(theirs)
     shown = []
     for folder in (ours, theirs):
-        hellaswag.main([f"--model={folder}", f"--hellaswag_file={file}", "--device=cpu", "--dtype=float32"])
+        hellaswag.main([f"--model={folder}", f"--hellaswag_file={file}", "--device=cpu",
+                        "--dtype=float32"])
         shown.append(capsys.readouterr().out.splitlines()[1:])          # the first names the model
     assert shown[0] == shown[1] and len(shown[0]) == 3
     result = evaluate(model, tokenizer, items)
