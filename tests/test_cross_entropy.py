@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fast import cross_entropy
 from fast.cross_entropy import IGNORE, linear_cross_entropy, plain
+from fast.linear import FastLinear, use_fast_products
 
 BFLOAT16 = torch.bfloat16
 
@@ -96,6 +97,17 @@ def test_without_gradients_only_the_logits_are_computed():
         linear_cross_entropy(*case())
     assert sum(event.count for event in profile.key_averages()
                    if event.key in ("aten::mm", "aten::conv2d")) == 1
+
+
+def test_a_head_with_a_product_of_its_own_is_multiplied_by_that(monkeypatch):
+    rows = []
+    monkeypatch.setattr(FastLinear, "product", staticmethod(
+        lambda x, weight: rows.append(len(x)) or F.linear(x, weight)))
+    x, head, targets, vocab_size = case()
+    for found, reference in zip(results(linear_cross_entropy, x, use_fast_products(head), targets,
+                                        vocab_size), results(linear_cross_entropy, *case())):
+        assert torch.equal(found, reference)
+    assert rows == [96, 96, 70]                         # logits, gradients of x and of the weight
 
 
 def test_a_head_that_is_more_than_a_weight_is_computed_as_it_is():

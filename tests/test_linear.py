@@ -1,4 +1,5 @@
 """Linear layers: equal to F.linear whichever product is taken, and the fast one is taken."""
+import copy
 import io
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fast import linear as module
-from fast.linear import FEW_ROWS, FastLinear, linear
+from fast.linear import FEW_ROWS, FastLinear, linear, use_fast_products
 
 SHAPES = [(1, 8), (FEW_ROWS - 1, 8), (FEW_ROWS, 8), (5, 30, 8)]         # of x
 
@@ -71,6 +72,23 @@ def test_the_compiler_makes_its_own_product_for_one_row_and_leaves_more_rows_alo
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), layer(x))
         assert calls(compiled, x) == expected
+
+
+def test_a_model_computes_by_fast_products_with_the_parameters_that_it_had():
+    class Tempered(torch.nn.Linear):
+        """Computes something of its own."""
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Sequential(torch.nn.Linear(8, 6)),
+                                Tempered(6, 6))
+    model[1][0].weight = model[0].weight                # tied, as a head is
+    before = dict(model.named_parameters(remove_duplicate=False))
+    assert use_fast_products(model) is model and use_fast_products(model) is model
+    after = dict(copy.deepcopy(model).named_parameters(remove_duplicate=False))
+    assert before.keys() == after.keys() and after["0.weight"] is after["1.0.weight"]
+    assert all(p is before[name] for name, p in model.named_parameters(remove_duplicate=False))
+    assert [type(module) for module in (model[0], model[1][0], model[2])] == [
+        FastLinear, FastLinear, Tempered]
+    assert isinstance(model[0], torch.nn.Linear)        # what LoRA and NF4 look for
 
 
 @pytest.mark.parametrize("about, slow", [
