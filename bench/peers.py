@@ -58,10 +58,9 @@ def our_step(config: GPTConfig, x: torch.Tensor, y: torch.Tensor, device: torch.
              dtype: torch.dtype, mode: str, checkout: str = "") -> Contestant:
     """What train.py does with a batch of one micro-batch."""
     # Imported here: the memory of peers is without what these bring.
-    from run.processes import Processes
-    from optim import OptimConfig, make_optimizer
+    from optim import OptimConfig, make_optimizer, take_step
     from run.parallel import Parallel, compiled, full
-    from train import update
+    from run.processes import Processes
     with device:
         model = use_fast_products(GPT(config))
     world = Processes(0, 1, device)
@@ -81,7 +80,7 @@ def our_step(config: GPTConfig, x: torch.Tensor, y: torch.Tensor, device: torch.
         nats.backward(scaler.scale(torch.where(nats.isfinite(), 1 / labels, math.nan)))
         loss += nats.detach() / labels
         norm = full(torch.nn.utils.clip_grad_norm_(trainable, 1.0))
-        update(optimizer, scaler, ~norm.isfinite())
+        take_step(optimizer, scaler, ~norm.isfinite())
         optimizer.zero_grad(set_to_none=True)
         return loss
     return Contestant(model, optimizer, step, network is not model)
