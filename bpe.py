@@ -14,7 +14,6 @@ The whole algorithm is `train_slowly` and `encode_slowly` below; the rest of thi
 tokenizer around it and its commands. Ids 0..255 are the bytes, 256 + i is what merge i makes,
 special tokens come last. fast/bpe_*.py compute the same in less time: `split` is regex.findall,
 `count_pieces` a Counter of pieces, `learn_merges` is train_slowly, and tiktoken encodes.
-
 In: text, as files or strings. Out: a Tokenizer, kept in a readable tok.json.
 
     python bpe.py train FILE... --vocab-size=32000 --out=tok.json [--pattern=gpt2|gpt4|o200k|REGEX]
@@ -26,12 +25,10 @@ In: text, as files or strings. Out: a Tokenizer, kept in a readable tok.json.
     >>> tok.merges, tok.encode("aaabdaaabac")
     ([(97, 97), (97, 98), (256, 257)], [258, 100, 258, 97, 99])
 
-References: BPE for text, Sennrich et al. 2016, arXiv 1508.07909. Byte level and the pattern:
-GPT-2, Radford et al. 2019.
+References: Sennrich et al. 2016, arXiv 1508.07909 (BPE for text); Radford et al. 2019 (GPT-2).
 """
 import argparse
 import functools
-import hashlib
 import json
 import os
 import re
@@ -119,9 +116,8 @@ def merge(word: Sequence[int], pair: tuple[int, int], new: int) -> list[int]:
 class Tokenizer:
     """Merges, pattern and special tokens; everything else follows from them.
 
-    Text is always encoded as ordinary text. A special token comes out only when it is allowed
-    by name, tok.encode(text, allowed_special=("<|endoftext|>",)), or put in by its id, tok.eot:
-    what a user types can never end a document.
+    Text is encoded as ordinary text. A special token comes out only where `allowed_special` names
+    it, or is put in by its id, tok.eot: what a user types can never end a document.
     """
 
     def __init__(self, merges: Iterable[Sequence[int]], pattern: str = GPT2_PATTERN,
@@ -142,8 +138,6 @@ class Tokenizer:
         self.token_bytes = files.spell(self.merges, self.special_tokens, self.byte_ids, first_merge)
         self.vocab_size = len(self.token_bytes)
         self.eot = self.special_tokens.get(END_OF_TEXT)
-        self._decoder = {i: token for i, token in enumerate(self.token_bytes) if token}
-        self._decoder |= {i: name.encode() for name, i in self.special_tokens.items()}
         self._encoding = None
 
     @classmethod
@@ -151,7 +145,7 @@ class Tokenizer:
               pattern: str = GPT2_PATTERN, special_tokens: Iterable[str] = (END_OF_TEXT,),
               min_frequency: int = 1, num_proc: int | None = None, progress: bool = False
               ) -> "Tokenizer":
-        """Learn merges from texts, which are read once and not kept, or from their count_pieces.
+        """Learn merges from texts, which are read once and not kept, or from their `count_pieces`.
 
         vocab_size: 256 bytes + merges + special tokens; pattern: a name in PATTERNS or a regex;
         min_frequency: stop, with a warning, when no pair is as frequent; num_proc: counting
@@ -171,13 +165,11 @@ class Tokenizer:
     @classmethod
     def gpt2(cls, folder: str | Path | None = None) -> "Tokenizer":
         """GPT-2's own tokenizer; its two files are downloaded once unless a folder holds them."""
-        return cls.load(folder or "gpt2")
+        return cls.load(folder or files.gpt2_folder())
 
     def add_special_tokens(self, names: Iterable[str]) -> "Tokenizer":
-        """A new tokenizer with more special tokens, their ids after all existing ones.
-
-        ValueError for a name that exists already, is empty or is given twice.
-        """
+        """A new tokenizer with more special tokens, their ids after all existing ones; ValueError
+        for a name that exists already, is empty or is given twice."""
         specials = files.number_specials(names, self.vocab_size, self.special_tokens)
         return Tokenizer(self.merges, self.pattern, specials, self.byte_ids, self.first_merge)
 
@@ -212,11 +204,13 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ids; special tokens as their names. ValueError for an id that has none."""
-        try:
-            return b"".join([self._decoder[int(i)] for i in ids])
-        except KeyError as error:
-            raise ValueError(f"id {error} is not in the vocabulary; allowed: 0 to "
-                             f"{self.vocab_size - 1}") from None
+        names = {i: name.encode() for name, i in self.special_tokens.items()}
+        ids, spelled, size = list(ids), self.token_bytes, self.vocab_size
+        out = [(spelled[i] if 0 <= i < size else b"") or names.get(int(i), b"") for i in ids]
+        if b"" in out:
+            i = ids[out.index(b"")]
+            raise ValueError(f"id {i} is not in the vocabulary; allowed: 0 to {size - 1}")
+        return b"".join(out)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -234,7 +228,7 @@ class Tokenizer:
     @functools.cached_property
     def hash(self) -> str:
         """sha256 over pattern, merges and special tokens: equal means the same ids."""
-        return checksum(self._state())
+        return files.checksum(self._state())
 
     def save(self, path: str | Path) -> None:
         """tok.json: readable, one merge a line, with a checksum; written whole or not at all."""
@@ -261,15 +255,13 @@ class Tokenizer:
                 if made[:2] != (FORMAT, VERSION):
                     raise ValueError(f"{path} has version {made[1]!r:.50}; this code reads version "
                                      f"{VERSION}: train again or use the code that wrote it")
-                if made[2] != checksum(data):
+                if made[2] != files.checksum(data):
                     raise ValueError(f"{path} was changed: its checksum does not fit")
             return cls([row[:2] for row in data.pop("merges")], **data)
 
     def to_tiktoken(self) -> tiktoken.Encoding:
-        """The same tokenizer as a tiktoken.Encoding, which is what encodes, in Rust.
-
-        ValueError for a pattern that its regex engine does not read.
-        """
+        """The same as a tiktoken.Encoding, which encodes in Rust; ValueError for a pattern that its
+        regex engine does not read."""
         if self._encoding is None:
             self._encoding = make_encoding(f"oneloop-{self.hash[:8]}", self.pattern,
                                            self.token_bytes, self.special_tokens)
@@ -286,11 +278,6 @@ class Tokenizer:
                                  self.pattern, None if self.eot is None else END_OF_TEXT)
 
 
-def checksum(state: dict[str, Any]) -> str:
-    """The sha256 of what a tokenizer is."""
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
 # ------------------------------------------------------------------------- 3. the command line
 
 def train_command(args: argparse.Namespace) -> None:
@@ -303,8 +290,7 @@ def train_command(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"no such folder: {Path(args.out).parent}, for --out={args.out}")
     texts = read_blocks(args.files, pattern, args.errors, held_out=held_out, progress=True)
     pieces = count_pieces(texts, pattern, args.num_proc)
-    tok = Tokenizer.train(pieces, args.vocab_size, pattern, special, args.min_frequency,
-                          progress=True)
+    tok = Tokenizer.train(pieces, args.vocab_size, pattern, special, args.min_frequency, None, True)
     tok.save(args.out)
     size = sum(Path(file).stat().st_size for file in args.files)
     print(f"{size:,} bytes, {len(pieces):,} distinct pieces, vocabulary {tok.vocab_size:,}, "
@@ -351,31 +337,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                      epilog="all options: python bpe.py COMMAND --help")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(run):
-        made = commands.add_parser(run.__name__.removesuffix("_command"), help=run.__doc__)
-        made.set_defaults(run=run)
-        return made.add_argument
-
-    train, encode, decode, compare = map(
-        command, (train_command, encode_command, decode_command, compare_command))
+    options = []
+    for run in (train_command, encode_command, decode_command, compare_command):
+        command = commands.add_parser(run.__name__.removesuffix("_command"), help=run.__doc__)
+        command.set_defaults(run=run)
+        options.append(command.add_argument)
+    train, encode, decode, compare = options
     train("--vocab-size", type=int, required=True, help="256 bytes + merges + special tokens")
     train("--out", required=True, help="the tok.json to write")
     train("--pattern", default="gpt2", help=f"{', '.join(PATTERNS)}, or a regex (default gpt2)")
-    train("--special", action="append", metavar="TOKEN",
-          help=f"a special token, repeatable (default {END_OF_TEXT})")
-    train("--min-frequency", type=int, default=1,
-          help="stop when the most frequent pair is rarer (default 1)")
+    train("--special", action="append", metavar="TOKEN", help=f"repeatable (default {END_OF_TEXT})")
+    train("--min-frequency", type=int, default=1, help="stop when all pairs are rarer (default 1)")
     train("--num-proc", type=int, help="counting processes (default: all cores)")
-    train("--no-held-out", action="store_true",
-          help="train on everything; else a tenth is kept to measure compression on")
+    train("--no-held-out", action="store_true", help="else a tenth is kept to measure compression")
     for option in (train, compare):
         option("files", nargs="+", metavar="FILE", help="UTF-8 text files")
         option("--errors", choices=("strict", "replace"), default="strict",
                help="what to do with bytes that are not UTF-8 (default strict)")
     for option in (encode, decode):
         option("--tokenizer", default="gpt2", help="gpt2, a file or a folder (default gpt2)")
-    compare("--tokenizer", action="append",
-            help="gpt2, a file or a folder; repeatable (default gpt2)")
+    compare("--tokenizer", action="append", help="the same; repeatable (default gpt2)")
     return parser.parse_args(argv)
 
 

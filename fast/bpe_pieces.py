@@ -104,7 +104,7 @@ def check_surrogates(text: str) -> None:
                 "text.encode('utf-8', 'replace').decode()") from None
 
 
-# ---------------------------------------------------------------- two versions of Unicode, one split
+# -------------------------------------------------------------- two versions of Unicode, one split
 
 def classes_by(findall: Callable[[str, str], Iterable[str]]) -> np.ndarray:
     """The class of every code point, as the engine with this `findall(pattern, text)` knows it."""

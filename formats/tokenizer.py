@@ -10,7 +10,9 @@ ValueError, with the reason, for a file that holds anything that would silently 
 way back, for Hugging Face.
 """
 import contextlib
+import hashlib
 import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
@@ -120,6 +122,11 @@ def number_specials(names: Iterable[str] | dict[str, int], first_id: int,
     return numbered
 
 
+def checksum(state: dict[str, Any]) -> str:
+    """The sha256 of what a tokenizer is; that of a damaged file is another."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 def count_merges(vocab_size: int, special_tokens: Sequence[str], min_frequency: int) -> int:
     """How many merges fill the vocabulary; ValueError if it has no room for the other ids."""
     least = 256 + len(special_tokens)
@@ -148,7 +155,9 @@ CHAR_TO_BYTE = {char: b for b, char in BYTE_TO_CHAR.items()}
 def readable(token: bytes) -> str:
     """A token for people: text where it is text, \\x.. where it is not."""
     text = token.decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def from_vocab(vocab: dict[str, int], merges: Iterable[tuple[str, str]], specials: dict[str, int]

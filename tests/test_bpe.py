@@ -15,8 +15,7 @@ from bpe import Tokenizer, train_slowly
 from fast import bpe_counts, bpe_encode, bpe_merges, bpe_pieces
 from fast.bpe_counts import count_pieces
 from fast.bpe_merges import learn_merges
-from fast.bpe_pieces import (GPT2_PATTERN, GPT4_PATTERN, NO_PATTERN, O200K_PATTERN, compile_pattern,
-                             split)
+from fast.bpe_pieces import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, split
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is a development extra")
 from hypothesis import given, settings, strategies as st  # noqa: E402
@@ -29,7 +28,7 @@ dense = st.text(alphabet="ab '\nsl", max_size=60)
 anything = st.text(max_size=60) | st.text(alphabet="aé中 \u3000\U0001f600'1²\t\u0301\u0558.",
                                           max_size=40)
 texts = st.lists(dense | anything, max_size=6)
-patterns = st.sampled_from([GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, NO_PATTERN, r"\w+|\W", r"[\s\S]{1,3}"])
+patterns = st.sampled_from([*bpe.PATTERNS.values(), r"\w+|\W", r"[\s\S]{1,3}"])
 
 
 def naive_pieces(texts, pattern):

@@ -226,3 +226,16 @@ def test_gpt2_is_downloaded_once_and_checked(monkeypatch, tmp_path):
     for name in bpe_files.GPT2_SHA256:
         (tmp_path / name).unlink()
     assert bpe_files.gpt2_folder() == folder
+
+
+def test_merges_that_double_a_token_again_and_again_are_refused():
+    with pytest.raises(ValueError, match="make tokens of more than 268,435,456 bytes"):
+        Tokenizer([(97, 97)] + [(i, i) for i in range(256, 320)])
+
+
+def test_gpt2_is_a_name_where_no_folder_has_it(gpt2_in_cache, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Tokenizer.load("gpt2").vocab_size == Tokenizer.gpt2().vocab_size == 50257
+    small.save_pretrained("gpt2")
+    same(Tokenizer.load("gpt2"), small)
+    assert Tokenizer.gpt2().vocab_size == 50257
