@@ -4,8 +4,8 @@
 
 Writes bench/results/*.json and a picture (`--save=false`: only prints); `python -m bench.measured`
 puts them into docs/measured.md. Beside these there are benchmarks that need others' programs
-(bench.versus_peers, bench.bpe, bench.lora, bench.chat, bench.lm_eval) or more time (bench.step for
-all shapes, which has to save all its rows at once; bench.kills; bench.shakespeare).
+(bench.versus_peers, bench.bpe, bench.lora, bench.lm_eval) or more time (bench.step for all
+shapes, which has to save all its rows at once; bench.kills; bench.shakespeare).
 """
 import subprocess
 import sys
@@ -19,14 +19,13 @@ PARTS = {       # module: what it is run with, what it shows
     "ladder": (["--rounds=1", "--save=true"], "the steps that make training fast"),
     "step": (["--shapes=124M", "--dtypes=bfloat16"], "a training step of GPT-2 124M"),
     "loading": (["--save=true"], "does reading keep up?"),
-    "startup": (["--save=true"], "how long a command takes to begin"),
     "ranks": (["--rounds=2", "--save=true"], "several ranks, and accumulation"),
 }
 
 
 @dataclass(frozen=True)
 class AllConfig:
-    only: tuple[str, ...] = ()  # which of ladder, step, loading, startup, ranks; empty: all
+    only: tuple[str, ...] = ()  # which of ladder, step, loading, ranks; empty: all
     save: bool = True  # write to bench/results
 
     def __post_init__(self):

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Callable
 
-from bench import (bpe, chat, hellaswag, kills, ladder, lm_eval, loading, lora, machine, ranks,
-                   saves, shakespeare, startup, step, versus_peers)
+from bench import (bpe, hellaswag, kills, ladder, lm_eval, loading, lora, machine, ranks,
+                   saves, shakespeare, step, versus_peers)
 from bench.machine import REPOSITORY, table
 from run.config import parse, run_command
 
@@ -28,10 +28,8 @@ TITLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {     # files: 
     "ranks-*": ("Ranks and accumulation", ranks.report),
     "loading": ("Reading data", loading.report),
     "bpe": ("Tokenizers", bpe.report),
-    "chat": ("Conversations", chat.report),
     "hellaswag_*": ("HellaSwag", hellaswag.report),
     "lm_eval": ("HellaSwag beside the harness", lm_eval.report),
-    "startup": ("Start-up", startup.report),
     "shakespeare": ("A whole run beside nanoGPT", shakespeare.report),
     "saves-*": ("Checkpoints", saves.report),
     "kills-*": ("Kills", kills.report),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as whole
-from bench import kills, ladder, loading, machine, measured, peers, ranks, startup
+from bench import kills, ladder, loading, machine, measured, peers, ranks
 from bench.ladder import FUSED, HEAD, PADDED, RUNGS, TF32, LadderConfig, WrittenOutAttention
 from bench.loading import LoadingConfig
 from bench.ranks import RanksConfig
@@ -219,8 +219,6 @@ def test_help_of_the_tokenizer_does_not_import_torch():
     modules = done.stdout.splitlines()[-1].split()
     assert "usage" in done.stdout and "torch" not in modules
     assert {"numpy", "tiktoken", "fast"} <= set(modules)
-    assert startup.imported(["-c", "import json.decoder"]) >= {"json"}
-    assert "torch" not in startup.imported(["bpe.py", "--help"])
 
 
 def test_commands_begin_without_the_compiler():
@@ -229,21 +227,6 @@ def test_commands_begin_without_the_compiler():
     done = subprocess.run([sys.executable, "-c", code], cwd=machine.REPOSITORY, text=True,
                           capture_output=True, check=True)
     assert done.stdout == "False\n"
-
-
-def test_start_up_is_the_median_of_the_rounds(monkeypatch):
-    """train.py takes 0.3, 0.5 and 0.4 s more than torch did in the same round."""
-    monkeypatch.setattr(startup, "imported", lambda arguments: {"json", "torch"})
-    row = startup.row_of({"import torch": [2.0, 4.0, 3.0], "train.py --help": [2.3, 4.5, 3.4]})
-    assert row["seconds"] == {"import torch": 3.0, "train.py --help": 3.4}
-    assert row["train_beyond_torch"] == pytest.approx(0.4) and row["bpe_imports_torch"]
-
-
-def test_the_round_that_warms_up_does_not_count(monkeypatch, capsys):
-    times = iter([100.0] * len(startup.COMMANDS) + [1.0] * len(startup.COMMANDS))
-    monkeypatch.setattr(startup, "lasting", lambda call: next(times))
-    startup.main(["--rounds=1"])
-    assert {cells[1] for cells in rows_of(capsys.readouterr().out)[2:]} == {"1.00"}
 
 
 # ---------------------------------------------------------------------------------------- ranks
@@ -295,7 +278,7 @@ def test_a_run_of_ranks_that_fails_tells_why(tmp_path):
 def test_every_part_of_make_bench_has_a_command_line_that_is_understood(monkeypatch):
     from bench import step
     configs = {"ladder": LadderConfig, "step": step.StepConfig, "loading": LoadingConfig,
-               "startup": startup.StartupConfig, "ranks": RanksConfig}
+               "ranks": RanksConfig}
     assert configs.keys() == whole.PARTS.keys()
     saving = {name: parse(configs[name], words, name).save
               for name, words in whole.commands(whole.AllConfig()).items()}
