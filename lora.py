@@ -9,7 +9,7 @@
 
 A layer W x + b gets s B A dropout(x) added, with A (R, in), B (out, R) and scale s = alpha / R. B
 starts at zero, so the model starts as its base; W is frozen and never edited. That is the first
-section. Each one after it is one idea, up to merging; the rest chooses layers, checks and files.
+section. Each one after it is one idea, up to merging; then which layers, checks and files.
 
 Hu et al. 2022, "LoRA"; Kalajdzievski 2023, "rsLoRA"; Meng et al. 2024, "PiSSA"; Büyükakyüz 2024,
 "OLoRA"; Li et al. 2024, "LoftQ"; Liu et al. 2024, "DoRA"; Dettmers et al. 2023, "QLoRA". LoRA+ is a
@@ -20,10 +20,11 @@ import difflib
 import math
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Literal, get_args, get_type_hints
+from typing import Any, Iterable, Iterator, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -33,12 +34,7 @@ from fast.nf4 import NF4Linear, nf4_rounded
 from formats import peft
 
 __all__ = ["LoRAConfig", "add_lora", "merge_lora", "unmerge_lora", "unload_lora", "save_lora",
-           "load_lora", "set_adapter", "disable_lora", "describe", "trainable_state",
-           "load_trainable_state"]
-
-FUSED = {"c_attn": ("q", "k", "v")}     # layers that compute several things: c_attn.q is a third
-HEADS = ("lm_head", "head", "embed_out", "output_layer", "score", "classifier")  # not all-linear
-LOFTQ_STEPS = 5                         # the paper's
+           "load_lora", "set_adapter", "disable_lora", "describe"]
 
 
 @dataclass(frozen=True)
@@ -69,32 +65,21 @@ class LoRAConfig:
 
 
 class LowRank(nn.Module):
-    """The change that one adapter makes to a layer: scale * B A, with A (R, in) and B (out, R)."""
+    """The change that one adapter makes to a layer, or to some rows of it: scale * B A."""
 
-    def __init__(self, A: torch.Tensor, B: torch.Tensor, scale: float, dropout: float = 0.0,
-                 above: int = 0, below: int = 0):
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, scale: float, dropout: float, rows: slice):
         super().__init__()
         self.lora_A, self.lora_B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
-        self.scale, self.dropout = scale, dropout
-        self.above, self.below = above, below       # rows of the layer around those that change
-        self.lora_magnitude = None                  # DoRA's
+        self.scale, self.dropout, self.rows = scale, dropout, rows
+        self.lora_magnitude = None                          # DoRA's
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, share: float = 1.0) -> torch.Tensor:
-        """out + (dropout(x) @ A.T @ B.T) * scale: x (..., in), out (..., out) of the layer."""
+        """out + dropout(x) @ A.T @ B.T * scale: x (..., in), out (..., out) of the layer."""
         x = F.dropout(x, self.dropout, self.training)
         down = F.linear(x, self.lora_A.to(x.dtype)) * (self.scale * share)          # (..., R)
-        up = self.whole(self.lora_B.to(x.dtype))                                    # (out, R)
+        up = spread(self.lora_B.to(x.dtype), self.rows, out.size(-1))               # (out, R)
         # The sum is in the product's kernel: nothing else as wide as out is made or kept.
         return torch.addmm(out.flatten(0, -2), down.flatten(0, -2), up.t()).view(out.shape)
-
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B such that scale * B A is the change."""
-        return self.lora_A, self.lora_B
-
-    def whole(self, rows: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-        """Rows that change, (rows, R) or (rows,), among all rows of the layer."""
-        around = (0, 0) * (rows.dim() - 1) + (self.above, self.below)
-        return F.pad(rows, around, value=value) if any(around) else rows
 
 
 class LoRALinear(nn.Module):
@@ -102,9 +87,8 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer, self.lora_adapters = base_layer, nn.ModuleDict()
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        self.lora_adapters = nn.ModuleDict()
         self.active: dict[str, float] = {}                  # adapters that compute, and their share
         self.lora_merged: nn.Linear | None = None           # computes alone, once merged
 
@@ -136,7 +120,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
     """
     adapters = check_addition(model, config, name)
     linear, found = linear_layers(model), targets(model, config)            # {layer: its parts}
-    extras = trained_names(model, config, found)
+    extras = trained_parameters(model, config, found)                       # biases, whole modules
     changes = {layer: {part: new_change(linear[layer], layer, part, config) for part in parts}
                for layer, parts in found.items()}
     if config.quantize == "nf4":
@@ -144,14 +128,11 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
     for layer, parts in changes.items():
         module = model.get_submodule(layer)
         if not isinstance(module, LoRALinear):
-            module = LoRALinear(module)
+            module = LoRALinear(module).train(module.training)
             model.set_submodule(layer, module)
-        module.lora_adapters[name] = nn.ModuleDict(parts)
-        module.train(module.base_layer.training)
-    model.adapters, base = adapters, base_parameters(model)
-    for key in extras:
-        adapters.original.setdefault(key, base[key])
-    adapters.configs[name] = config
+        module.lora_adapters[name] = nn.ModuleDict(parts).train(module.training)
+    model.adapters, adapters.configs[name] = adapters, config
+    adapters.original = {**extras, **adapters.original}
     adapters.trained[name] = {key: nn.Parameter(adapters.original[key].detach().clone())
                               for key in extras}
     set_adapter(model, name)
@@ -174,6 +155,9 @@ def rank_and_scale(config: LoRAConfig, name: str) -> tuple[int, float]:
 # ------------------------------------------------------------------------------------------------
 # Inits: where A and B start. From the weight's own directions, B A starts at some B0 A0 instead of
 # zero; that is taken off again, so that the model still starts as its base.
+
+LOFTQ_STEPS = 5         # the paper's
+
 
 def initial_factors(base: nn.Module, rows: slice, r: int, scale: float, init: str
                     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -222,14 +206,17 @@ class LowRankFromWeight(LowRank):
         """As LowRank's. B0 A0 is subtracted first, so that the change starts as exactly 0."""
         x = F.dropout(x, self.dropout, self.training)
         now, start = (F.linear(F.linear(x, A.to(x.dtype)) * (self.scale * share),
-                               self.whole(B.to(x.dtype)))
+                               spread(B.to(x.dtype), self.rows, out.size(-1)))
                       for A, B in ((self.lora_A, self.lora_B), (self.initial_A, self.initial_B)))
         return out + (now - start)
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (2R, in) and B (rows, 2R), of both."""
-        return (torch.cat([self.lora_A, self.initial_A]),
-                torch.cat([self.lora_B, -self.initial_B], dim=1))
+
+def factors(change: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B such that scale * B A is the change: of B A - B0 A0 (2R, in) and (rows, 2R)."""
+    if not isinstance(change, LowRankFromWeight):
+        return change.lora_A, change.lora_B
+    return (torch.cat([change.lora_A, change.initial_A]),
+            torch.cat([change.lora_B, -change.initial_B], dim=1))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -242,8 +229,8 @@ def row_lengths(change: LowRank, base: nn.Module) -> torch.Tensor:
     |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b^T            for a row w, b of W, B
     """
     with torch.autocast(change.lora_A.device.type, enabled=False):
-        A, B = (factor.float() for factor in change.factors())
-        W, s = weight_of(base)[change.above:][:len(B)], change.scale                # (rows, in)
+        A, B = (factor.float() for factor in factors(change))
+        W, s = weight_of(base)[change.rows], change.scale                           # (rows, in)
         square = W.square().sum(dim=1) + 2 * s * ((W @ A.t()) * B).sum(dim=1) \
             + s ** 2 * ((B @ (A @ A.t())) * B).sum(dim=1)
         return square.clamp_min(1e-30).sqrt()
@@ -253,32 +240,51 @@ def rescaled(out: torch.Tensor, change: LowRank, base: nn.Module, bias: torch.Te
              ) -> torch.Tensor:
     """out (..., out), its rows of the trained lengths; a bias in it keeps its own. The length as
     computed takes no gradient (DoRA, section 4.3)."""
-    gain = change.whole(change.lora_magnitude / row_lengths(change, base), 1.0)     # (out,)
+    gain = change.lora_magnitude / row_lengths(change, base)                        # (rows,)
+    gain = spread(gain, change.rows, out.size(-1), 1.0)                             # (out,)
     return (out * gain + (0.0 if bias is None else bias * (1 - gain))).to(out.dtype)
 
 
 # ------------------------------------------------------------------------------------------------
 # Parts of fused layers: c_attn.q is the first third of c_attn's rows
 
+FUSED = {"c_attn": ("q", "k", "v")}
+
+
+def parts_of(layer: str, out_features: int) -> dict[str, slice]:
+    """The rows of a layer that are "whole", and of those that are q, k or v."""
+    names = FUSED.get(layer.rpartition(".")[2], ())
+    size = out_features // max(len(names), 1)
+    return {"whole": slice(0, out_features),
+            **{part: slice(i * size, (i + 1) * size) for i, part in enumerate(names)}}
+
+
 def full_name(layer: str, part: str) -> str:
     """h.0.attn.c_attn.q of a part; of a whole layer its own name."""
     return layer if part == "whole" else f"{layer}.{part}"
 
 
+def spread(values: torch.Tensor, rows: slice, out_features: int, fill: float = 0.0) -> torch.Tensor:
+    """Values of some rows, (rows, R) or (rows,), among all rows of a layer."""
+    around = (rows.start, out_features - rows.stop)
+    if around == (0, 0):
+        return values
+    return F.pad(values, (0, 0) * (values.dim() - 1) + around, value=fill)
+
+
 def new_change(module: nn.Module, layer: str, part: str, config: LoRAConfig) -> LowRank:
     """The change of one part of a layer, as it starts."""
     base, name = getattr(module, "base_layer", module), full_name(layer, part)
-    parts = ("whole",) if part == "whole" else FUSED[layer.rpartition(".")[2]]
-    size = base.out_features // len(parts)
-    above = parts.index(part) * size
+    rows = parts_of(layer, base.out_features)[part]
     r, scale = rank_and_scale(config, name)
-    A, B = initial_factors(base, slice(above, above + size), r, scale, config.init)
+    A, B = initial_factors(base, rows, r, scale, config.init)
     if len(A) < r:
         raise ValueError(f"lora.r={r} is above the {len(A)} directions of {name}, which "
                          f"init={config.init} takes them from")
-    kind, B = (LowRank, A.new_zeros(size, r)) if B is None else (LowRankFromWeight, B)
-    change = kind(A.contiguous(), B.contiguous(), scale, config.dropout, above,
-                  base.out_features - above - size)         # strides would change the rounding
+    kind, B = (LowRank, A.new_zeros(rows.stop - rows.start, r)) if B is None \
+        else (LowRankFromWeight, B)
+    # contiguous: strides would change the rounding
+    change = kind(A.contiguous(), B.contiguous(), scale, config.dropout, rows)
     if config.use_dora:
         change.lora_magnitude = nn.Parameter(row_lengths(change, base))
     return change
@@ -297,7 +303,8 @@ def quantize_base(model: nn.Module, changes: dict[str, dict[str, LowRank]],
         parts = changes.get(layer, {}).values()
         moved = [part for part in parts if isinstance(part, LowRankFromWeight)]
         packed = NF4Linear(module, moved and (
-            torch.cat([part.whole(part.scale * part.initial_B) for part in moved], dim=1),
+            torch.cat([spread(part.scale * part.initial_B, part.rows, module.out_features)
+                       for part in moved], dim=1),
             torch.cat([part.initial_A for part in moved])))
         model.set_submodule(layer, packed)
         for part in parts:
@@ -338,7 +345,7 @@ def set_adapter(model: nn.Module, names: str | Iterable[str] | dict[str, float],
     parameter's requires_grad, so none is left over from before.
     """
     shares = as_shares(names)
-    train = tuple(shares) if trainable is None else as_tuple(trainable)
+    train = as_shares(shares if trainable is None else trainable)
     adapters = adapters_of(model, (*shares, *train), to="switch")
     for name in shares:
         if adapters.configs[name].use_dora and shares != {name: 1.0}:
@@ -346,10 +353,10 @@ def set_adapter(model: nn.Module, names: str | Iterable[str] | dict[str, float],
                              f"alone and in full, not as {shares}")
     activate(model, shares)
     model.requires_grad_(False)
+    for layer in adapted_layers(model).values():
+        for change, _ in layer.changes(train):
+            change.requires_grad_(True)
     for name in train:
-        for layer in adapted_layers(model).values():
-            for change, _ in layer.changes({name: 1.0}):
-                change.requires_grad_(True)
         for p in adapters.trained[name].values() if shares == {name: 1.0} else ():
             p.requires_grad_(True)
 
@@ -416,24 +423,6 @@ def adapters_of(model: nn.Module, names: Iterable[str] = (), to: str = "") -> Ad
     return adapters
 
 
-def check_addition(model: nn.Module, config: LoRAConfig, name: str) -> Adapters:
-    """`model.adapters`, new ones of a plain model; ValueError where this one cannot be among them.
-    """
-    adapters = getattr(model, "adapters", None) or Adapters(
-        peft.base_hash(model.named_parameters()))
-    if name in adapters.configs:
-        raise ValueError(f"there is an adapter {name!r} already; choose another name")
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"an adapter cannot be called {name!r}; choose another name")
-    if adapters.configs:
-        adapters_of(model, to="add an adapter")
-    if config.quantize != "none" and any(isinstance(layer.base_layer, nn.Linear)
-                                         for layer in adapted_layers(model).values()):
-        raise ValueError(f"lora.quantize={config.quantize}: the base has adapters already; the "
-                         f"first one says whether it is quantised")
-    return adapters
-
-
 # ------------------------------------------------------------------------------------------------
 # Merging: one product instead of two. The base stays as it was, and comes back bit for bit.
 
@@ -450,17 +439,16 @@ def merge_lora(model: nn.Module, *inputs: Any) -> float:
         return (out[0] if isinstance(out, tuple) else out).float()
 
     shares, training = adapters_of(model, to="merge again").active, model.training
-    moved, packed = 0.0, 0
     model.eval()
-    before = logits() if inputs else None
+    before, moved, packed = logits() if inputs else None, 0.0, 0
     for layer in adapted_layers(model).values():
         changes, base = layer.changes(shares), layer.base_layer
         if not changes:
             continue
         exact = weight_of(base)
         for change, share in changes:
-            A, B = (factor.float() for factor in change.factors())
-            exact = exact + share * change.scale * change.whole(B) @ A
+            A, B = (factor.float() for factor in factors(change))
+            exact = exact + share * change.scale * spread(B, change.rows, len(exact)) @ A
             if change.lora_magnitude is not None:
                 exact = rescaled(exact.t(), change, base).t()
         merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
@@ -503,6 +491,9 @@ def unload_lora(model: nn.Module) -> nn.Module:
 # ------------------------------------------------------------------------------------------------
 # Which layers: names, ends of names, regular expressions
 
+HEADS = ("lm_head", "head", "embed_out", "output_layer", "score", "classifier")  # not all-linear
+
+
 def linear_layers(model: nn.Module, heads: bool = True) -> dict[str, nn.Module]:
     """Linear layers by name, plain, quantised or adapted; at will without output heads."""
     tied = () if heads else tied_weights(model)
@@ -524,6 +515,72 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             if ".lora_" not in name}
 
 
+def targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
+    """The layers to adapt, and which parts of each: {"h.0.attn.c_attn": ["whole"], ...}.
+
+    ValueError for a choice that matches nothing, or what cannot be adapted.
+    """
+    parts = {full_name(layer, part): (layer, part) for layer, module in linear_layers(model).items()
+             for part in parts_of(layer, module.out_features)}
+    found: dict[str, Any] = {}
+    for target in as_tuple(config.target_modules):
+        hits = (linear_layers(model, heads=False) if target == "all-linear" else
+                choose("target_modules", [target], parts, "linear layer"))
+        for layer, part in map(parts.get, hits):
+            found.setdefault(layer, set()).add(part)
+    refuse_tied(model, found)
+    block = {layer: next((int(word) for word in layer.split(".") if word.isdigit()), None)
+             for layer in found}
+    for number in config.layers or ():
+        if number not in block.values():
+            raise ValueError(f"lora.layers={config.layers}: no target is in block {number}")
+    found = {layer: ["whole"] if "whole" in chosen else sorted(chosen)
+             for layer, chosen in found.items()
+             if config.layers is None or block[layer] in config.layers}
+    names = [full_name(layer, part) for layer, chosen in found.items() for part in chosen]
+    for setting in ("rank_pattern", "alpha_pattern"):
+        choose(setting, getattr(config, setting), names, "adapted layer")
+    return found
+
+
+def choose(setting: str, patterns: Iterable[str], names: Iterable[str], what: str) -> list[str]:
+    """The names that the patterns of a setting match; ValueError for a pattern without any."""
+    chosen = []
+    for pattern in patterns:
+        hits = [name for name in names if peft.matches(pattern, name)]
+        if not hits:
+            ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+            near = difflib.get_close_matches(pattern.rpartition(".")[2], ends, cutoff=0.4) or ends
+            raise ValueError(f"lora.{setting}: {pattern!r} matches no {what}; did you mean "
+                             f"{', '.join(near)}?")
+        chosen += hits
+    return chosen
+
+
+def trained_parameters(model: nn.Module, config: LoRAConfig, adapted: Iterable[str]
+                       ) -> dict[str, nn.Parameter]:
+    """The base's own parameters that the adapter trains: biases and whole modules."""
+    saved = saved_modules(model, config)
+    refuse_tied(model, saved)
+    for name, layer in ((name, layer) for name in saved for layer in adapted):
+        if (layer + ".").startswith(name + "."):
+            raise ValueError(f"lora.modules_to_save: {name} holds the adapted layer {layer}; leave "
+                             f"one of them out")
+    found = {}
+    for key, p in base_parameters(model).items():
+        owner, _, last = key.rpartition(".")
+        bias = config.bias == "all" or config.bias == "lora_only" and owner in adapted
+        if bias and last == "bias" or any(key.startswith(f"{name}.") for name in saved):
+            found[key] = p
+    return found
+
+
+def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The modules that config.modules_to_save chooses."""
+    names = [name for name, _ in model.named_modules() if name]
+    return choose("modules_to_save", config.modules_to_save, names, "module")
+
+
 def tied_weights(model: nn.Module) -> dict[str, str]:
     """Modules that share a weight with another one: {"lm_head": "transformer.wte", ...}."""
     users: dict[int, list[str]] = {}
@@ -531,85 +588,6 @@ def tied_weights(model: nn.Module) -> dict[str, str]:
         if isinstance(module._parameters.get("weight"), nn.Parameter):
             users.setdefault(id(module.weight), []).append(name)
     return {a: b for names in users.values() for a in names for b in names if a != b}
-
-
-def matches(target: str, name: str) -> bool:
-    """Whether a target is a module's name, the end of it after a dot, or a regex of all of it."""
-    try:
-        return name == target or name.endswith("." + target) or bool(re.fullmatch(target, name))
-    except re.error as error:
-        raise ValueError(f"{target!r} is neither a module nor a regular expression: {error}") \
-            from None
-
-
-def choose(setting: str, wanted: str, names: Iterable[str], what: str = "layer",
-           match: Callable[[str, str], bool] = matches) -> list[str]:
-    """The names that a setting means; ValueError where it means none."""
-    hits = [name for name in names if match(wanted, name)]
-    if not hits:
-        ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
-        near = difflib.get_close_matches(wanted.rpartition(".")[2], ends, n=3, cutoff=0.4)
-        raise ValueError(f"lora.{setting}: {wanted!r} matches no {what}; " + (
-            f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(ends)}"))
-    return hits
-
-
-def targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
-    """The layers to adapt, and which parts of each: {"h.0.attn.c_attn": ["whole"], ...}.
-
-    ValueError for a choice that matches nothing, or what cannot be adapted.
-    """
-    parts = {full_name(layer, part): (layer, part) for layer in linear_layers(model)
-             for part in ("whole", *FUSED.get(layer.rpartition(".")[2], ()))}
-    found: dict[str, Any] = {}
-    for target in as_tuple(config.target_modules):
-        if target == "all-linear":
-            hits = list(linear_layers(model, heads=False))
-        elif any(matches(target, name) for name in parts):
-            hits = choose("target_modules", target, parts)
-        else:
-            leaves = [name for name, module in model.named_modules() if not list(module.children())]
-            other = choose("target_modules", target, [*parts, *leaves])[0]
-            refuse_tied(model, [other])
-            kind = type(model.get_submodule(other)).__name__
-            raise ValueError(f"lora.target_modules: {other} is {kind}, no linear layer")
-        for layer, part in map(parts.get, hits):
-            found.setdefault(layer, set()).add(part)
-    refuse_tied(model, found)
-    numbers = {layer: next((int(word) for word in layer.split(".") if word.isdigit()), None)
-               for layer in found}
-    for number in config.layers or ():
-        if number not in numbers.values():
-            raise ValueError(f"lora.layers={config.layers}: no target is in block {number}")
-    found = {layer: ["whole"] if "whole" in chosen else sorted(chosen)
-             for layer, chosen in found.items()
-             if config.layers is None or numbers[layer] in config.layers}
-    names = [full_name(layer, part) for layer, chosen in found.items() for part in chosen]
-    for kind in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, kind):
-            choose(kind, key, names, "adapted layer",
-                   lambda key, name: peft.by_pattern({key: True}, name, False))
-    return found
-
-
-def trained_names(model: nn.Module, config: LoRAConfig, found: Iterable[str]) -> list[str]:
-    """The base's own parameters that the adapter trains: biases and whole modules."""
-    saved = saved_modules(model, config)
-    refuse_tied(model, saved)
-    for name, layer in ((name, layer) for name in saved for layer in found):
-        if (layer + ".").startswith(name + "."):
-            raise ValueError(f"lora.modules_to_save: {name} holds the adapted layer {layer}; leave "
-                             f"one of them out")
-    return [key for key in base_parameters(model) for owner, _, last in [key.rpartition(".")]
-            if key.startswith(tuple(f"{name}." for name in saved)) or last == "bias" and (
-                config.bias == "all" or config.bias == "lora_only" and owner in found)]
-
-
-def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """The modules that config.modules_to_save chooses."""
-    modules = [name for name, _ in model.named_modules() if name]
-    return [name for wanted in config.modules_to_save
-            for name in choose("modules_to_save", wanted, modules, "module")]
 
 
 def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
@@ -626,13 +604,12 @@ def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
 def check(config: LoRAConfig) -> None:
     """ValueError for a setting that cannot be."""
     sizes = {"r": config.r, "alpha": config.alpha}
-    for kind in ("rank_pattern", "alpha_pattern"):
-        sizes.update((f"{kind}.{key}", value) for key, value in getattr(config, kind).items())
+    for setting in ("rank_pattern", "alpha_pattern"):
+        sizes |= {f"{setting}.{key}": value for key, value in getattr(config, setting).items()}
     for name, value in sizes.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"lora.{name}={value} must be " + (
-                "positive and finite" if name.startswith("alpha") else
-                "at least 1; for full training, leave LoRA out"))
+            raise ValueError(f"lora.{name}={value} must be positive and finite; for full training, "
+                             f"leave LoRA out")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"lora.dropout={config.dropout} is not in [0, 1)")
     for name in ("init", "bias", "quantize"):
@@ -644,22 +621,35 @@ def check(config: LoRAConfig) -> None:
                          "init=pissa")
 
 
+def check_addition(model: nn.Module, config: LoRAConfig, name: str) -> Adapters:
+    """`model.adapters`, new ones of a plain model; ValueError where this one cannot be among them.
+    """
+    if not hasattr(model, "adapters"):
+        adapters = Adapters(peft.base_hash(model.named_parameters()))
+    else:
+        adapters = adapters_of(model, to="add an adapter")
+    if name in adapters.configs:
+        raise ValueError(f"there is an adapter {name!r} already; choose another name")
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"an adapter cannot be called {name!r}; choose another name")
+    if config.quantize != "none" and any(isinstance(layer.base_layer, nn.Linear)
+                                         for layer in adapted_layers(model).values()):
+        raise ValueError(f"lora.quantize={config.quantize}: the base has adapters already; the "
+                         f"first one says whether it is quantised")
+    return adapters
+
+
 def describe(model: nn.Module) -> str:
-    """What is adapted and how much of the model trains, in two lines."""
-    lines = []
+    """What is adapted, by which settings, and how much of the model trains: a line each."""
+    lines, usual = [], {**vars(LoRAConfig()), "r": None, "alpha": None}
     for name in adapters_of(model).active:
-        config = model.adapters.configs[name]
-        found = {full_name(layer, part): change for layer, module in adapted_layers(model).items()
-                 if name in module.lora_adapters
-                 for part, change in module.lora_adapters[name].items()}
-        counts = Counter(re.sub(r"\b\d+\b", "*", full) for full in found)
-        where = ", ".join(f"{n} x {full}" if n > 1 else full for full, n in counts.items())
-        ranks = ", ".join(map(str, sorted({len(change.lora_A) for change in found.values()})))
-        scales = ", ".join(f"{s:.4g}" for s in sorted({change.scale for change in found.values()}))
-        lines.append(f"adapter {name}: {where}; rank {ranks}, scale {scales} (alpha / "
-                     f"{'sqrt(r)' if config.use_rslora else 'r'}), init {config.init}"
-                     f"{', DoRA' if config.use_dora else ''}"
-                     + (f", base in {config.quantize}" if config.quantize != "none" else ""))
+        found = Counter(re.sub(r"\b\d+\b", "*", full_name(layer, part))
+                        for layer, module in adapted_layers(model).items()
+                        if name in module.lora_adapters for part in module.lora_adapters[name])
+        where = ", ".join(f"{count} x {full}" for full, count in found.items())
+        settings = [f"{key}={value}" for key, value in vars(model.adapters.configs[name]).items()
+                    if key != "target_modules" and value != usual[key]]
+        lines.append(f"adapter {name}: {where}; {', '.join(settings)}")
     packed = sum(module.in_features * module.out_features for module in model.modules()
                  if isinstance(module, NF4Linear))
     total = sum(p.numel() for p in model.parameters()) + packed
@@ -671,38 +661,6 @@ def say(text: str) -> None:
     """Print, on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
-
-
-# ------------------------------------------------------------------------------------------------
-# Checkpoints: what training changes
-
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that makes this run's model out of its base, by the names of state_dict.
-
-    That is the adapter, trained biases and modules and, where the base was quantised without what
-    the adapter started with, the codes: a decomposition may differ on another machine.
-    """
-    adapters = adapters_of(model)
-    if len(adapters.configs) > 1:
-        raise ValueError(f"a run trains one adapter; this model has {', '.join(adapters.configs)}")
-    split = tuple(f"{name}.base_layer." for name, layer in adapted_layers(model).items()
-                  if getattr(layer.base_layer, "low_A", None) is not None)
-    return {key: tensor.detach() for key, tensor in model.state_dict().items()
-            if ".lora_adapters." in key or key.startswith(split)
-            or key.replace(".base_layer.", ".") in adapters.original}
-
-
-def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put a `trainable_state` back into a model with the same adapter."""
-    ours = trainable_state(model)
-    for key in (*ours, *state):
-        here, there = (tuple(tensors[key].shape) if key in tensors else "no tensor"
-                       for tensors in (ours, state))
-        if here != there:
-            raise ValueError(f"{key}: the checkpoint has {there}, this model's adapter has {here}; "
-                             f"the run has other lora settings")
-    for key, tensor in ours.items():
-        tensor.copy_(state[key])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -727,12 +685,12 @@ def save_lora(model: nn.Module, folder: str | Path,
     for layer, module in adapted_layers(model).items():
         changes = module.changes(shares)
         if changes:
-            layers[layer] = [(share * change.scale, A, change.whole(B))
-                             for change, share in changes for A, B in [change.factors()]]
+            layers[layer] = [(share * change.scale, A, spread(B, change.rows, module.out_features))
+                             for change, share in changes for A, B in [factors(change)]]
         if changes and config.use_dora:                 # rows of no part keep their length
             magnitudes[layer] = weight_of(module.base_layer).square().sum(1).sqrt()
             for change, _ in changes:
-                magnitudes[layer][change.above:][:len(change.lora_B)] = change.lora_magnitude
+                magnitudes[layer][change.rows] = change.lora_magnitude
     values = trained_values(model, shares)
     others = {key: values[key] for name in shares for key in adapters.trained[name]}
     peft.write(
@@ -749,23 +707,33 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
               trainable: bool = False) -> nn.Module:
     """Add an adapter from a folder, ours or PEFT's, and let it compute; frozen unless `trainable`.
 
-    Returns the model. FileNotFoundError without the two files; ValueError for an adapter of another
-    base, of other shapes, or of a kind that is not here.
+    A plain base is quantised as it was in training. Returns the model. FileNotFoundError without
+    the two files; ValueError for an adapter of another base, of other shapes, or of a kind that is
+    not here.
     """
     sizes = {layer: (module.in_features, module.out_features)
              for layer, module in linear_layers(model).items()}
     fields, layers, others, notes = peft.read(folder, sizes)
+    quantize, init = notes.get("quantize", "none"), notes.get("init")
+    if quantize != "none" and init not in ("kaiming", "gaussian"):
+        print(f"warning: {folder} was trained with init={init} on a base in {quantize} that its files "
+              f"do not hold: logits differ from its run's, which add_adapter_of(model, RUN) of "
+              f"run/load.py gives", file=sys.stderr)
+        quantize = "none"
+    if any(isinstance(module, NF4Linear) for module in model.modules()):
+        quantize = "none"                               # it is already
     # PEFT takes every module whose name ends so, even within a word
     ends = tuple(fields.pop("modules_to_save")) or "\0"
-    config = LoRAConfig(**fields, target_modules=tuple(layers), modules_to_save=tuple(
-        module for module, _ in model.named_modules() if module.endswith(ends)))
-    here, base = check_addition(model, config, name).base_hash, base_parameters(model)
+    saved = tuple(module for module, _ in model.named_modules() if module.endswith(ends))
+    config = LoRAConfig(**fields, target_modules=tuple(layers), modules_to_save=saved,
+                        quantize=quantize)
+    here = check_addition(model, config, name).base_hash
     if here and notes.get("base_hash", here) != here:
         raise ValueError(f"{folder} was trained on another base ({notes['base'] or 'unnamed'}, "
                          f"hash {notes['base_hash'][:8]}); this model's hash is {here[:8]}")
-    for key in trained_names(model, config, layers):
-        if key not in others or others[key].shape != base[key].shape:
-            raise ValueError(f"{folder} has no tensor {key} of shape {tuple(base[key].shape)}")
+    for key, p in trained_parameters(model, config, layers).items():
+        if key not in others or others[key].shape != p.shape:
+            raise ValueError(f"{folder} has no tensor {key} of shape {tuple(p.shape)}")
     with torch.random.fork_rng(devices=[]):             # its random start is overwritten
         add_lora(model, config, name, quiet=True)
     for layer, found in layers.items():

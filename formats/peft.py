@@ -31,6 +31,8 @@ UNSUPPORTED = ("lora_bias", "trainable_token_indices", "target_parameters", "lay
                "megatron_config", "use_qalora", "use_bdlora", "alora_invocation_tokens",
                "arrow_config", "kasa_config", "monteclora_config", "velora_config")
 
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")       # PEFT's init_lora_weights
+
 
 def positive(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
     """Whether this is a finite number above 0."""
@@ -126,20 +128,17 @@ def read(folder: str | Path, sizes: dict[str, tuple[int, int]]):
         raise ValueError(f"{folder}/adapter_model.safetensors has no tensor of a LoRA adapter "
                          f"(NAME.lora_A.weight); save the adapter anew")
     for layer, found in layers.items():
-        for kind in ("A", "B", "magnitude")[:3 if fields["use_dora"] else 2]:
-            if kind not in found:
-                raise ValueError(f"{folder} has no {kind} of layer {layer}")
         if layer not in sizes:
             raise ValueError(f"{folder} adapts {layer}, which this model does not have as a linear "
                              f"layer")
         r, (size, out) = by_pattern(fields["rank_pattern"], layer, fields["r"]), sizes[layer]
-        shapes, wanted = [tuple(found[kind].shape) for kind in ("A", "B")], [(r, size), (out, r)]
-        if shapes != wanted:
-            raise ValueError(f"{folder}: A and B of {layer} are {shapes[0]} and {shapes[1]}; rank "
-                             f"{r} and the model ask for {wanted[0]} and {wanted[1]}")
-        if fields["use_dora"] and found["magnitude"].shape != (out,):
-            raise ValueError(f"{folder}: the magnitude of {layer} is "
-                             f"{tuple(found['magnitude'].shape)}; the model asks for {(out,)}")
+        shapes = {"A": (r, size), "B": (out, r), "magnitude": (out,)}
+        for kind in ("A", "B", "magnitude")[:3 if fields["use_dora"] else 2]:
+            if kind not in found:
+                raise ValueError(f"{folder} has no {kind} of layer {layer}")
+            if found[kind].shape != shapes[kind]:
+                raise ValueError(f"{folder}: {kind} of {layer} is {tuple(found[kind].shape)}; rank "
+                                 f"{r} and the model ask for {shapes[kind]}")
     return fields, layers, others, {"base": settings.get("base_model_name_or_path"), **notes}
 
 
@@ -153,6 +152,11 @@ def _fields(file: Path, settings: Any) -> dict[str, Any]:
     for key in UNSUPPORTED:
         if settings.get(key):
             raise ValueError(f"{file.parent}: {key}={settings[key]} is not supported")
+    init = settings.get("init_lora_weights")
+    if str(init).lower().startswith(CHANGE_THE_BASE):
+        raise ValueError(f"{file.parent}: init_lora_weights={init} changed the base too; convert the "
+                         f"adapter by PEFT's save_pretrained(FOLDER, "
+                         f"path_initial_model_for_weight_conversion=WHERE_IT_STARTED)")
     fields = {}
     for key, (name, default, allowed, what) in FIELDS.items():
         value = default if settings.get(key) is None else settings[key]
@@ -179,10 +183,19 @@ def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return tensors, notes if isinstance(notes, dict) else {}
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern is a name, or the end of one from a dot on; it may be a regular expression.
+    """
+    try:
+        return bool(re.fullmatch(rf"(.*\.)?({pattern})", name))
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is neither a module nor a regular expression: {error}") \
+            from None
+
+
 def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that is the name, or the end of it from a dot on."""
-    return next((value for key, value in patterns.items()
-                 if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+    """The value of the first pattern that matches a name."""
+    return next((value for key, value in patterns.items() if matches(key, name)), default)
 
 
 def base_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

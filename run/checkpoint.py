@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 
+import lora
 from formats.files import atomic_write
 
 FORMAT_VERSION = 1
@@ -51,6 +53,41 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"checkpoint {path} is not of format {FORMAT_VERSION}")
     return state
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that a run changes, by the names of state_dict: all of a plain model's.
+
+    Of a model with an adapter: the adapter, trained biases and modules and, where the base was
+    quantised without what the adapter started with, the codes: a decomposition may differ on
+    another machine.
+    """
+    if not hasattr(model, "adapters"):
+        return model.state_dict()
+    if len(model.adapters.configs) > 1:
+        raise ValueError(f"a run trains one adapter; this model has "
+                         f"{', '.join(model.adapters.configs)}")
+    split = tuple(f"{name}.base_layer." for name, layer in lora.adapted_layers(model).items()
+                  if getattr(layer.base_layer, "low_A", None) is not None)
+    return {key: tensor.detach() for key, tensor in model.state_dict().items()
+            if ".lora_adapters." in key or key.startswith(split)
+            or key.replace(".base_layer.", ".") in model.adapters.original}
+
+
+def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put a `trainable_state` back into such a model, which may have the same adapter."""
+    if not hasattr(model, "adapters"):
+        model.load_state_dict(state)
+        return
+    ours = trainable_state(model)
+    for key in (*ours, *state):
+        here, there = (tuple(tensors[key].shape) if key in tensors else "no tensor"
+                       for tensors in (ours, state))
+        if here != there:
+            raise ValueError(f"{key}: the checkpoint has {there}, this model's adapter has {here}; "
+                             f"the run has other lora settings")
+    for key, tensor in ours.items():
+        tensor.copy_(state[key])
 
 
 def _check_parts(path: Path) -> None:

@@ -125,7 +125,7 @@ def add_adapter_of(model: nn.Module, run: str | Path) -> nn.Module:
     if not any(".lora_adapters." in key for key in state["model"]):
         raise ValueError(f"the run {run} trained no adapter; it is a model itself")
     lora.add_lora(model, build(lora.LoRAConfig, state["config"]["lora"]))
-    lora.load_trainable_state(model, state["model"])
+    checkpoint.load_trainable_state(model, state["model"])
     return model
 
 
@@ -170,7 +170,7 @@ def _load_run(folder: Path, dropout: float, which: str
     if model.adapters.base_hash != state["base"]:
         raise ValueError(f"{folder} trained an adapter of {settings['init_from']}, which has "
                          f"changed since; put the old one back")
-    lora.load_trainable_state(model, state["model"])
+    checkpoint.load_trainable_state(model, state["model"])
     return model, tokenizer
 
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-import lora
+from run.checkpoint import load_trainable_state, trainable_state
 from run.device import autocast, has_compiler
 from run.processes import Processes
 
@@ -97,9 +97,7 @@ class Parallel:
                 tensor = value.full_tensor()
                 gathered[key] = tensor.cpu() if self.rank == 0 else tensor.new_empty(0)
             return gathered[key]
-        weights = (lora.trainable_state(self.model) if hasattr(self.model, "adapters")
-                   else self.model.state_dict())
-        return {"model": _mapped(weights, taken),
+        return {"model": _mapped(trainable_state(self.model), taken),
                 "optimizer": _mapped(optimizer.state_dict(), taken)}
 
     def check_finite(self, world: Processes) -> None:
@@ -124,10 +122,7 @@ class Parallel:
             moments = {**moments, "state": {
                 i: {key: _split(value, parameters[i]) for key, value in entry.items()}
                 for i, entry in moments["state"].items()}}
-        if hasattr(self.model, "adapters"):
-            lora.load_trainable_state(self.model, weights)
-        else:
-            self.model.load_state_dict(weights)
+        load_trainable_state(self.model, weights)
         optimizer.load_state_dict(moments)
 
 

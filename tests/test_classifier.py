@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from run import checkpoint
-import lora
 import ranks
 from run import log as report
 import sample
@@ -281,7 +280,7 @@ def test_beside_an_adapter_the_head_trains_in_full_and_nothing_else(base, review
     assert settings["lora"]["modules_to_save"] == ["head"]
     model, _ = load_model(tmp_path / "run", which="last.pt")
     assert torch.equal(model.head.weight, state["head.weight"])
-    found = lora.trainable_state(model)
+    found = checkpoint.trainable_state(model)
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
     body, old = load_model(tmp_path / "run")[0].gpt, load_model(base)[0]

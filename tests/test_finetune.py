@@ -120,7 +120,7 @@ def test_checkpoints_of_an_adapter_run_hold_the_adapter_only(base, chats, tmp_pa
     assert (tmp_path / "run" / "best.pt").stat().st_size < 0.5 * full
     model, _ = load_model(tmp_path / "run", which="last.pt")
     assert lora.describe(model).startswith("adapter default: ")
-    for name, tensor in lora.trainable_state(model).items():
+    for name, tensor in checkpoint.trainable_state(model).items():
         assert torch.equal(tensor, state["model"][name]), name
     train(build(TrainConfig, {**words, "max_steps": 10}))               # and it goes on
     with pytest.raises(ValueError, match="holds a run with lora.r=2, this one has lora.r=4"):

@@ -15,10 +15,11 @@ from torch import nn
 import lora
 from run.config import build, parse
 from lora import (LoRAConfig, adapted_layers, add_lora, base_parameters, describe, disable_lora,
-                  initial_factors, load_trainable_state, merge_lora, row_lengths, set_adapter,
-                  trainable_state, unload_lora, unmerge_lora, weight_of)
+                  initial_factors, merge_lora, row_lengths, set_adapter, unload_lora, unmerge_lora,
+                  weight_of)
 from model import GPT, GPTConfig
 from fast.nf4 import NF4Linear, nf4_rounded
+from run.checkpoint import load_trainable_state, trainable_state
 
 SHAPE = GPTConfig(block_size=16, vocab_size=53, n_layer=3, n_head=2, n_embd=32)
 VARIANTS = {
@@ -163,7 +164,7 @@ def test_doras_norm_without_forming_the_product_equals_the_direct_one(init):
     shake(add_lora(model, LoRAConfig(r=4, target_modules=("0",), use_dora=True, init=init)), 0.5)
     layer = model[0]
     part = layer.lora_adapters["default"]["whole"]
-    A, B = part.factors()
+    A, B = lora.factors(part)
     expected = (layer.base_layer.weight + part.scale * B @ A).norm(dim=1)
     torch.testing.assert_close(row_lengths(part, layer.base_layer), expected, rtol=1e-5, atol=0)
 
@@ -572,18 +573,18 @@ def test_rank_and_alpha_patterns():
 
 
 @pytest.mark.parametrize("settings,words", [
-    (dict(r=0), "lora.r=0 must be at least 1"),
+    (dict(r=0), "lora.r=0 must be positive"),
     (dict(alpha=0), "lora.alpha=0 must be positive"),
     (dict(dropout=1.0), "lora.dropout=1.0 is not in [0, 1)"),
     (dict(init="pisa"), "lora.init='pisa' is unknown; choose kaiming"),
     (dict(quantize="int8"), "lora.quantize='int8' is unknown; choose none, nf4"),
     (dict(init="loftq"), "add lora.quantize=nf4"),
     (dict(rank_pattern={"c_attn": 0}), "lora.rank_pattern.c_attn=0"),
-    (dict(target_modules=("c_atn",)), "'c_atn' matches no layer; did you mean c_attn"),
-    (dict(target_modules=("wpe",)), "transformer.wpe is Embedding, no linear layer"),
-    (dict(target_modules=("ln_1",)), "transformer.h.0.ln_1 is LayerNorm, no linear layer"),
+    (dict(target_modules=("c_atn",)), "'c_atn' matches no linear layer; did you mean c_attn"),
+    (dict(target_modules=("wpe",)), "'wpe' matches no linear layer; did you mean"),
+    (dict(target_modules=("ln_1",)), "'ln_1' matches no linear layer"),
     (dict(target_modules=("lm_head",)), "lm_head shares its weight with transformer.wte"),
-    (dict(target_modules=("wte",)), "transformer.wte shares its weight with lm_head"),
+    (dict(target_modules=("wte",)), "'wte' matches no linear layer"),
     (dict(target_modules=("c_attn(",)), "neither a module nor a regular expression"),
     (dict(modules_to_save=("lm_head",)), "lm_head shares its weight with transformer.wte"),
     (dict(modules_to_save=("ln_9",)), "'ln_9' matches no module; did you mean ln_"),
@@ -650,5 +651,5 @@ def test_quantising_takes_all_linear_layers_but_the_head():
 
 def test_the_contract_is_importable_from_lora():
     for name in ("LoRAConfig", "add_lora", "merge_lora", "unmerge_lora", "save_lora", "load_lora",
-                 "set_adapter", "disable_lora", "trainable_state", "load_trainable_state"):
+                 "set_adapter", "disable_lora"):
         assert name in lora.__all__ and hasattr(lora, name)

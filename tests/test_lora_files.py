@@ -8,9 +8,10 @@ import torch
 
 from bpe import Tokenizer
 from lora import (LoRAConfig, add_lora, load_lora, merge_lora, save_lora, set_adapter,
-                  trainable_state, unload_lora)
+                  unload_lora)
 from model import GPT, GPTConfig
 from run import checkpoint, export
+from run.checkpoint import trainable_state
 from run.load import add_adapter_of
 
 pytest.importorskip("safetensors")
@@ -133,6 +134,51 @@ def test_saved_and_loaded_adapters_compute_the_same(variant, tmp_path):
         assert trainable_state(loaded).keys() == trainable_state(model).keys()
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
+def test_an_adapter_that_changed_peft_s_base_is_refused_until_it_is_converted(init, theirs,
+                                                                              tmp_path):
+    """PEFT derives such a base anew, from the base it loads the adapter to; here it is as it is."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(theirs, peft_config(4, 6, dict(init_lora_weights=init)))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = init
+    shake(model)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=f"init_lora_weights={init} changed the base too") as error:
+        load_lora(gpt(), tmp_path / "plain")
+    assert "path_initial_model_for_weight_conversion" in str(error.value)
+    assert "\n" not in str(error.value)
+    model.save_pretrained(tmp_path / "converted",
+                          path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    torch.testing.assert_close(logits(load_lora(gpt(), tmp_path / "converted")), expected,
+                               rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", [{}, dict(use_dora=True), dict(bias="all"),
+                                     dict(target_modules=("c_attn.q", "c_fc"), init="gaussian"),
+                                     dict(modules_to_save=("h.1.mlp",))])
+def test_an_adapter_of_a_quantised_base_quantises_a_plain_one(variant, tmp_path, capsys):
+    model = shake(add_lora(gpt(), LoRAConfig(r=4, alpha=6, quantize="nf4", **variant)))
+    save_lora(model, tmp_path)
+    loaded = load_lora(gpt(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    load_lora(loaded, tmp_path, "again")                    # quantised already
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match="the base has adapters already"):
+        load_lora(add_lora(gpt(), LoRAConfig()), tmp_path, "other")
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_files_that_do_not_hold_the_quantised_base_say_so(init, tmp_path, capsys):
+    save_lora(add_lora(gpt(), LoRAConfig(r=4, quantize="nf4", init=init)), tmp_path)
+    load_lora(gpt(), tmp_path)
+    warning, = capsys.readouterr().err.splitlines()
+    assert f"was trained with init={init} on a base in nf4" in warning
+
+
 def test_pissa_is_saved_as_an_ordinary_lora_of_twice_the_rank(tmp_path):
     save_lora(shake(add_lora(gpt(), LoRAConfig(r=4, alpha=6, init="pissa"))), tmp_path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -233,8 +279,7 @@ KEY = "base_model.model.transformer.h.1.attn.c_attn."
     (lambda t: {k.replace("c_attn", "c_att"): v for k, v in t.items()}, {},
      "adapts transformer.h.0.attn.c_att, which this model does not have"),
     (lambda t: {**t, KEY + "lora_A.weight": torch.zeros(4, 31)}, {},
-     "A and B of transformer.h.1.attn.c_attn are (4, 31) and (96, 4); rank 4 and the model ask for "
-     "(4, 32) and (96, 4)"),
+     "A of transformer.h.1.attn.c_attn is (4, 31); rank 4 and the model ask for (4, 32)"),
     (None, dict(r=5), "rank 5 and the model ask for (5, 32)"),
     (lambda t: {k: v for k, v in t.items() if k != KEY + "lora_B.weight"}, {},
      "has no B of layer transformer.h.1.attn.c_attn"),
@@ -242,6 +287,7 @@ KEY = "base_model.model.transformer.h.1.attn.c_attn."
     (None, dict(bias="lora_only"), "has no tensor transformer.h.0.attn.c_attn.bias of shape (96,)"),
     (None, dict(peft_type="LOHA"), "holds a LOHA adapter; only LORA is read"),
     (None, dict(lora_bias=True), "lora_bias=True is not supported"),
+    (None, dict(init_lora_weights="olora"), "init_lora_weights=olora changed the base too; convert"),
 ])
 def test_files_that_do_not_fit_are_refused_in_one_line(change, settings, words, tmp_path):
     save_lora(add_lora(gpt(), LoRAConfig(r=4)), tmp_path)
@@ -307,7 +353,7 @@ def test_damaged_files_are_refused_in_one_line(file, change, words, tmp_path):
      "transformer.h.1.attn.c_attn.lora_B.weight holds values that are not finite"),
     (lambda t: {"ln_f.weight": torch.ones(32)}, "has no tensor of a LoRA adapter"),
     (lambda t: {}, "has no tensor of a LoRA adapter"),
-    (lambda t: {**t, KEY + "lora_A.weight": torch.zeros(128)}, "A and B of transformer.h.1"),
+    (lambda t: {**t, KEY + "lora_A.weight": torch.zeros(128)}, "A of transformer.h.1.attn.c_attn is (128,)"),
 ])
 def test_tensors_that_cannot_be_an_adapters_are_refused_in_one_line(change, words, tmp_path):
     save_lora(add_lora(gpt(), LoRAConfig(r=4)), tmp_path)
