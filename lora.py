@@ -281,8 +281,8 @@ def new_change(module: nn.Module, layer: str, part: str, config: LoRAConfig) -> 
     if len(A) < r:
         raise ValueError(f"lora.r={r} is above the {len(A)} directions of {name}, which "
                          f"init={config.init} takes them from")
-    kind, B = (LowRank, A.new_zeros(rows.stop - rows.start, r)) if B is None \
-        else (LowRankFromWeight, B)
+    kind = LowRank if B is None else LowRankFromWeight
+    B = A.new_zeros(rows.stop - rows.start, r) if B is None else B
     # contiguous: strides would change the rounding
     change = kind(A.contiguous(), B.contiguous(), scale, config.dropout, rows)
     if config.use_dora:
@@ -622,12 +622,9 @@ def check(config: LoRAConfig) -> None:
 
 
 def check_addition(model: nn.Module, config: LoRAConfig, name: str) -> Adapters:
-    """`model.adapters`, new ones of a plain model; ValueError where this one cannot be among them.
-    """
-    if not hasattr(model, "adapters"):
-        adapters = Adapters(peft.base_hash(model.named_parameters()))
-    else:
-        adapters = adapters_of(model, to="add an adapter")
+    """`model.adapters`, new ones of a plain model; ValueError where this one cannot join them."""
+    adapters = (adapters_of(model, to="add an adapter") if hasattr(model, "adapters") else
+                Adapters(peft.base_hash(model.named_parameters())))
     if name in adapters.configs:
         raise ValueError(f"there is an adapter {name!r} already; choose another name")
     if not name or "." in name or hasattr(nn.ModuleDict, name):
@@ -716,9 +713,9 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
     fields, layers, others, notes = peft.read(folder, sizes)
     quantize, init = notes.get("quantize", "none"), notes.get("init")
     if quantize != "none" and init not in ("kaiming", "gaussian"):
-        print(f"warning: {folder} was trained with init={init} on a base in {quantize} that its files "
-              f"do not hold: logits differ from its run's, which add_adapter_of(model, RUN) of "
-              f"run/load.py gives", file=sys.stderr)
+        print(f"warning: {folder} was trained with init={init} on a base in {quantize} that its "
+              f"files do not hold: logits differ; add_adapter_of(model, RUN) of run/load.py gives "
+              f"those of its run", file=sys.stderr)
         quantize = "none"
     if any(isinstance(module, NF4Linear) for module in model.modules()):
         quantize = "none"                               # it is already

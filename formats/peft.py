@@ -154,8 +154,8 @@ def _fields(file: Path, settings: Any) -> dict[str, Any]:
             raise ValueError(f"{file.parent}: {key}={settings[key]} is not supported")
     init = settings.get("init_lora_weights")
     if str(init).lower().startswith(CHANGE_THE_BASE):
-        raise ValueError(f"{file.parent}: init_lora_weights={init} changed the base too; convert the "
-                         f"adapter by PEFT's save_pretrained(FOLDER, "
+        raise ValueError(f"{file.parent}: init_lora_weights={init} changed the base too; convert "
+                         f"the adapter by PEFT's save_pretrained(FOLDER, "
                          f"path_initial_model_for_weight_conversion=WHERE_IT_STARTED)")
     fields = {}
     for key, (name, default, allowed, what) in FIELDS.items():

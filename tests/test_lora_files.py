@@ -287,7 +287,8 @@ KEY = "base_model.model.transformer.h.1.attn.c_attn."
     (None, dict(bias="lora_only"), "has no tensor transformer.h.0.attn.c_attn.bias of shape (96,)"),
     (None, dict(peft_type="LOHA"), "holds a LOHA adapter; only LORA is read"),
     (None, dict(lora_bias=True), "lora_bias=True is not supported"),
-    (None, dict(init_lora_weights="olora"), "init_lora_weights=olora changed the base too; convert"),
+    (None, dict(init_lora_weights="olora"),
+     "init_lora_weights=olora changed the base too; convert the adapter"),
 ])
 def test_files_that_do_not_fit_are_refused_in_one_line(change, settings, words, tmp_path):
     save_lora(add_lora(gpt(), LoRAConfig(r=4)), tmp_path)
@@ -353,7 +354,8 @@ def test_damaged_files_are_refused_in_one_line(file, change, words, tmp_path):
      "transformer.h.1.attn.c_attn.lora_B.weight holds values that are not finite"),
     (lambda t: {"ln_f.weight": torch.ones(32)}, "has no tensor of a LoRA adapter"),
     (lambda t: {}, "has no tensor of a LoRA adapter"),
-    (lambda t: {**t, KEY + "lora_A.weight": torch.zeros(128)}, "A of transformer.h.1.attn.c_attn is (128,)"),
+    (lambda t: {**t, KEY + "lora_A.weight": torch.zeros(128)},
+     "A of transformer.h.1.attn.c_attn is (128,)"),
 ])
 def test_tensors_that_cannot_be_an_adapters_are_refused_in_one_line(change, words, tmp_path):
     save_lora(add_lora(gpt(), LoRAConfig(r=4)), tmp_path)
