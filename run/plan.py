@@ -54,7 +54,8 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, world:
         f"what has no label stands in [brackets]:", marked_example(x[0], y[0], data)]
     if world.rank == 0:
         print("\n".join(lines))
-    return {"parameters": n, "trained": trained, "max_steps": config.max_steps}
+    return {"parameters": n, "trained": trained, "max_steps": config.max_steps,
+            "flops_per_token": model.flops_per_token()}
 
 
 def marked_example(x: torch.Tensor, y: torch.Tensor, data: Any, width: int = 64) -> str:

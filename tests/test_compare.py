@@ -1,0 +1,376 @@
+"""experiments/compare.py: the test it calls differences by, its runs, and that it knows its noise."""
+import json
+import math
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import pydocs
+from experiments import compare
+from experiments.compare import changed, drawn_by_name, perform, read, train_all
+from experiments.studies import chat as chat_study
+from experiments.ttest import holm, paired, seeds_needed, t_quantile, two_sided_p
+from model import GPT, GPTConfig
+
+REPOSITORY = Path(__file__).parent.parent
+STUDIES = REPOSITORY / "experiments" / "studies"
+
+
+@pytest.fixture
+def words(dataset, tmp_path):
+    """A base that trains in a tenth of a second."""
+    return ["demo", f"--data={dataset}", f"--out={tmp_path / 'compare'}", "--max_steps=6",
+            "--batch_tokens=64", "--micro_batch=4", "--warmup_steps=2", "--dtype=float32",
+            "--compile=off", "--device=cpu", "--eval_tokens=256", "--model.block_size=16",
+            "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16"]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs in this process: their memory and patches are not their own, which such tests leave."""
+    monkeypatch.setattr(compare, "in_processes", lambda function, tasks, jobs: (
+        (i, function(*task)) for i, task in enumerate(tasks)))
+
+
+def found(words, *more):
+    return compare.compare(read([*words, *more]))
+
+
+# ----------------------------------------------------------------------------- statistics
+
+@pytest.mark.parametrize("df,quantile", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622),
+                                         (30, 2.0423), (1000, 1.9623)])
+def test_t_quantiles_are_those_of_the_tables(df, quantile):
+    assert t_quantile(0.975, df) == pytest.approx(quantile, abs=1e-4)
+    assert two_sided_p(quantile, df) == pytest.approx(0.05, abs=2e-5)
+
+
+def test_p_values_equal_their_closed_forms():
+    for t in (0.0, 0.3, 1.0, 4.0, 50.0):                        # 1 and 2 degrees of freedom
+        assert two_sided_p(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-12)
+        assert two_sided_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
+
+
+def test_the_paired_test_equals_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for n in (2, 5, 40):
+        values = [random.Random(n).gauss(0.3, 1) for _ in range(n)]
+        theirs, ours = stats.ttest_1samp(values, 0), paired(values)
+        assert ours.p == pytest.approx(theirs.pvalue, rel=1e-9)
+        assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+
+
+def test_a_paired_test_is_by_hand():
+    """Differences 1, 2, 3: mean 2, error 1/sqrt(3), t = 3.464; p = 1 - t / sqrt(2 + t²)."""
+    test, t = paired([1.0, 2.0, 3.0]), 2 * math.sqrt(3)
+    assert (test.n, test.mean, test.spread) == (3, 2.0, 1.0)
+    assert test.p == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert (test.low, test.high) == pytest.approx((2 - 4.30265 / math.sqrt(3),
+                                                   2 + 4.30265 / math.sqrt(3)), abs=1e-4)
+    assert paired([0.0, 0.0]).p == 1 and paired([0.5, 0.5]).p == 0
+    assert paired([0.5]).p is None
+
+
+def test_holm_is_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def simulated(rng, n, shift=0.0):
+    """The p of n pairs of normal losses whose means differ by `shift` deviations of one loss."""
+    return paired([rng.gauss(shift, 1) - rng.gauss(0, 1) for _ in range(n)]).p
+
+
+def test_normal_noise_is_called_a_difference_in_5_percent_and_two_floors_in_most():
+    """1,000 comparisons have a deviation of 0.7%, so 3 to 7% leaves nearly three on either side."""
+    rng, floor = random.Random(0), math.sqrt(2)
+    assert 30 <= sum(simulated(rng, 5) < 0.05 for _ in range(1000)) <= 70
+    assert sum(simulated(rng, 5, 2 * floor) < 0.05 for _ in range(1000)) >= 800
+
+
+def test_so_many_seeds_find_an_effect_in_80_percent():
+    """Within 5%: the deviation over 400 comparisons is 2%, and the formula is an approximation."""
+    rng, n = random.Random(0), seeds_needed(spread=math.sqrt(2), effect=1.0)
+    assert n == 18
+    assert 0.75 <= sum(simulated(rng, n, 1.0) < 0.05 for _ in range(400)) / 400 <= 0.87
+    assert seeds_needed(0.0, 1.0) == 2 and seeds_needed(1.0, 1e-9) == 10_000
+
+
+# ----------------------------------------------------------------------------- what is asked
+
+def test_a_grid_has_every_point_but_the_base():
+    plan = read(["lora-demo", "--set=lora.r=2,8", "--set=lora.alpha=4,16"])
+    assert [v.name for v in plan.variants] == ["base", "lora.r=2 lora.alpha=4",
+                                               "lora.r=2 lora.alpha=16", "lora.r=8 lora.alpha=4"]
+    plan = read(["lora-demo", "--variant=lora.init=loftq lora.quantize=nf4", "--variant=lora=none"])
+    quantized, full = (changed(plan.base, v.changes) for v in plan.variants[1:])
+    assert (quantized["lora.init"], quantized["lora.quantize"]) == ("loftq", "nf4")
+    assert full["lora"] is None and not any(name.startswith("lora.") for name in full)
+    assert [v.name for v in read(["demo"]).variants] == ["base"]
+
+
+def test_values_are_those_of_the_command_line_and_the_floor_follows_the_rate():
+    base = read(["lora-demo"]).base
+    wider = changed(base, {"lora.target_modules": "c_attn+c_fc", "learning_rate": "4e-3"})
+    assert wider["lora.target_modules"] == ("c_attn", "c_fc")
+    assert wider["learning_rate"] == 4e-3 and wider["min_learning_rate"] == pytest.approx(4e-4)
+    assert base["epochs"] == 2 and changed(base, {"max_steps": "9"})["epochs"] == 0
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--set=lora.r=1", "lora on init_from=scratch"),
+    ("--set=optim.optimiser=muon", "unknown setting --optim.optimiser; did you mean"),
+    ("--set=learning_rate", "set=learning_rate cannot be done; write NAME=VALUE,VALUE"),
+    ("--tune=max_steps=1,2", "do not tune them"), ("--set=seed=1,2", "seed cannot be compared"),
+    ("--seed=3", "seed and dry_run cannot be set here"), ("--seeds=0", "seeds=0 is not in 1"),
+    ("--set learning_rate=1", "settings are written --key=value"),
+    ("--variant=muon", "variant=muon: 'muon' is no NAME=VALUE"),
+    ("--patch=nowhere.py", "patch=nowhere.py cannot be read: No such file"),
+    ("--equal=minutes --jobs=2", "jobs=2 makes times worthless"),
+    ("--set=learning_rate=1e-3 --tune=learning_rate=1e-2", "both compared and tuned"),
+    ("--tune=learning_rate=fast", "'fast' is not allowed")])
+def test_bad_input_is_told_in_one_line(flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read(["demo", *flags.split()])
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="there is no preset 'domo'"):
+        read(["domo"])
+
+
+def test_the_commands_of_the_studies_are_right():
+    """Each function of a study hands its words on; what is left are words of experiments.compare."""
+    count = 0
+    for path in STUDIES.glob("*.sh"):
+        text = path.read_text().replace("\\\n", " ")
+        bodies = dict(re.findall(r"^(\w+)\(\) \{\s*(.*?)\s*\}", text, re.M | re.S))
+        for line in re.findall(rf"^(?:{'|'.join(bodies)}) .*", text, re.M):
+            while (name := line.split()[0]) in bodies:
+                line = bodies[name].replace('"$@"', line.removeprefix(name))
+            given = shlex.split(line.replace('"$@"', ""))
+            assert given[:3] == ["python", "-m", "experiments.compare"]
+            assert len(read(given[3:]).variants) > 1
+            count += 1
+    assert count >= 11
+
+
+def test_arms_of_the_data_study_differ_in_one_thing_and_are_tested_on_nothing_they_saw():
+    seen = [(f"a.f{i}(x)", "Do it." if i % 2 else f"Return the number {i} of them all.")
+            for i in range(128)]
+    unseen = [(f"b.g{i}(y)", f"Give {i} of {'many ' * (i % 2) * 9}things.") for i in range(8)]
+    studies = {name: (arms, tests) for name, arms, tests in chat_study.studies(seen, unseen, 64)}
+    for arms, tests in studies.values():
+        trained, asked = ({message["content"] for talks in part.values() for talk in talks
+                           for message in talk if message["role"] == "user"}
+                          for part in (arms, tests))
+        assert trained and asked and not trained & asked
+    sizes = {name: [len(talks) for talks in arms.values()] for name, (arms, _) in studies.items()}
+    assert sizes == {"repeats": [64, 16, 4, 1], "same": [64] * 3, "wording": [64] * 2,
+                     "lengths": [64] * 3, "system": [64] * 3, "topics": [64, 32]}
+    answers = [[talk[-1]["content"] for talk in talks] for talks in studies["same"][0].values()]
+    assert [found.count(chat_study.SAME) for found in answers] == [0, 7, 32]
+    one_way = studies["wording"][0]["one"]
+    assert len({talk[0]["content"].split("`")[0] for talk in one_way}) == 1 < len(pydocs.FUNCTION)
+    assert [sum(talk[0]["role"] == "system" for talk in talks)
+            for talks in studies["system"][0].values()] == [0, 64, 32]
+
+
+# ----------------------------------------------------------------------------- runs
+
+def test_parameters_of_one_name_start_alike_and_differ_by_seed():
+    def start(seed, **more):
+        with drawn_by_name(seed):
+            return dict(GPT(GPTConfig(block_size=8, vocab_size=50, n_head=2, n_embd=8, **more))
+                        .named_parameters())
+    small, deep, bare = start(0, n_layer=1), start(0, n_layer=3), start(0, n_layer=1, bias=False)
+    for name, p in small.items():
+        if name in bare:
+            assert torch.equal(p, bare[name]), name
+        if "c_proj" not in name:
+            assert torch.equal(p, deep[name]), name
+    name = "transformer.h.0.mlp.c_proj.weight"      # 1/sqrt(2 n_layer), on the same draws
+    torch.testing.assert_close(small[name], deep[name] * math.sqrt(3))
+    other = start(1, n_layer=1)["transformer.wte.weight"]
+    assert not torch.equal(other, small["transformer.wte.weight"])
+    assert other.std().item() == pytest.approx(0.02, rel=0.2)
+    plain = GPT.__init__
+    with drawn_by_name(0):
+        assert GPT.__init__ is not plain
+    assert GPT.__init__ is plain
+
+
+def test_a_comparison_trains_each_run_once_and_says_what_it_found(words, tmp_path, capsys):
+    more = ["--set=learning_rate=1e-9,5e-3", "--seeds=3"]       # 5e-3 is the base
+    compare.main([*words, *more])
+    out = tmp_path / "compare"
+    report, text = json.loads((out / "compare.json").read_text()), (out / "compare.md").read_text()
+    assert list(report["variants"]) == ["base", "learning_rate=1e-9"]
+    base, slow = report["variants"].values()
+    assert all(b < s for b, s in zip(base["losses"], slow["losses"])) and slow["p_corrected"] < 0.05
+    assert slow["verdict"].startswith("learning_rate=1e-9: higher loss than the base, +")
+    assert report["noise_floor"] == pytest.approx(math.sqrt(2) * base["spread"])
+    assert slow["verdict"] in text and text.strip() in capsys.readouterr().out
+    assert base["seconds"] > 0 and base["memory_mib"] > 50 and base["tokens"] == 6 * 64
+    assert f"`python -m experiments.compare demo" in text and "3 paired seeds" in text
+    results = {path: path.stat().st_ino for path in out.glob("runs/*/result.json")}
+    assert len(results) == 6 and not list(out.glob("runs/*/last.pt"))
+
+    compare.main([*words, "--set=learning_rate=1e-9", "--seeds=4", "--name=four"])
+    after = {path: path.stat().st_ino for path in out.glob("runs/*/result.json")}
+    assert len(after) == 8 and results.items() <= after.items()     # write_json makes a new file
+    four = json.loads((out / "four.json").read_text())["variants"]
+    assert four["base"]["losses"][:3] == base["losses"]
+    if (out / "compare.png").exists():
+        assert (out / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_one_seed_is_no_finding_and_equal_losses_are_none(words, here):
+    report = found(words, "--set=learning_rate=1e-3", "--seeds=1")
+    assert "with one seed, which says nothing of noise" in compare.markdown(report)
+    report = found(words, "--set=log_every=5", "--seeds=2")
+    assert report["variants"]["log_every=5"]["verdict"].endswith("equal to the last bit")
+
+
+def test_several_comparisons_are_corrected_for_and_a_divergence_is_no_number(words, here):
+    report = found(words, "--set=learning_rate=1e-3,2e-3,1e30", "--seeds=2")
+    one, two, lost = list(report["variants"].values())[1:]
+    assert sorted([one["p_corrected"], two["p_corrected"]]) == pytest.approx(
+        sorted(holm([one["difference"]["p"], two["difference"]["p"]])))
+    assert lost["mean"] is None and lost["losses"] == [None, None]
+    assert lost["verdict"] == ("learning_rate=1e30: no test, as learning_rate=1e30 diverged in 2 of "
+                               "2 seeds")
+    text = compare.markdown(report)
+    assert "3 comparisons with the base" in text and "Holm" in text and "diverged" in text
+    assert json.loads(json.dumps(report, allow_nan=False))
+
+
+def test_tuning_takes_the_best_of_each_on_other_seeds_and_says_where_it_is_at_the_edge(words, here):
+    report = found(words, "--set=optim.optimizer=muon", "--tune=learning_rate=1e-4,1e-3,2e-2",
+                   "--tune_seeds=2", "--seeds=2")
+    for name, row in report["variants"].items():
+        means = {r["values"]["learning_rate"]: r["mean"] for r in report["tuning"][name]}
+        assert row["tuned"]["values"]["learning_rate"] == min(means, key=means.get)
+        assert all(len(r["losses"]) == 2 for r in report["tuning"][name])
+    assert report["variants"]["base"]["tuned"]["at_the_edge"] == ["learning_rate"]
+    assert "best at the edge of what was tried, a better one may lie beyond: base (learning_rate)" \
+        in compare.markdown(report)
+    assert not {tuple(row["losses"]) for row in report["variants"].values()} & {
+        tuple(r["losses"]) for rows in report["tuning"].values() for r in rows}
+
+
+def test_the_best_of_a_tuning_is_by_hand():
+    base = compare.Variant("base", {})
+    tuned = [{"a": "1"}, {"a": "2"}, {"a": "3"}]
+    rows = compare.choose([base], tuned, [3.0, 3.0, 2.0, 2.5, None, 0.0])["base"]
+    assert [row["best"] for row in rows] == [False, True, False]
+    assert rows[1]["at_the_edge"] == [] and rows[2]["mean"] is None
+    words = compare.choose([base], [{"a": "x"}, {"a": "y"}], [1.0, 2.0])["base"]
+    assert words[0]["at_the_edge"] == []
+    with pytest.raises(ValueError, match="base diverges with every value of --tune"):
+        compare.choose([base], tuned, [None] * 3)
+
+
+@pytest.mark.parametrize("equal", ["tokens", "flops", "minutes"])
+def test_runs_have_an_equal_share(words, here, equal):
+    report = found(words, "--set=model.n_layer=3", "--set=batch_tokens=32", f"--equal={equal}",
+                   "--seeds=2", "--max_steps=48")
+    base, deep = report["variants"].values()
+    if equal == "tokens":
+        assert (base["steps"], deep["steps"], deep["tokens"]) == (48, 96, base["tokens"])
+    elif equal == "flops":                              # 16 wide: mostly the head, so not a third
+        assert 48 < deep["steps"] < 96 and deep["tokens"] < base["tokens"]
+    assert base["steps"] == 48 and deep["steps"] >= 1
+
+
+def test_a_setting_that_is_the_length_itself_is_compared_as_it_is(words, here):
+    report = found(words, "--set=max_steps=3", "--seeds=1")
+    assert [row["steps"] for row in report["variants"].values()] == [6, 3]
+
+
+def test_a_patch_is_in_its_variant_alone_and_its_source_in_the_result(words, tmp_path):
+    patch = tmp_path / "worse.py"
+    patch.write_text("import torch.nn.functional as F\nimport model\n\n"
+                     "class Zero:\n    def __getattr__(self, name):\n        return getattr(F, name)"
+                     "\n    def gelu(self, x, **named):\n        return 0 * x\n\nmodel.F = Zero()\n")
+    report = found(words, f"--patch={patch}", "--seeds=2")
+    base, worse = report["variants"].values()
+    assert list(report["variants"])[1] == "worse.py" and worse["patch"] == patch.read_text()
+    assert all(a != b for a, b in zip(base["losses"], worse["losses"]))
+    assert base["losses"] == found(words, "--seeds=2")["variants"]["base"]["losses"]
+
+    patch.write_text("\nimport nothing_like_it\n")
+    with pytest.raises(ValueError, match="broken|the patch fails, line 2: ModuleNotFoundError"):
+        found(words, f"--patch={patch}", "--seeds=2")
+
+
+def test_several_at_once_find_the_same_and_no_times(words, tmp_path):
+    one, two = (found(words, "--set=optim.optimizer=muon", "--seeds=2", f"--jobs={jobs}",
+                      f"--out={tmp_path / str(jobs)}") for jobs in (1, 2))
+    for name, row in one["variants"].items():       # other sums where there are more threads
+        assert two["variants"][name]["losses"] == pytest.approx(row["losses"], rel=1e-4)
+        assert two["variants"][name]["seconds"] is None and row["seconds"] > 0
+    assert "times are worthless" in compare.markdown(two)
+
+
+def test_a_killed_comparison_goes_on_and_nothing_is_trained_twice(words, here, tmp_path):
+    whole = found(words, "--seeds=3", "--max_steps=40", f"--out={tmp_path / 'whole'}")
+    command = [*words, "--seeds=3", "--max_steps=40"]
+    child = subprocess.Popen([sys.executable, "-m", "experiments.compare", *command],
+                             cwd=REPOSITORY, stdout=subprocess.DEVNULL,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    out, end = tmp_path / "compare", time.monotonic() + 120
+    while not (done := list(out.glob("runs/*/result.json"))):
+        assert child.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    time.sleep(0.5)                                     # its runs end with it
+    inodes = {path: path.stat().st_ino for path in done}
+    report = found(command)
+    assert {path: path.stat().st_ino for path in done} == inodes
+    assert report["variants"]["base"]["losses"] == whole["variants"]["base"]["losses"]
+
+
+def test_other_data_settings_or_patches_are_other_runs(words, dataset):
+    plan = read(words)
+
+    def identity(settings=plan.base, patch=""):
+        return compare.Trial("", settings, patch).identity
+    before = identity()
+    assert identity({**plan.base, "out": "elsewhere"}) == before
+    assert before not in (identity(patch="pass"), identity({**plan.base, "seed": 1}))
+    meta = dataset / "meta.json"
+    meta.write_text(meta.read_text() + "\n")
+    assert identity() != before
+
+
+# ----------------------------------------------------------------------------- it knows itself
+
+@pytest.mark.slow
+def test_real_runs_that_differ_in_nothing_are_called_different_in_5_percent(words, tmp_path):
+    """200 pairs of 5 seeds against 5 others of one tiny setting: 3 to 7% are called different. An
+    effect of two noise floors is found in at least 80% of them."""
+    plan = read(words)
+    losses = []
+    for seed in range(2000):
+        trial = compare.Trial("", {**plan.base, "seed": seed}, "")
+        losses.append(perform(trial, tmp_path / "run")["loss"])
+        for path in (tmp_path / "run").iterdir():
+            path.unlink()
+    pairs = [(losses[i:i + 5], losses[i + 5:i + 10]) for i in range(0, 2000, 10)]
+    mean = sum(losses) / len(losses)
+    floor = math.sqrt(2 * sum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1))
+
+    def called(shift):
+        return sum(paired([a - b + shift for a, b in zip(*pair)]).p < 0.05 for pair in pairs) / 200
+    print(f"called different: nothing {called(0):.1%}, two noise floors {called(2 * floor):.1%}")
+    assert 0.03 <= called(0) <= 0.07
+    assert called(2 * floor) >= 0.8
