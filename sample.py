@@ -235,11 +235,11 @@ def read_prompts(path: Path) -> list[tuple[list[Message], str | None]]:
         lines = path.read_text(encoding="utf-8").splitlines()
         found = [([{"role": "user", "content": line}], None) for line in lines if line.strip()]
     else:
-        for line, record in conversations.read_records(path):
+        for place, record in conversations.read_records(path):
             try:
                 found.append(_prompt_of(record))
             except ValueError as error:
-                raise ValueError(f"{path}:{line}: {error}") from None
+                raise ValueError(f"{place}: {error}") from None
     if not found:
         raise ValueError(f"{path} has no prompts")
     return found

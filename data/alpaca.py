@@ -9,7 +9,7 @@ Source: github.com/tatsu-lab/stanford_alpaca (Taori et al. 2023).
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from data import conversations
 from data.prepared import DATA
@@ -20,28 +20,29 @@ from run.config import parse, run_command
 COMMIT = "761dc5bfbdeeffa89b8bff5d038781a4055f796a"
 URL = f"https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/{COMMIT}/alpaca_data.json"
 GIT_BLOB = "3779ddbc040543ab1834ef216c983d6fcc06cc9a"       # git ls-tree HEAD alpaca_data.json
-RECORDS = 52_002
 
 
 @dataclass(frozen=True)
 class AlpacaConfig:
     from_: str = ""  # a local file; empty: download it once
     on_error: Literal["skip", "refuse"] = "skip"  # what to do with a broken record
-    tokenizer: str = ""  # gpt2 or a tokenizer's path, to count tokens with; the data know none, so
-        # this is optional
+    tokenizer: str = ""  # gpt2 or a tokenizer's path, to count tokens with; may be empty
     validation: float = 0.05  # share of the records that validates
     out: str = ""  # folder of the data set; empty: data/alpaca
+
+
+def read(source: str = "", on_error: str = "skip"
+         ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The conversations of files, or of the download, and how many records were dropped why."""
+    files = find_files(source, RECORDS) if source else [download(
+        URL, DATA / "alpaca" / "alpaca_data.json", GIT_BLOB, "python -m data.alpaca --from=FILE")]
+    return conversations.read(files, "alpaca", on_error)
 
 
 def prepare(config: AlpacaConfig = AlpacaConfig()) -> Path:
     """Alpaca as a set of conversations; returns its folder."""
     folder = Path(config.out or DATA / "alpaca")
-    files = find_files(config.from_, RECORDS) if config.from_ else [download(
-        URL, folder / "alpaca_data.json", GIT_BLOB, "python -m data.alpaca --from=FILE")]
-    found, dropped = conversations.read(files, "alpaca", config.on_error)
-    records = len(found) + sum(dropped.values())
-    if records != RECORDS:
-        print(f"{files[0]} has {records:,} records, not the {RECORDS:,} of Stanford Alpaca")
+    found, dropped = read(config.from_, config.on_error)
     conversations.write_conversations(folder, found, config.from_ or URL, config.validation,
                                       dropped, tokenizer=config.tokenizer)
     return folder

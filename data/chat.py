@@ -71,8 +71,7 @@ class ChatConfig:
     format: Literal["auto", "messages", "alpaca", "conversation", "sharegpt"] = "auto"
         # of the records; auto: told by their keys
     on_error: Literal["skip", "refuse"] = "skip"  # what to do with a broken record
-    tokenizer: str = ""  # gpt2 or a tokenizer's path, to count tokens with; the data know none, so
-        # this is optional
+    tokenizer: str = ""  # gpt2 or a tokenizer's path, to count tokens with; may be empty
     validation: float = 0.05  # share of the conversations that validates
 
 

@@ -23,7 +23,7 @@ from typing import Any, Callable, Iterable
 
 from bpe import Tokenizer
 from data.prepared import split_by_hash, write_dataset
-from data.texts import lone_surrogate, read_records
+from data.texts import check_characters, read_records
 
 Message = dict[str, str]
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
@@ -46,8 +46,7 @@ def check_messages(messages: Any) -> None:
         if not content.strip():
             raise ValueError(f"empty {'answer' if role == 'assistant' else role + ' message'}: "
                              f"message {i + 1} says nothing")
-        if wrong := lone_surrogate(content):
-            raise ValueError(f"half a surrogate pair: {wrong} in message {i + 1} is no character")
+        check_characters(content, f"no text: message {i + 1}")
         if message.get("input") and not content.endswith("\n\n" + message["input"]):
             raise ValueError(f"no input: the content of message {i + 1} does not end with a blank "
                              f"line and its input")
@@ -139,28 +138,22 @@ def read(files: Iterable[Path], format: str = "auto", on_error: str = "skip"
          ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """All conversations of the files, {"messages": ...} each, and how many were dropped why.
 
-    A broken record is reported on stderr with its line; on_error="refuse" raises it instead. What a
-    record says of its "task" (or "category") is kept, for data/inspect_chat.py.
+    A broken record is reported on stderr with its place; on_error="refuse" raises it instead.
     """
     conversations, dropped = [], Counter()
     for path in files:
-        for line, record in read_records(path):
+        for place, record in read_records(path):
             try:
                 if isinstance(record, ValueError):
                     raise record
-                conversation: dict[str, Any] = {"messages": convert(record, format)}
+                conversations.append({"messages": convert(record, format)})
             except ValueError as error:
                 if on_error == "refuse":
-                    raise ValueError(f"{path}:{line}: {error}; correct it, or leave out broken "
-                                     f"records with --on_error=skip") from None
+                    raise ValueError(f"{place}: {error}; correct it, or leave out broken records "
+                                     f"with --on_error=skip") from None
                 dropped[str(error).partition(":")[0]] += 1
                 if sum(dropped.values()) <= SHOWN:
-                    print(f"{path}:{line}: {error}; skipped", file=sys.stderr)
-                continue
-            task = record.get("task") or record.get("category")
-            if isinstance(task, str):
-                conversation["task"] = task
-            conversations.append(conversation)
+                    print(f"{place}: {error}; skipped", file=sys.stderr)
     if sum(dropped.values()) > SHOWN:
         print(f"... and {sum(dropped.values()) - SHOWN:,} more", file=sys.stderr)
     return conversations, dropped

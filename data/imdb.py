@@ -15,12 +15,13 @@ import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, Literal
+from typing import Iterator, Literal, NamedTuple
 
 from data.conversations import Message, write_conversations
 from data.corpus import named_tokenizer, write_shards
 from data.labels import read_examples, write_examples
 from data.prepared import DATA, split_by_hash
+from data.texts import find_files
 from formats.download import download
 from run.config import parse, run_command
 
@@ -42,51 +43,53 @@ class ImdbConfig:
         # data/imdb_classes
 
 
-Review = tuple[str, str, int]           # "train" or "test", the text, 1 for positive
+class Review(NamedTuple):
+    """A film review; label 0 is negative, 1 positive."""
+    text: str
+    label: int
 
 
-def texts_of_folder(folder: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of what may be reviews in the unpacked archive."""
-    for path in sorted(folder.glob("*/*/*.txt")):
-        yield path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")
-
-
-def texts_of_archive(path: Path) -> Iterator[tuple[str, str]]:
-    """The same, read from the archive as it is; nothing is unpacked onto the disk."""
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if REVIEW.fullmatch(member.name):
-                yield member.name, archive.extractfile(member).read().decode()
-
-
-def reviews_of_file(path: Path) -> Iterator[Review]:
-    """The reviews of a .jsonl file; "test" in its name means the test half."""
-    half = "test" if "test" in path.stem else "train"
-    for line, text, label in read_examples(path):
+def load_reviews(path: str | Path) -> list[Review]:
+    """The reviews of a .jsonl file of {"text", "label"}. ValueError names the line that is none."""
+    reviews = []
+    for place, text, label in read_examples(path):
         if label not in (0, 1):
-            raise ValueError(f"{path}:{line} is no review: it needs a text and a label 0 or 1")
-        yield half, text, label
+            raise ValueError(f"{place}: label is {label!r}, not 0 or 1")
+        reviews.append(Review(with_line_ends(text), label))
+    return reviews
 
 
-def read_reviews(source: str, folder: Path) -> list[Review]:
-    """All reviews of a source, or of the download. ValueError where there is none."""
+def with_line_ends(text: str) -> str:
+    """A review with line ends for its "<br />"."""
+    return text.replace("<br />", "\n").strip()
+
+
+def texts_of(path: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of what may be reviews: in the unpacked folder, or in the archive as it is."""
+    if path.is_dir():
+        for file in sorted(path.glob("*/*/*.txt")):
+            yield file.relative_to(path).as_posix(), file.read_text(encoding="utf-8")
+    elif path.name.endswith(".tar.gz"):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if REVIEW.fullmatch(member.name):
+                    yield member.name, archive.extractfile(member).read().decode()
+
+
+def read_reviews(source: str, folder: Path) -> tuple[list[Review], list[Review]]:
+    """The halves train and test of a source, or of the download. ValueError where there is none."""
     path = Path(source) if source else download(URL, folder / "aclImdb_v1.tar.gz", SHA256,
                                                 "python -m data.imdb --from=FOLDER")
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}")
-    files = []
-    if path.is_dir():
-        texts, files = texts_of_folder(path), sorted(path.glob("*.jsonl"))
-    elif path.name.endswith(".tar.gz"):
-        texts = texts_of_archive(path)
-    else:
-        texts, files = [], [path]
-    found = [(name[1], text, int(name[2] == "pos")) for full, text in texts
-             if (name := REVIEW.fullmatch(full))]
-    found = found or [review for file in files for review in reviews_of_file(file)]
-    if not found:
-        raise ValueError(f"{path} holds no reviews: neither train/pos/*.txt nor *.jsonl")
-    return [(half, text.replace("<br />", "\n").strip(), label) for half, text, label in found]
+    train, test = [], []
+    for full, text in texts_of(path):
+        if name := REVIEW.fullmatch(full):
+            half = test if name[1] == "test" else train
+            half.append(Review(with_line_ends(text), int(name[2] == "pos")))
+    if not train and not test:
+        for file in find_files(path, (".jsonl",)):
+            half = test if "test" in file.stem else train
+            half += load_reviews(file)
+    return train, test
 
 
 def as_messages(text: str, label: int) -> list[Message]:
@@ -99,20 +102,19 @@ def prepare(config: ImdbConfig = ImdbConfig()) -> Path:
     """IMDB as the data set that `config.task` names; returns its folder."""
     home, source = DATA / "imdb", config.from_ or URL
     folder = Path(config.out or (home if config.task == "text" else DATA / f"imdb_{config.task}"))
-    reviews = read_reviews(config.from_, home)
-    train, val = ([(text, label) for half, text, label in reviews if half == name]
-                  for name in ("train", "test"))
+    train, val = read_reviews(config.from_, home)
     if not train or not val:
         train, val = split_by_hash(train + val, config.validation, lambda review: json.dumps(
             as_messages(*review), ensure_ascii=False))
     if config.task == "classes":
         write_examples(folder, train, val, ANSWERS, source)
     elif config.task == "sentiment":
-        talks = ([{"messages": as_messages(*review)} for review in part] for part in (train, val))
-        write_conversations(folder, next(talks), source, val=next(talks))
+        train, val = ([{"messages": as_messages(*review)} for review in part]
+                      for part in (train, val))
+        write_conversations(folder, train, source, val=val)
     else:
-        texts = ([text for text, _ in part] for part in (train, val))
-        write_shards(folder, *texts, named_tokenizer(config.tokenizer), source)
+        train, val = ([text for text, _ in part] for part in (train, val))
+        write_shards(folder, train, val, named_tokenizer(config.tokenizer), source)
     return folder
 
 

@@ -1,13 +1,13 @@
 """Look at conversations before training on them: python -m data.chat inspect FILE|NAME.
 
-Prints one rendered example with what has a label in colour, the lengths of prompts and answers,
-which answers repeat, and the shares by task, script and what a block_size would cut. NAME is a
-prepared data set (data/NAME or a folder); a FILE may be of any format that data/conversations.py
-reads. Without --tokenizer a token is a byte; with that of a run, its block_size counts.
+Prints one rendered example with what has a label in colour, how many turns and system messages
+there are, the lengths of prompts and answers, which answers repeat, and what a block_size would
+cut. NAME is a prepared data set (data/NAME or a folder); a FILE may be of any format that
+data/conversations.py reads. Without --tokenizer a token is a byte; with that of a run, its
+block_size counts.
 """
 import re
 import sys
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,7 +24,6 @@ from model import IGNORE
 from run.config import parse
 
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
-WIDTH = 40              # characters of a histogram's longest bar
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,12 @@ class InspectConfig:
         # of a file's records
 
 
-def load(name: str, split: str, format: str) -> tuple[list[dict[str, Any]], Counter[str]]:
+def load(name: str, split: str, format: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The conversations of a file or of a prepared data set, and what was dropped why."""
     if Path(name).is_file():
         return conversations.read([Path(name)], format)
     folder = Path(name) if Path(name).is_dir() else DATA / name
-    return list(read_split(folder, "chat", split)), Counter(read_meta(folder, "chat")["dropped"])
+    return list(read_split(folder, "chat", split)), read_meta(folder, "chat")["dropped"]
 
 
 def block_size_of(name: str) -> int:
@@ -59,31 +58,11 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def script(text: str) -> str:
-    """The most frequent script of a text's letters: LATIN, CJK, ARABIC, ...; "none" without any."""
-    letters = Counter(unicodedata.name(char, "?").split()[0] for char in text[:500]
-                      if char.isalpha())
-    return letters.most_common(1)[0][0] if letters else "none"
-
-
-def task(conversation: dict[str, Any]) -> str:
-    """What the record says its task is; else how it begins: the first question's first word, two
-    characters where words are not parted by spaces."""
-    if "task" in conversation:
-        return conversation["task"]
-    question = next(m["content"] for m in conversation["messages"] if m["role"] == "user")
-    word = question.split(maxsplit=1)[0].strip(",.:;!?\"'`").lower()
-    return word if word.isascii() and len(word) < 20 else word[:2]
-
-
 def examine(talks: list[dict[str, Any]], tokenizer: Tokenizer, template: str,
             block_size: int) -> dict[str, Any]:
     """Figures of conversations. Lengths are in tokens; a prompt is all that has no label."""
     tokenizer = extend_tokenizer(tokenizer, template)
-    prompts, lengths, answers = [], [], Counter()
-    report: dict[str, Any] = {"conversations": len(talks), "answers": 0, "several turns": 0,
-                              "system message": 0, "truncated": 0, "unlabelled": 0,
-                              "tasks": Counter(), "scripts": Counter()}
+    prompts, lengths, answers, counts = [], [], Counter(), Counter()
     for talk in talks:
         messages = talk["messages"]
         ids, spans = encode(messages, tokenizer, template)
@@ -92,34 +71,12 @@ def examine(talks: list[dict[str, Any]], tokenizer: Tokenizer, template: str,
         lengths += labelled
         prompts.append(spans[-1][1] - sum(labelled))
         answers.update(m["content"].strip() for m in messages if m["role"] == "assistant")
-        report["several turns"] += len(spans) > 1
-        report["system message"] += messages[0]["role"] == "system"
-        report["truncated"] += bool(fitting) and not whole
-        report["unlabelled"] += not fitting
-        report["tasks"][task(talk)] += 1
-        report["scripts"][script(messages[-2]["content"] + messages[-1]["content"])] += 1
-    report["answers"] = answers.total()
-    report["repeated answers"] = answers.total() - len(answers)
-    report.update(prompts=prompts, lengths=lengths, common=answers.most_common(3))
-    return report
-
-
-def histogram(title: str, values: list[int]) -> None:
-    """Bars for lengths from each power of two to the next."""
-    ordered = sorted(values)
-    print(f"{title}: median {ordered[len(ordered) // 2]:,}, longest {ordered[-1]:,}, "
-          f"{sum(ordered):,} tokens in all")
-    bins = Counter(value.bit_length() for value in values)
-    for power in range(min(bins), max(bins) + 1):
-        bar = "█" * -(-bins[power] * WIDTH // max(bins.values()))
-        print(f"  {2 ** power // 2:>7,} to {2 ** power - 1:<7,} {bins[power]:>7,}  {bar}")
-
-
-def shares(title: str, counts: Counter[str], total: int, most: int = 8) -> None:
-    """Print the most frequent names and their shares of `total`."""
-    listed = [f"{printable(name)} {count / total:.1%}" for name, count in counts.most_common(most)]
-    rest = total - sum(count for _, count in counts.most_common(most))
-    print(f"{title}: " + ", ".join(listed + [f"others {rest / total:.1%}"] * (rest > 0)))
+        counts.update({"several turns": len(spans) > 1,
+                       "system message": messages[0]["role"] == "system",
+                       "truncated": bool(fitting) and not whole, "unlabelled": not fitting})
+    return {**counts, "conversations": len(talks), "answers": len(lengths),
+            "repeated answers": len(lengths) - len(answers), "prompts": sorted(prompts),
+            "lengths": sorted(lengths), "common": answers.most_common(3)}
 
 
 def coloured(messages: list[dict[str, str]], tokenizer: Tokenizer, template: str,
@@ -159,12 +116,12 @@ def main(names: list[str], words: list[str]) -> None:
           f"several turns, {report['system message']:,} with a system message")
     for reason, count in sorted(dropped.items()):
         print(f"dropped {count:,}: {printable(reason)}")
-    histogram("prompts, tokens without a label", report["prompts"])
-    histogram("answers, tokens with a label", report["lengths"])
+    for title, values in (("prompts, tokens without a label", report["prompts"]),
+                          ("answers, tokens with a label", report["lengths"])):
+        some = ", ".join(f"{values[len(values) * part // 100]:,}" for part in (10, 50, 90))
+        print(f"{title}: {some} at 10, 50 and 90%, longest {values[-1]:,}, {sum(values):,} in all")
     print(f"repeated answers: {report['repeated answers']:,}"
           + "".join(f"\n  {count:,} times {text[:60]!r}" for text, count in report["common"]
                     if count > 1))
-    shares("tasks", report["tasks"], n)
-    shares("scripts", report["scripts"], n)
     print(f"block_size={block_size}: {report['truncated'] / n:.1%} truncated, "
           f"{report['unlabelled'] / n:.1%} without a label left, which training leaves out")

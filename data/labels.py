@@ -19,7 +19,7 @@ import numpy as np
 from bpe import Tokenizer
 from data.prepared import read_split, split_by_hash, write_dataset
 from data.samples import Samples
-from data.texts import RECORDS, find_files, lone_surrogate, read_records
+from data.texts import RECORDS, find_files, read_objects, text_of
 from run.config import parse, run_command
 
 Example = tuple[str, int]               # a text and the number of its class
@@ -35,35 +35,15 @@ class LabelsConfig:
         for flag, value in (("from", self.from_), ("out", self.out)):
             if not value:
                 raise ValueError(f"{flag} is missing; give --{flag}=PATH")
-        if not 0 < self.validation < 1:
-            raise ValueError(f"validation={self.validation} is not in (0, 1)")
 
 
-def read_examples(path: Path) -> Iterator[tuple[int, str, str | int]]:
-    """(line, text, label) of a file's records; ValueError names the line of one without."""
-    for line, record in read_records(path):
-        if isinstance(record, ValueError):
-            raise ValueError(f"{path}:{line}: {record}")
-        record = record if isinstance(record, dict) else {}
-        text, label = record.get("text"), record.get("label")
+def read_examples(path: str | Path) -> Iterator[tuple[str, str, str | int]]:
+    """(place, text, label) of a file's records; ValueError names the place of one without."""
+    for place, record in read_objects(path):
+        label = record.get("label")
         if not isinstance(label, (str, int)) or isinstance(label, bool) or label == "":
-            raise ValueError(f"{path}:{line} has no label: it needs one, a word or a whole number")
-        check_text(text, f"{path}:{line}")
-        yield line, text, label
-
-
-def check_text(text: Any, place: str) -> None:
-    """ValueError, with the place, for what is no text."""
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{place} has no text")
-    if lone_surrogate(text):
-        raise ValueError(f"{place}: its text has half a surrogate pair, which is no character")
-
-
-def split(examples: Sequence[Example], validation: float) -> tuple[list[Example], list[Example]]:
-    """Training and validation, by the hash of a text."""
-    return split_by_hash(examples, validation, lambda example: example[0],
-                         lambda example: len(example[0]))
+            raise ValueError(f"{place} has no label: it needs one, a word or a whole number")
+        yield place, text_of(record, "text", place), label
 
 
 def write_examples(folder: str | Path, train: Sequence[Example], val: Sequence[Example],
@@ -75,8 +55,6 @@ def write_examples(folder: str | Path, train: Sequence[Example], val: Sequence[E
     for name, part in (("train", train), ("val", val)):
         if not part:
             raise ValueError(f"{source} leaves no text for {name}.jsonl; give it more")
-        for number, (text, _) in enumerate(part, 1):
-            check_text(text, f"{source}: text {number} of {name}")
         splits[name] = [{"text": text, "label": label} for text, label in part]
         counts[name] = np.bincount([label for _, label in part], minlength=len(labels)).tolist()
     meta = write_dataset(folder, "classes", splits, source, labels=list(labels), counts=counts)
@@ -120,7 +98,9 @@ def prepare(config: LabelsConfig) -> Path:
     parts: tuple[list[Example], list[Example]] = [], []             # training, validation
     for path, examples in found.items():
         parts["test" in path.stem].extend((text, numbers[label]) for text, label in examples)
-    train, val = parts if all(parts) else split(parts[0] + parts[1], config.validation)
+    train, val = parts if all(parts) else split_by_hash(
+        parts[0] + parts[1], config.validation, lambda example: example[0],
+        lambda example: len(example[0]))
     write_examples(config.out, train, val, [str(label) for label in numbers], config.from_)
     return Path(config.out)
 

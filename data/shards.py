@@ -144,7 +144,6 @@ def verify(folder: Path, cached: bool = False) -> dict[str, str]:
     (`touch -r`, `rsync -t` of a file of the same length) is found without `cached` only.
     """
     meta, stamp = read_meta(folder), _read_stamp(folder)
-    _check_tokenizer(folder, meta)
     shards, noted, unread = files_of(folder, meta), {}, []
     for path, facts in shards.items():
         open_shard(path, facts)
@@ -234,15 +233,6 @@ def _map_bin(path: Path) -> np.memmap:
         raise ValueError(f"it does not start as llm.c's do: magic {BIN_MAGIC}, version "
                          f"{BIN_VERSION}, number of ids")
     return np.memmap(path, "<u2", mode="r", offset=BIN_HEADER, shape=(int(header[2]),))
-
-
-def _check_tokenizer(folder: Path, meta: dict[str, Any]) -> None:
-    """The tokenizer beside the shards has to be the one that made them (tok.json has its hash)."""
-    path = folder / "tokenizer.json"
-    if path.exists() and (found := read_object(path).get("sha256")):
-        if meta["tokenizer_hash"] not in (None, found):
-            raise ValueError(f"{path} is not the tokenizer that made the shards beside it (its "
-                             f"hash is {found!r:.10}, not {meta['tokenizer_hash']!r:.10}); {AGAIN}")
 
 
 def _read_stamp(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import count, groupby
 from typing import Iterator, Literal
 
 from bpe import END_OF_TEXT, Tokenizer
@@ -128,7 +128,8 @@ def encode(messages: list[Message], tokenizer: Tokenizer, template: str, prompt:
     if prompt and messages[-1]["role"] != "user":
         raise ValueError(f"a prompt ends with a user's message, not with one of "
                          f"{messages[-1]['role']!r}; leave the last one out")
-    t, special = find_template(template), special_ids(tokenizer, template)
+    t, new = find_template(template), count(tokenizer.vocab_size)
+    special = {**tokenizer.special_tokens, **dict(zip(missing_tokens(tokenizer, template), new))}
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
     for is_answer, turn in groupby(pieces(messages, t, prompt), key=lambda piece: piece[2]):
@@ -194,17 +195,13 @@ def filled(pattern: str, content: str = "", more: str = "", answer: bool = False
 
 # -------------------------------------------------------------------------------- special tokens
 
-def special_ids(tokenizer: Tokenizer, template: str) -> dict[str, int]:
-    """The ids of a template's special tokens; those the tokenizer lacks follow its own."""
-    ids, missing = {}, 0
-    for name in find_template(template).special_tokens:
-        ids[name] = tokenizer.special_tokens.get(name, tokenizer.vocab_size + missing)
-        missing += name not in tokenizer.special_tokens
-    return ids
+def missing_tokens(tokenizer: Tokenizer, template: str) -> list[str]:
+    """The template's special tokens that a tokenizer lacks; their ids will follow its own."""
+    return [name for name in find_template(template).special_tokens
+            if name not in tokenizer.special_tokens]
 
 
 def extend_tokenizer(tokenizer: Tokenizer, template: str) -> Tokenizer:
     """A tokenizer that has the template's special tokens: itself if it has them already."""
-    missing = [name for name in find_template(template).special_tokens
-               if name not in tokenizer.special_tokens]
+    missing = missing_tokens(tokenizer, template)
     return tokenizer.add_special_tokens(missing) if missing else tokenizer

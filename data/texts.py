@@ -2,16 +2,14 @@
 
     for text in read_documents(find_files("folder")): ...       # .txt: a file is a document,
                                                                 # .jsonl: {"text": ...} a line
-    for line, record in read_records(path): ...                 # any JSON object a line or item
+    for place, record in read_records(path): ...                # any JSON object a line or item
 """
 import json
-import re
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 DOCUMENTS = (".txt", ".jsonl", ".parquet")
 RECORDS = (".json", ".jsonl")
-SPACE = re.compile(r"[ \t\r\n]*")         # between the records of an array
 
 
 def find_files(source: str | Path, endings: tuple[str, ...] = DOCUMENTS) -> list[Path]:
@@ -39,13 +37,13 @@ def read_text(path: Path) -> str:
                          f"0x{error.object[error.start]:02x}; convert it first") from None
 
 
-def lone_surrogate(text: str) -> str:
-    """What JSON can spell and UTF-8 cannot, half a surrogate pair: "\\ud800"; "" without any."""
+def check_characters(text: str, place: str) -> None:
+    """ValueError, with the place, for what JSON can spell and UTF-8 cannot: "\\ud800"."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        return f"\\u{ord(text[error.start]):04x}"
-    return ""
+        raise ValueError(f"{place} has half a surrogate pair, \\u{ord(text[error.start]):04x}, "
+                         f"which is no character; remove it") from None
 
 
 # ------------------------------------------------------------------------------------- documents
@@ -62,16 +60,13 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
 def _read_jsonl(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8") as file:
         try:
-            for number, record in _json_lines(file):
-                place = f"{path}, line {number}"
+            for place, record in _json_lines(path, file):
                 if isinstance(record, ValueError):
                     raise ValueError(f"{place} is {record}")
                 text = record.get("text") if isinstance(record, dict) else None
                 if not isinstance(text, str):
                     raise ValueError(f'{place} is no {{"text": "..."}} object')
-                if wrong := lone_surrogate(text):
-                    raise ValueError(f"{place} has half a surrogate pair, {wrong}, which is no "
-                                     f"character; remove it")
+                check_characters(text, place)
                 yield text
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it first") from None
@@ -102,42 +97,51 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 # --------------------------------------------------------------------------------------- records
 
-def read_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, record) of a JSON array, a single object, or JSONL. A broken line of JSONL comes as a
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a JSON array, a single object, or JSONL. A broken line of JSONL comes as a
     ValueError in place of its record; a broken array cannot be read on and raises it."""
     text = read_text(path).removeprefix("\ufeff")                    # a byte order mark
-    if text.lstrip()[:1] == "[":
-        yield from _read_array(path, text)
-        return
     try:
-        yield 1, json.loads(text)                                   # one object, on several lines
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:                   # nested too deep is no JSON
+        if text.lstrip()[:1] == "[":
+            raise ValueError(f"{path} is no JSON: {error}") from None
+        yield from _json_lines(path, text.split("\n"))
         return
-    except (ValueError, RecursionError):
-        pass                                                        # a line each, then
-    yield from _json_lines(text.split("\n"))
+    if isinstance(whole, list):
+        yield from ((f"{path}, record {number}", record) for number, record in enumerate(whole, 1))
+    else:
+        yield f"{path}, line 1", whole                              # one object, on several lines
 
 
-def _json_lines(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
+            place = f"{path}, line {number}"
             try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:           # nested too deep is no JSON
-                yield number, ValueError(f"no JSON: {error}")
+                yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield place, ValueError(f"no JSON: {error}")
 
 
-def _read_array(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    decoder, line, counted = json.JSONDecoder(), 1, 0
-    at = SPACE.match(text, text.index("[") + 1).end()
-    while text[at:at + 1] != "]":
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: after line {line} is no JSON: {error}") from None
-        yield line, record
-        at = SPACE.match(text, at).end()
-        if text[at:at + 1] == ",":
-            at = SPACE.match(text, at + 1).end()
-        elif text[at:at + 1] != "]":
-            raise ValueError(f"{path}: the array breaks off after the record in line {line}")
+def read_objects(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of a file of JSON objects. ValueError for anything else, and for nothing."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    place = ""
+    for place, record in read_records(Path(path)):
+        if not isinstance(record, dict):
+            reason = record if isinstance(record, ValueError) else "no JSON object"
+            raise ValueError(f"{place} is {reason}")
+        yield place, record
+    if not place:
+        raise ValueError(f"{path} holds no records")
+
+
+def text_of(record: dict[str, Any], name: str, place: str) -> str:
+    """A text of a record that is not blank and can be encoded."""
+    text = record.get(name)
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{place} has no text {name!r}")
+    check_characters(text, f"{place}: {name}")
+    return text

@@ -1,8 +1,8 @@
 """All evaluations of a model, or of several side by side, in one table.
 
     python -m eval out/demo                     a run: its data's validation split, HellaSwag
-    python -m eval out/a out/b gpt2 --all       every item and token, not a sample of them
-    python -m eval FOLDER --data=book.txt --imdb=test.jsonl --lambada=test.jsonl
+    python -m eval out/a out/b gpt2 --limit=0 --tokens=0        every item and token
+    python -m eval FOLDER --data=book.txt --imdb_file=test.jsonl --lambada_file=test.jsonl
 
 What has no file here is left out, and said so. A classifier has a loss, an accuracy and IMDB; it
 says nothing to the others. Of a run the figures are also kept, in its eval.json. Losses of models
@@ -26,19 +26,17 @@ class EvalConfig:
     data: str = ""  # of the loss, as in eval.loss; empty: what a run was trained on
     template: str = ""  # of chat data; empty: the one that the run was trained with
     hellaswag_file: str = ""  # local HellaSwag file; empty: the official one, downloaded once
-    imdb: str = ""  # JSONL of reviews {text, label}; empty: left out
-    lambada: str = ""  # JSONL of passages {text}; empty: left out
-    limit: int = 1000  # items of each task, at most
-    tokens: int = 100_000  # tokens of the loss, at most, spread over the split
-    all: bool = False  # every item and token, whatever the limits
+    imdb_file: str = ""  # JSONL of reviews {text, label}; empty: left out
+    lambada_file: str = ""  # JSONL of passages {text}; empty: left out
+    limit: int = 1000  # the first so many items of each task; 0 is all
+    tokens: int = 100_000  # tokens of the loss, spread over the split; 0 is all
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
 
     def __post_init__(self):
         for name in ("limit", "tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1; --all is "
-                                 f"without limits")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0, which is all")
 
 
 def load_tasks(config: EvalConfig) -> dict[str, list[Any]]:
@@ -51,9 +49,9 @@ def load_tasks(config: EvalConfig) -> dict[str, list[Any]]:
         print(f"HellaSwag is left out: {error}", file=sys.stderr)
         items = []
     tasks = {"hellaswag": items,
-             "imdb": imdb.load_reviews(config.imdb) if config.imdb else [],
-             "lambada": lambada.load_passages(config.lambada) if config.lambada else []}
-    return tasks if config.all else {name: items[:config.limit] for name, items in tasks.items()}
+             "imdb": imdb.load_reviews(config.imdb_file) if config.imdb_file else [],
+             "lambada": lambada.load_passages(config.lambada_file) if config.lambada_file else []}
+    return {name: items[:config.limit or None] for name, items in tasks.items()}
 
 
 def evaluate(name: str, model: Any, tokenizer: Any, tasks: dict[str, list[Any]],
@@ -65,8 +63,7 @@ def evaluate(name: str, model: Any, tokenizer: Any, tasks: dict[str, list[Any]],
     data = config.data or run_settings(name).get("data", "")
     if data:
         how = loss.LossConfig(model=name, data=data, dtype=config.dtype,
-                              template=config.template,
-                              limit=0 if config.all else config.tokens)
+                              template=config.template, limit=config.tokens)
         try:
             found["loss"] = {"data": data, **loss.measure(model, tokenizer, how)}
         except FileNotFoundError as error:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from formats.download import download
-from eval.records import check_characters, read_records
+from data.texts import check_characters, read_objects
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
@@ -42,7 +42,7 @@ def load_items(path: str | Path | None = None) -> list[Item]:
     None is the official validation file, downloaded once. In a process group all ranks must call.
     """
     path = _download() if path is None else path
-    return [_item(record, place) for place, record in read_records(path, "HellaSwag")]
+    return [_item(record, place) for place, record in read_objects(path)]
 
 
 def items_of_run(file: str, every: int, tokenizer: Any, data: str) -> list[Item]:

@@ -1,6 +1,6 @@
 """IMDB: is a film review negative (0) or positive (1)? Asked of a GPT, or of a classifier.
 
-    python -m eval.imdb --model=gpt2|FOLDER|RUN --file=REVIEWS.jsonl [--limit=N]
+    python -m eval gpt2|FOLDER|RUN --imdb_file=REVIEWS.jsonl [--limit=N]
 
 In: {"text": review, "label": 0 or 1} a line. Zero-shot: the model reads
 
@@ -9,60 +9,28 @@ In: {"text": review, "label": 0 or 1} a line. Zero-shot: the model reads
 
 and its answer is the likelier of " negative" and " positive". A classifier (a run on data that
 `python -m data.imdb --task=classes` made) reads the review alone, and its head answers. A review
-that does not fit loses its beginning, as the verdict mostly stands at the end. Reviews' "<br />"
-are line ends.
+that does not fit loses its beginning, as the verdict mostly stands at the end.
 
-    result = evaluate(model, tokenizer, reviews)        # a GPT or a classifier.Classifier
+    result = evaluate(model, tokenizer, load_reviews(file))     # a GPT or a Classifier
 
 n, acc with its count and 95% interval, confusion[label][answer], the number of reviews cut; of a
 classifier also its loss.
 
 Reference: Maas et al. 2011, "Learning Word Vectors for Sentiment Analysis" (ACL).
 """
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Sequence
+from typing import Any, Sequence
 
 import torch
 import torch.nn as nn
 
+from data.imdb import Review, load_reviews      # noqa: F401 (for users of eval.imdb)
 from data.labels import class_samples
 from data.samples import Samples
 from eval.hellaswag import Question, score_questions
-from eval.records import read_records, text_of
 from eval.scoring import accuracy, evaluating
-from run.config import parse, run_command
-from run.device import pick_device, pick_dtype
-from run.load import load_model, needs_tokenizer
 
 BEFORE, AFTER = "Review:", "\nSentiment:"
 ANSWERS = (" negative", " positive")        # by label
-
-
-@dataclass(frozen=True)
-class IMDBConfig:
-    model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium
-    file: str = ""  # JSONL of reviews: {"text": ..., "label": 0 or 1}
-    limit: int = 0  # the first so many; 0 is all
-    batch_tokens: int = 0  # tokens of a batch, at most; 0: 4096 on a CPU, 32768 on a GPU
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
-
-
-class Review(NamedTuple):
-    """A film review; label 0 is negative, 1 positive."""
-    text: str
-    label: int
-
-
-def load_reviews(path: str) -> list[Review]:
-    """The reviews of a .jsonl file. ValueError names the line that is none."""
-    reviews = []
-    for place, record in read_records(path, "IMDB"):
-        if record.get("label") not in (0, 1) or isinstance(record["label"], bool):
-            raise ValueError(f"{place}: label is {record.get('label')!r}, not 0 or 1")
-        text = text_of(record, "text", place).replace("<br />", "\n").strip()
-        reviews.append(Review(text, int(record["label"])))
-    return reviews
 
 
 def prompt(review: Review, tokenizer: Any, room: int) -> tuple[list[int], bool]:
@@ -114,22 +82,3 @@ def accuracy_and_confusion(labels: torch.Tensor, found: torch.Tensor) -> dict[st
     confusion = torch.bincount(2 * labels + found, minlength=4).view(2, 2).tolist()
     return {"n": len(labels), **accuracy(int((labels == found).sum()), len(labels)),
             "confusion": confusion}
-
-
-def main(words: list[str]) -> None:
-    config = parse(IMDBConfig, words, "python -m eval.imdb", about=__doc__)
-    reviews = load_reviews(config.file)[:config.limit or None]
-    device = pick_device(config.device)
-    model, tokenizer = load_model(config.model, device)
-    r = evaluate(model, needs_tokenizer(tokenizer, config.model), reviews, config.batch_tokens,
-                 pick_dtype(config.dtype, device))
-    low, high = r["acc_interval"]
-    how = "classified" if getattr(model, "classes", 0) else "zero-shot"
-    print(f"{config.model} on {r['n']:,} reviews, {how}: acc {r['acc']:.4f} (95% interval "
-          f"{low:.4f} to {high:.4f}), {r['cut']:,} cut to {model.config.block_size} tokens")
-    for label, row in zip(ANSWERS, r["confusion"]):
-        print(f"  {label.strip()} reviews: {row[0]:,} answered negative, {row[1]:,} positive")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from eval.records import read_records, text_of
+from data.texts import read_objects, text_of
 from eval.scoring import wilson_interval
 from formats.files import write_json
 from run.config import parse, run_command
@@ -70,7 +70,7 @@ class JudgeConfig:
 def read_answers(path: str) -> tuple[str, dict[str, dict[str, str]]]:
     """The name of the run, and its answers by prompt, as sample.py --prompts writes them."""
     found: dict[str, dict[str, str]] = {}
-    for place, record in read_records(path, "answers"):
+    for place, record in read_objects(path):
         prompt = text_of(record, "prompt", place)
         if not isinstance(record.get("answer"), str):
             raise ValueError(f"{place} has no text 'answer'")

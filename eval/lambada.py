@@ -1,6 +1,6 @@
 """LAMBADA: does the model say the last word of a passage, which takes all of it to guess?
 
-    python -m eval.lambada --model=gpt2|FOLDER|RUN --file=PASSAGES.jsonl [--limit=N]
+    python -m eval gpt2|FOLDER|RUN --lambada_file=PASSAGES.jsonl [--limit=N]
 
 In: {"text": passage} a line. The last word, with the space before it, follows the rest of the text.
 acc: the share of passages where every token of it is the likeliest; perplexity: exp of the mean of
@@ -9,34 +9,20 @@ the word's negative log-probability. Both as in lm-evaluation-harness (lambada_o
 Reference: Paperno et al. 2016, "The LAMBADA dataset" (1606.06031).
 """
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, Sequence
+from typing import Any, Sequence
 
 import torch
 import torch.nn as nn
 
-from eval.records import read_records, text_of
+from data.texts import read_objects, text_of
 from eval.scoring import accuracy, evaluating, score_rows
 from model import IGNORE
-from run.config import parse, run_command
-from run.device import pick_device, pick_dtype
-from run.load import load_writer, needs_tokenizer
-
-
-@dataclass(frozen=True)
-class LambadaConfig:
-    model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium
-    file: str = ""  # JSONL of passages: {"text": ...}
-    limit: int = 0  # the first so many; 0 is all
-    batch_size: int = 16  # passages at a time
-    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
 
 
 def load_passages(path: str) -> list[tuple[str, str]]:
     """(what comes before, the last word with its space) of every passage."""
     found = []
-    for place, record in read_records(path, "LAMBADA"):
+    for place, record in read_objects(path):
         context, _, word = text_of(record, "text", place).strip().rpartition(" ")
         if not context:
             raise ValueError(f"{place} has a single word")
@@ -65,19 +51,3 @@ def evaluate(model: nn.Module, tokenizer: Any, passages: Sequence[tuple[str, str
             nats, right = nats + row_nats.sum().item(), right + int(row_right.sum())
     n = len(rows)
     return {"n": n, "cut": cut, **accuracy(right, n), "perplexity": math.exp(min(nats / n, 700))}
-
-
-def main(words: list[str]) -> None:
-    config = parse(LambadaConfig, words, "python -m eval.lambada", about=__doc__)
-    passages = load_passages(config.file)[:config.limit or None]
-    device = pick_device(config.device)
-    model, tokenizer = load_writer(config.model, device)
-    r = evaluate(model, needs_tokenizer(tokenizer, config.model), passages, config.batch_size,
-                 pick_dtype(config.dtype, device))
-    print(f"{config.model} on {r['n']:,} LAMBADA passages: acc {r['acc']:.4f} (95% interval "
-          f"{r['acc_interval'][0]:.4f} to {r['acc_interval'][1]:.4f})  perplexity "
-          f"{r['perplexity']:.2f}  ({r['cut']} cut to {model.config.block_size} tokens)")
-
-
-if __name__ == "__main__":
-    run_command(main)

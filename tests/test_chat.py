@@ -260,24 +260,23 @@ def test_broken_records_are_named_by_line_and_skipped_or_refused(tmp_path, capsy
     assert [c["messages"][1]["content"] for c in found] == ["b", "e"]
     assert dropped == {"empty answer": 1, "no JSON": 1}
     err = capsys.readouterr().err
-    assert f"{path}:3: empty answer" in err and f"{path}:4: no JSON" in err
-    with pytest.raises(ValueError, match=r"a.jsonl:3: empty answer.*--on_error=skip"):
+    assert f"{path}, line 3: empty answer" in err and f"{path}, line 4: no JSON" in err
+    with pytest.raises(ValueError, match=r"a.jsonl, line 3: empty answer.*--on_error=skip"):
         read([path], on_error="refuse")
 
 
-def test_records_of_an_array_have_the_line_they_begin_in(tmp_path):
+def test_records_of_an_array_have_their_number(tmp_path):
     path = tmp_path / "a.json"
     records = [{"instruction": f"line\n{i}", "output": "x"} for i in range(4)]
     path.write_text("[\n" + ",\n\n".join(json.dumps(r, indent=1) for r in records) + "\n]\n")
-    assert list(read_records(path)) == [(2 + 5 * i, r) for i, r in enumerate(records)]
+    assert list(read_records(path)) == [(f"{path}, record {i}", record)
+                                        for i, record in enumerate(records, 1)]
     path.write_text(json.dumps(records[0], indent=1))
-    assert list(read_records(path)) == [(1, records[0])]
-    path.write_text('[{"a": 1} {"b": 2}]')
-    with pytest.raises(ValueError, match="breaks off after the record in line 1"):
-        list(read_records(path))
-    path.write_text('[{"a": 1},\n {"b": 2')
-    with pytest.raises(ValueError, match="is no JSON"):
-        list(read_records(path))
+    assert list(read_records(path)) == [(f"{path}, line 1", records[0])]
+    for broken in ('[{"a": 1},\n {"b": 2} {"c": 3}]', '[{"a": 1},\n {"b": 2'):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match="a.json is no JSON: .*line 2"):
+            list(read_records(path))
     path.write_bytes(b'{"instruction": "\xff"}')
     with pytest.raises(ValueError, match="not UTF-8"):
         list(read_records(path))
@@ -403,7 +402,7 @@ def test_python_answers_for_itself_without_repeating_a_pair():
     assert "m.f(x)" in asked[0]["content"] and asked[1]["content"] == "Return x, doubled."
 
 
-def test_alpaca_is_read_from_a_file_and_its_size_is_checked(tmp_path, capsys):
+def test_alpaca_is_read_from_a_file(tmp_path):
     records = [{"instruction": f"do {i}", "input": "", "output": "x" if i else ""}
                for i in range(30)]
     (tmp_path / "mine.json").write_text(json.dumps(records))
@@ -411,7 +410,6 @@ def test_alpaca_is_read_from_a_file_and_its_size_is_checked(tmp_path, capsys):
                                                    out=str(tmp_path / "out"))))
     meta = prepared.read_meta(tmp_path / "out", "chat")
     assert meta["dropped"] == {"empty answer": 1} and meta["read"] == 30
-    assert "30 records, not the 52,002" in capsys.readouterr().out
 
 
 def reviews(folder):
@@ -443,7 +441,7 @@ def test_reviews_become_text_or_questions_from_folders_and_from_jsonl(tmp_path):
     text = bytes(val.read(0, len(val)).astype(np.uint8)).decode()
     assert text.count("film, test") == 12 and "<br" not in text and ".\n\nReally." in text
     file.write_text('{"text": "a", "label": "good"}\n')
-    with pytest.raises(ValueError, match="r.jsonl:1.*label 0 or 1"):
+    with pytest.raises(ValueError, match="r.jsonl, line 1: label is 'good', not 0 or 1"):
         imdb.prepare(build(imdb.ImdbConfig, dict(from_=str(file))))
 
 
@@ -470,7 +468,7 @@ def test_the_commands_prepare_and_inspect(tmp_path, capsys):
     for name in (file, tmp_path / "out"):
         chat.main(["inspect", str(name), "--block_size=16"])
         shown = capsys.readouterr().out
-        assert "prompts" in shown and "answers" in shown and "LATIN" in shown
+        assert "prompts" in shown and "answers" in shown and "1 with a system message" in shown
     for words, message in ((["prepare"], "name files of conversations"),
                            ([str(tmp_path / "no.json")], "there is no file"),
                            (["inspect"], "name a file"),
@@ -486,7 +484,6 @@ def test_inspection_counts_what_it_says():
     assert report["conversations"] == 5 and report["answers"] == 6
     assert report["repeated answers"] == 1                      # "000" twice
     assert report["several turns"] == 1 and report["system message"] == 1
-    assert report["scripts"] == {"none": 3, "LATIN": 2}
     assert report["truncated"] == 1 and report["unlabelled"] == 0
     tiny = inspect_chat.examine(talks, TOKENIZER, "plain", block_size=3)
     assert tiny["unlabelled"] == 5
@@ -510,7 +507,7 @@ def test_no_control_character_of_the_data_reaches_the_terminal(tmp_path, capsys)
     file, bad = tmp_path / "a.jsonl", "\x1b[31m red \x9b2J\x07\r\x00\x7f"
     talk = [*user(f"{bad}?\n\ttab 🙂"), {"role": "assistant", "content": bad}]
     file.write_text("".join(json.dumps(record) + "\n" for record in (
-        {"messages": talk, "task": bad}, {"messages": talk}, {bad: 1})))
+        {"messages": talk}, {"messages": talk}, {bad: 1})))
     chat.main(["inspect", str(file)])
     shown = "".join(capsys.readouterr())
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)

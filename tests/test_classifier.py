@@ -294,13 +294,11 @@ def test_what_reads_reviews_asks_the_head(run, reviews, capsys):
     model, tokenizer = load_model(run)
     file, data = reviews / "test.jsonl", reviews / "data"
     capsys.readouterr()
-    imdb.main([f"--model={run}", f"--file={file}", "--device=cpu", "--dtype=float32"])
-    shown = capsys.readouterr().out
     found = imdb.evaluate(model, tokenizer, imdb.load_reviews(file))
-    assert f"on 20 reviews, classified: acc {found['acc']:.4f}" in shown and found["acc"] > 0.9
+    assert found["n"] == 20 and found["acc"] > 0.9
     loss.main([f"--model={run}", f"--data={data}", "--device=cpu", "--dtype=float32"])
     assert f"loss {found['loss']:.4f}  accuracy {found['acc']:.4f}" in capsys.readouterr().out
-    every_eval.main([str(run), f"--imdb={file}", "--device=cpu", "--dtype=float32"])
+    every_eval.main([str(run), f"--imdb_file={file}", "--device=cpu", "--dtype=float32"])
     shown = capsys.readouterr().out
     kept = json.loads((run / "eval.json").read_text())
     assert kept["imdb"]["acc"] == kept["loss"]["accuracy"] == found["acc"]

@@ -14,6 +14,7 @@ from bpe import Tokenizer
 from data import conversations, corpus, loader, shards
 from data.corpus import (CorpusConfig, documentation, docstrings, prepare, split_documents,
                          write_shards)
+from data.sets import TokenSet
 from data.shakespeare import ShakespeareConfig
 from data.shakespeare import prepare as prepare_shakespeare
 from data.texts import find_files, read_documents
@@ -171,7 +172,7 @@ def test_processes_that_verify_at_once_leave_a_whole_stamp(dataset):
 def test_another_tokenizer_beside_the_shards_is_named(dataset):
     Tokenizer.train(["other text"], 260).save(dataset / "tokenizer.json")
     with pytest.raises(ValueError, match="tokenizer.json is not the tokenizer that made the sha"):
-        shards.verify(dataset, cached=True)
+        TokenSet(dataset)
 
 
 @pytest.mark.parametrize("change,message", [

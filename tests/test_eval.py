@@ -225,34 +225,17 @@ def test_malformed_records_are_named_by_line(tmp_path, load, line, message):
 def test_other_wrong_files_are_one_line(tmp_path):
     path = tmp_path / "bad.jsonl"
     for text, load, message in [
-            ("", imdb.load_reviews, "holds no IMDB items"),
-            ("\n", lambada.load_passages, "holds no LAMBADA items"),
+            ("", imdb.load_reviews, "holds no records"),
+            ("\n", lambada.load_passages, "holds no records"),
             ('{"text": "alone"}', lambada.load_passages, "line 1 has a single word"),
             ('{"text": "a", "label": 2}', imdb.load_reviews, "label is 2, not 0 or 1"),
-            ('{"text": "a", "label": true}', imdb.load_reviews, "label is True, not 0 or 1"),
-            ('{"text": "a"}', imdb.load_reviews, "label is None, not 0 or 1")]:
+            ('{"text": "a", "label": true}', imdb.load_reviews, "has no label"),
+            ('{"text": "a"}', imdb.load_reviews, "has no label")]:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             load(path)
-    with pytest.raises(FileNotFoundError, match="there is no IMDB file "):
+    with pytest.raises(FileNotFoundError, match="there is no file "):
         imdb.load_reviews("")
-
-
-def test_the_commands_print_what_they_found(tokenizer, reviews, passages, tmp_path, capsys):
-    pytest.importorskip("safetensors")
-    model = small(tokenizer)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save(tmp_path / "model" / "tokenizer.json")
-    for module, file in ((imdb, reviews), (lambada, passages)):
-        module.main([f"--model={tmp_path / 'model'}", f"--file={file}", "--device=cpu",
-                     "--dtype=float32", "--limit=4"])
-    shown = capsys.readouterr().out
-    found = imdb.evaluate(model, tokenizer, imdb.load_reviews(reviews)[:4])
-    assert f"on 4 reviews, zero-shot: acc {found['acc']:.4f}" in shown
-    assert f"positive reviews: {found['confusion'][1][0]} answered negative" in shown
-    found = lambada.evaluate(model, tokenizer, lambada.load_passages(passages)[:4])
-    assert f"on 4 LAMBADA passages: acc {found['acc']:.4f}" in shown
-    assert f"perplexity {found['perplexity']:.2f}" in shown
 
 
 # ---- all of them
@@ -283,8 +266,8 @@ def test_one_table_and_the_runs_own_file_hold_what_each_evaluation_finds(
     model.save_pretrained(folder)
     tokenizer.save(folder / "tokenizer.json")
     capsys.readouterr()
-    command.main([str(run), str(folder), f"--hellaswag_file={hellaswag_file}", f"--imdb={reviews}",
-                  f"--lambada={passages}", "--limit=4", "--tokens=256", "--device=cpu",
+    command.main([str(run), str(folder), f"--hellaswag_file={hellaswag_file}", f"--imdb_file={reviews}",
+                  f"--lambada_file={passages}", "--limit=4", "--tokens=256", "--device=cpu",
                   "--dtype=float32"])
     shown = capsys.readouterr().out.splitlines()
     lines = {line[:32].strip(): line[32:].split() for line in shown}
@@ -318,8 +301,8 @@ def test_a_run_with_an_adapter_is_evaluated_as_its_merged_model_is(
     model, tokenizer = load_base(adapted)
     model.save_pretrained(tmp_path / "merged")
     tokenizer.save(tmp_path / "merged" / "tokenizer.json")
-    command.main([str(adapted), str(run), f"--hellaswag_file={hellaswag_file}", f"--imdb={reviews}",
-                  f"--lambada={passages}", "--device=cpu", "--dtype=float32"])
+    command.main([str(adapted), str(run), f"--hellaswag_file={hellaswag_file}", f"--imdb_file={reviews}",
+                  f"--lambada_file={passages}", "--device=cpu", "--dtype=float32"])
     kept, base = (json.loads((folder / "eval.json").read_text()) for folder in (adapted, run))
     for task, found in (
             ("imdb", imdb.evaluate(model, tokenizer, imdb.load_reviews(reviews))),
@@ -336,7 +319,7 @@ def test_a_run_with_an_adapter_is_evaluated_as_its_merged_model_is(
 
 
 def test_all_is_without_limits(run, hellaswag_file):
-    command.main([str(run), f"--hellaswag_file={hellaswag_file}", "--limit=2", "--tokens=64", "--all",
+    command.main([str(run), f"--hellaswag_file={hellaswag_file}", "--limit=0", "--tokens=0",
                   "--device=cpu"])
     kept = json.loads((run / "eval.json").read_text())
     assert kept["hellaswag_harness"]["n"] == 6 and kept["loss"]["tokens"] == 1008
@@ -360,7 +343,7 @@ def missing(path):
 
 
 def test_wrong_words_are_one_line(run):
-    for words, message in [([], "no model given"), ([str(run), "--limit=0"], "limit=0 must be"),
+    for words, message in [([], "no model given"), ([str(run), "--limit=-1"], "limit=-1 must be"),
                            ([str(run), "--limt=3"], "unknown setting --limt")]:
         with pytest.raises(ValueError, match=message):
             command.main(words)

@@ -332,8 +332,8 @@ def test_wrong_arguments_are_one_line(tokenizer, items, tmp_path):
     model = small_model(tokenizer)
     (tmp_path / "empty.jsonl").write_text("\n")
     for call, message in [
-            (lambda: load_items(tmp_path / "none.jsonl"), "there is no HellaSwag file"),
-            (lambda: load_items(tmp_path / "empty.jsonl"), "holds no HellaSwag items"),
+            (lambda: load_items(tmp_path / "none.jsonl"), "there is no file"),
+            (lambda: load_items(tmp_path / "empty.jsonl"), "holds no records"),
             (lambda: evaluate(model, tokenizer, []), "no items"),
             (lambda: evaluate(model, None, items), "needs the model's tokenizer"),
             (lambda: evaluate(model, tokenizer, items, "eleuther"), "choose completion or harness"),

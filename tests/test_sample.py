@@ -312,5 +312,5 @@ def test_what_cannot_chat_says_why(talker, run, tmp_path):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             sample.main(words)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": ""}\n')
-    with pytest.raises(ValueError, match=r"p.jsonl:2: empty user message"):
+    with pytest.raises(ValueError, match=r"p.jsonl, line 2: empty user message"):
         sample.main([str(talker[0]), f"--prompts={tmp_path / 'p.jsonl'}"])

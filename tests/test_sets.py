@@ -129,14 +129,14 @@ def test_reviews_become_texts_of_two_classes(tmp_path):
 
 
 @pytest.mark.parametrize("lines,message", [
-    (['{"text": "a"}'], "r.jsonl:2 has no label"),
-    (['{"text": "a", "label": true}'], "r.jsonl:2 has no label"),
-    (['{"text": "a", "label": 0.5}'], "r.jsonl:2 has no label"),
-    (['{"text": "a", "label": ""}'], "r.jsonl:2 has no label"),
-    (["[1]"], "r.jsonl:2 has no label"), (["{"], "r.jsonl:2: no JSON"),
-    (['{"text": " ", "label": "x"}'], "r.jsonl:2 has no text"),
-    (['{"text": 3, "label": "x"}'], "r.jsonl:2 has no text"),
-    (['{"text": "\\ud800", "label": "x"}'], "r.jsonl:2: its text has half a surrogate pair"),
+    (['{"text": "a"}'], "r.jsonl, line 2 has no label"),
+    (['{"text": "a", "label": true}'], "r.jsonl, line 2 has no label"),
+    (['{"text": "a", "label": 0.5}'], "r.jsonl, line 2 has no label"),
+    (['{"text": "a", "label": ""}'], "r.jsonl, line 2 has no label"),
+    (["[1]"], "r.jsonl, line 2 is no JSON object"), (["{"], "r.jsonl, line 2 is no JSON"),
+    (['{"text": " ", "label": "x"}'], "r.jsonl, line 2 has no text"),
+    (['{"text": 3, "label": "x"}'], "r.jsonl, line 2 has no text"),
+    (['{"text": "\\ud800", "label": "x"}'], "r.jsonl, line 2: text has half a surrogate pair"),
     (['{"text": "b", "label": 1}'], "has words and numbers for labels"),
     ([], "there are 1 different texts"), (['{"text": "b", "label": "x"}'], "has 1 different label"),
 ])
@@ -163,10 +163,11 @@ def test_a_changed_or_foreign_folder_is_refused(topics, tmp_path):
 
 
 def test_the_command_says_what_it_needs(tmp_path):
-    for words, message in [([], "from is missing"), (["--from=a"], "out is missing"),
-                           (["--from=a", "--out=b", "--validation=1"], "validation=1.0 is not in")]:
+    source = write(tmp_path / "a.jsonl", [dict(text=c, label=c) for c in "ab"])
+    words = [f"--from={source}", f"--out={tmp_path / 'out'}"]
+    for wrong, message in [([], "from is missing"), (words[:1], "out is missing"),
+                           ([*words, "--validation=1"], "validation=1.0 is not in")]:
         with pytest.raises(ValueError, match=message):
-            labels.main(words)
-    labels.main([f"--from={write(tmp_path / 'a.jsonl', [dict(text=c, label=c) for c in 'ab'])}",
-                 f"--out={tmp_path / 'out'}"])
+            labels.main(wrong)
+    labels.main(words)
     assert prepared.read_meta(tmp_path / "out", "classes")["labels"] == ["a", "b"]
