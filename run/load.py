@@ -47,7 +47,7 @@ def load_writer(name: str | Path, device: torch.device | str = "cpu", dropout: f
     model, tokenizer = load_model(name, device, dropout)
     if isinstance(model, Classifier):
         raise ValueError(f"{name} is a classifier, and this needs a model that writes; python -m "
-                         f"eval.loss and eval.imdb evaluate it")
+                         f"python -m eval evaluates it")
     return model, tokenizer
 
 
