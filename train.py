@@ -209,7 +209,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
             f"{world.size} x {device_name(device)}, {str(dtype).removeprefix('torch.')}"
             + (", compiled" if network is not parallel.network else ""))
     if data.template:
-        log.say(f"{data.train.summary()}; {batches.wasted:.1%} of what is computed is padding")
+        log.say(data.train.summary())
     began = time.monotonic()
 
     def due(every: int) -> bool:

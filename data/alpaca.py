@@ -9,7 +9,7 @@ Source: github.com/tatsu-lab/stanford_alpaca (Taori et al. 2023).
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from data import conversations
 from data.prepared import DATA
@@ -31,18 +31,12 @@ class AlpacaConfig:
     out: str = ""  # folder of the data set; empty: data/alpaca
 
 
-def read(source: str = "", on_error: str = "skip"
-         ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The conversations of files, or of the download, and how many records were dropped why."""
-    files = find_files(source, RECORDS) if source else [download(
-        URL, DATA / "alpaca" / "alpaca_data.json", GIT_BLOB, "python -m data.alpaca --from=FILE")]
-    return conversations.read(files, "alpaca", on_error)
-
-
 def prepare(config: AlpacaConfig = AlpacaConfig()) -> Path:
     """Alpaca as a set of conversations; returns its folder."""
     folder = Path(config.out or DATA / "alpaca")
-    found, dropped = read(config.from_, config.on_error)
+    files = find_files(config.from_, RECORDS) if config.from_ else [download(
+        URL, folder / "alpaca_data.json", GIT_BLOB, "python -m data.alpaca --from=FILE")]
+    found, dropped = conversations.read(files, "alpaca", config.on_error)
     conversations.write_conversations(folder, found, config.from_ or URL, config.validation,
                                       dropped, tokenizer=config.tokenizer)
     return folder

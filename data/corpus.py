@@ -132,11 +132,16 @@ def write_shards(folder: Path, train: list[str], val: list[str], tokenizer: Toke
             for ids in tokenizer.encode_batch(documents[i:i + BATCH]):
                 writer.add(split, start + ids)
     meta = writer.finish()
-    tokens = {split: facts["tokens"] for split, facts in meta["splits"].items()}
-    print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate "
-          f"({len(train):,} and {len(val):,} documents), vocabulary {tokenizer.vocab_size:,}, "
-          f"unigram entropy {meta['unigram_entropy']:.3f} nats")
+    print_summary(folder, meta)
     return meta
+
+
+def print_summary(folder: Path, meta: dict[str, Any]) -> None:
+    """Say in a line what a folder of shards holds."""
+    train, val = (meta["splits"].get(split, {}).get("tokens", 0) for split in ("train", "val"))
+    print(f"{folder}: {train:,} tokens to train on, {val:,} to validate, {meta['documents']:,} "
+          f"documents, vocabulary {meta['vocab_size']:,}, unigram entropy "
+          f"{meta['unigram_entropy']:.3f} nats")
 
 
 def named_tokenizer(name: str) -> Tokenizer:
@@ -154,11 +159,9 @@ def prepare(config: CorpusConfig = CorpusConfig()) -> Path:
         documents = documentation() + (sources() if config.code else [])
         source = f"documentation{' and sources' if config.code else ''} of Python " \
                  f"{sys.version.split()[0]}"
-    size = sum(len(text.encode(errors="surrogatepass")) for text in documents)
     if not documents:
         raise ValueError(f"{source} holds no text")
     train, val = split_documents(documents, config.validation)
-    print(f"{len(documents):,} documents, {size / 1e6:.2f} MB")
     if config.tokenizer:
         tokenizer = named_tokenizer(config.tokenizer)
     else:

@@ -14,7 +14,6 @@ Reference: Penedo et al. 2024, "The FineWeb datasets", arXiv 2406.17557.
 """
 import os
 import sys
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from bpe import Tokenizer
 from data import shards
-from data.corpus import named_tokenizer
+from data.corpus import named_tokenizer, print_summary
 from data.prepared import DATA
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter, read_progress
@@ -58,7 +57,7 @@ class FinewebConfig:
 
 def prepare(config: FinewebConfig = FinewebConfig()) -> Path:
     """Write the shards, or those that an interrupted call has left to do. Returns their folder."""
-    folder, started = Path(config.out or DATA / "fineweb"), time.monotonic()
+    folder = Path(config.out or DATA / "fineweb")
     tokenizer = named_tokenizer(config.tokenizer)
     files = find_files(config.from_) if config.from_ else []
     source = f"{HUB} {config.subset}"
@@ -83,27 +82,22 @@ def prepare(config: FinewebConfig = FinewebConfig()) -> Path:
               dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         write(writer, encode_all(tokenizer, documents, config.num_threads or os.cpu_count() or 1),
               val_bytes, bar)
-    meta = writer.finish()
-    tokens = {split: facts["tokens"] for split, facts in meta["splits"].items()}
-    print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, "
-          f"{meta['documents']:,} documents, unigram entropy {meta['unigram_entropy']:.3f} nats, "
-          f"{time.monotonic() - started:.1f} s")
+    print_summary(folder, writer.finish())
     print("train on it: python train.py gpt2-124m" + (f" --data={folder}" if config.out else ""))
     return folder
 
 
 def is_complete(folder: Path, wanted: dict[str, Any]) -> bool:
     """Whether the folder holds these data already, whole. Other data there are refused."""
-    for name, read in (("meta.json", shards.read_meta),
-                       ("progress.json", lambda folder: read_progress(folder)[0])):
-        if (folder / name).exists():
-            there = read(folder)
-            for key, value in wanted.items():
-                if there.get(key) != value:
-                    raise ValueError(f"{folder} holds data of {key}={there.get(key)}, not {value}; "
-                                     f"choose another --out, or delete {folder}")
-            return name == "meta.json"
-    return False
+    complete = (folder / "meta.json").exists()
+    if not complete and not (folder / "progress.json").exists():
+        return False
+    there = shards.read_meta(folder) if complete else read_progress(folder)[0]
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            raise ValueError(f"{folder} holds data of {key}={there.get(key)}, not {value}; choose "
+                             f"another --out, or delete {folder}")
+    return complete
 
 
 def survey(files: list[Path], shard_tokens: int) -> tuple[int | None, float]:
@@ -206,25 +200,16 @@ def write(writer: ShardWriter, encoded: Iterable[tuple[int, np.ndarray]], val_by
         if split == "val" and used and full:
             writer.flush("val")
             split = "train"
-            tqdm.write(f"the first {writer.documents:,} documents validate, "
-                       f"{writer.tokens('val'):,} tokens", file=sys.stdout)
         used += size
         writer.add(split, ids)
         bar.update(1)
-        if split == "train" and not writer.pending_tokens[split]:
-            tqdm.write(f"train shard {len(writer.meta['splits'][split]['files'])} is written, "
-                       f"{writer.tokens('train'):,} tokens so far", file=sys.stdout)
     if not writer.tokens("train"):
         raise ValueError(f"{writer.meta['source']} fits into the validation shard of "
                          f"{writer.shard_tokens:,} tokens; give a smaller --shard_tokens")
 
 
 def main(words: list[str]) -> None:
-    try:
-        prepare(parse(FinewebConfig, words, "python -m data.fineweb", about=__doc__))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on after the last finished shard")
-        raise SystemExit(130) from None
+    prepare(parse(FinewebConfig, words, "python -m data.fineweb", about=__doc__))
 
 
 if __name__ == "__main__":

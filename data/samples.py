@@ -66,7 +66,7 @@ class Samples:
 
     def padded(self, chosen: np.ndarray) -> Batch:
         """These samples as x, y (B, T), padded with 0 and IGNORE."""
-        T = int(padded_length(self.lengths[chosen].max(), self.block_size))
+        T = min(-(-int(self.lengths[chosen].max()) // MULTIPLE) * MULTIPLE, self.block_size)
         x, y = np.zeros((len(chosen), T), np.int64), np.full((len(chosen), T), IGNORE, np.int64)
         for row, i in enumerate(chosen):
             end = self.lengths[i]
@@ -157,23 +157,6 @@ class SampleLoader(RowLoader):
         found = [i for row in self.order(step) for i in self.rows[row]]
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
         return f"samples {', '.join(map(str, found[:8]))}{more} of the training split"
-
-    @property
-    def wasted(self) -> float:
-        """The share of padding in all that the model computes, over the first epoch."""
-        if self.packing:
-            return 1 - float(self.row_lengths.sum()) / (self.rows_per_epoch * self.block_size)
-        real = computed = 0
-        for step in range(max(1, self.rows_per_epoch // self.rows_per_step)):
-            lengths = self.row_lengths[self.order(step)].reshape(-1, self.micro_batch)
-            real += lengths.sum()
-            computed += padded_length(lengths.max(axis=1), self.block_size).sum() * self.micro_batch
-        return 1 - float(real / computed)
-
-
-def padded_length(length: np.ndarray, block_size: int) -> np.ndarray:
-    """The length of a row that holds so many tokens: a multiple of MULTIPLE."""
-    return np.minimum(-(-length // MULTIPLE) * MULTIPLE, block_size)
 
 
 def pack(lengths: np.ndarray, size: int) -> list[list[int]]:

@@ -23,7 +23,6 @@ from data.conversations import first_question
 
 EVALUATION_TOKENS = 4096        # at once, at least: small micro-batches would be slow
 SMALL_DATA = ("corpus", "shakespeare", "pydocs")    # made within a minute when a run asks for them
-HOLDS = {"chat": "conversations", "classes": "texts with classes"}
 PROMPTS = 3                     # of the validation split, with room for an answer
 
 
@@ -132,7 +131,7 @@ def open_data(folder: Path, config: Any, tokenizer: Tokenizer | None, block_size
     """
     what = kind(folder)
     if what != "tokens" and config.init_from == "scratch":
-        raise ValueError(f"data={config.data} holds {HOLDS[what]}, and init_from=scratch has no "
+        raise ValueError(f"data={config.data} holds {prepared.KINDS[what][0]}, and init_from=scratch has no "
                          f"words yet; name a model that writes, --init_from=RUN or gpt2")
     if what != "tokens" and tokenizer is None:
         raise ValueError(f"{config.init_from} has no tokenizer to read {config.data} with; put its "

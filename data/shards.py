@@ -27,7 +27,7 @@ from data import prepared
 from data.prepared import AGAIN, DATA, FORMAT_VERSION, hash_facts, read_object
 from formats.files import write_json
 
-CHUNK = 1 << 23                 # bytes that verify holds at once, for each thread
+CHUNK = 1 << 22                 # ids that verify holds at once, for each thread
 STAMP = ".verified.json"        # which files verify has read, so that it need not do so again
 BIN_HEADER = 256 * 4            # bytes
 BIN_MAGIC, BIN_VERSION = 20240520, 1
@@ -172,16 +172,12 @@ def verify(folder: Path, cached: bool = False) -> dict[str, str]:
 
 def _verify(path: Path, facts: dict[str, Any], vocab_size: int) -> str:
     """Read a shard once, a chunk at a time: checksum, and the largest id."""
-    ids, digest = open_shard(path, facts), hashlib.sha256()
-    per_chunk, beyond = CHUNK // ids.itemsize, None
-    with open(path, "rb") as file:
-        file.seek(ids.offset)
-        for start in range(0, len(ids), per_chunk):
-            data = file.read(min(per_chunk, len(ids) - start) * ids.itemsize)
-            digest.update(data)
-            chunk = np.frombuffer(data, ids.dtype)
-            if beyond is None and chunk.max() >= vocab_size:
-                beyond = start + int((chunk >= vocab_size).argmax())
+    ids, digest, beyond = open_shard(path, facts), hashlib.sha256(), None
+    for start in range(0, len(ids), CHUNK):
+        chunk = ids[start:start + CHUNK]
+        digest.update(chunk)
+        if beyond is None and chunk.max() >= vocab_size:
+            beyond = start + int((chunk >= vocab_size).argmax())
     if facts.get("sha256", digest.hexdigest()) != digest.hexdigest():
         raise ValueError(f"shard {path} differs from its checksum"
                          + ("" if beyond is None else f"; id {ids[beyond]} at position {beyond} is "

@@ -23,7 +23,6 @@ harness as in EleutherAI's lm-evaluation-harness (lm_eval/tasks/hellaswag), whos
 by len(ending), that is characters, without the space before it.
 """
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, Iterator, Literal, Sequence, get_args
 
@@ -251,18 +250,10 @@ def evaluate(model: nn.Module, tokenizer: Any, items: Sequence[Item], style: Sty
 def main(words: list[str]) -> None:
     config = parse(HellaSwagConfig, words, "python -m eval.hellaswag", about=__doc__)
     device = pick_device(config.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                    # started by torchrun
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     items = load_items(config.hellaswag_file or None)[:config.limit or None]
     model, tokenizer = load_writer(config.model, device)
     result = evaluate(model, tokenizer, items, config.style, config.batch_tokens,
                       pick_dtype(config.dtype, device), progress=True)
-    if dist.is_initialized():
-        rank = dist.get_rank()
-        dist.barrier()              # gloo aborts at times where one rank leaves while others talk
-        dist.destroy_process_group()
-        if rank > 0:
-            return
     print(f"{config.model} on {result['n']:,} HellaSwag items, style {config.style}")
     unit = "token" if config.style == "completion" else "character"
     for name, rule in zip(METRICS, ("", f" per {unit}", " per byte")):

@@ -1,5 +1,4 @@
 """HellaSwag: sums and decisions against a plain loop over transformers' logits."""
-import contextlib
 import hashlib
 import json
 
@@ -13,6 +12,7 @@ from eval.hellaswag import evaluate, load_items, score
 from eval.hellaswag_items import without_marks
 from eval.scoring import wilson_interval
 from model import GPT, GPTConfig
+from run.load import load_model
 
 COUNTS = {"acc": "correct", "acc_norm": "correct_norm", "acc_bytes": "correct_bytes"}
 SUMS = 2e-4     # float32; sums are some hundred nats, of which one unit in the last place is 3e-5
@@ -269,10 +269,14 @@ def test_nothing_is_compiled(tokenizer, items):
     assert not compiled
 
 
-def command_into(path, words):
-    """The command as a rank that torchrun started; what it prints goes into a file."""
-    with open(path, "a") as file, contextlib.redirect_stdout(file):
-        hellaswag.main(words)
+def evaluate_as_rank(path, folder, file):
+    """Evaluation within a process group; what it finds is a line of a file."""
+    torch.distributed.init_process_group("gloo")
+    found = evaluate(*load_model(folder, "cpu"), load_items(file))
+    with open(path, "a") as lines:
+        lines.write(json.dumps(found) + "\n")
+    torch.distributed.barrier()         # gloo aborts at times where one leaves while others talk
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -281,16 +285,16 @@ def test_ranks_give_the_counts_of_one(tokenizer, items, file, tmp_path, capsys, 
     model = small_model(tokenizer)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model" / "tokenizer.json")
-    words = [f"--model={tmp_path / 'model'}", f"--hellaswag_file={file}", "--dtype=float32",
-             "--device=cpu"]
     capsys.readouterr()
-    hellaswag.main(words)
+    hellaswag.main([f"--model={tmp_path / 'model'}", f"--hellaswag_file={file}", "--dtype=float32",
+                    "--device=cpu"])
     alone = capsys.readouterr().out
-    for process in start(command_into, ranks, tmp_path / "said.txt", words):
+    for process in start(evaluate_as_rank, ranks, tmp_path / "found", tmp_path / "model", file):
         process.join(120)
         assert process.exitcode == 0
-    assert (tmp_path / "said.txt").read_text() == alone
     result = evaluate(model, tokenizer, items)
+    found = [json.loads(line) for line in (tmp_path / "found").read_text().splitlines()]
+    assert found == [json.loads(json.dumps(result))] * ranks
     assert "4 HellaSwag items, style completion" in alone
     for name, count in COUNTS.items():
         assert f"{name:9} {result[name]:.4f}  ({result[count]} right)" in alone
