@@ -9,24 +9,23 @@ given as a ratio to ours. Memory is the most that the process and its workers he
 In: a folder with novels/*.txt, imdb/*.jsonl, chinese/*.txt; the code is this Python's standard
 library and installed packages. Out: a table, and bench/results/bpe.json.
 """
-import functools
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import random
 import re
-import statistics
 import sys
 import sysconfig
 import tempfile
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from bench.machine import (CPU, Row, check_known, check_least, in_process, lasting, publish,
-                           table, take_turns, where)
+from bench.machine import (CPU, Row, in_process, lasting, median_row, publish, table, take_turns,
+                           where)
 from bpe import GPT2_PATTERN, Tokenizer
 from fast.bpe_counts import read_blocks
 from fast.bpe_encode import TIKTOKEN_GPT2
@@ -44,14 +43,6 @@ class BPEBenchConfig:
     vocab_size: int = 32_000  # tokens to train
     minbpe: str = ""  # a checkout of karpathy/minbpe, to measure it too
     save: bool = True  # write bench/results/bpe.json
-    row: bool = False  # print one measurement as JSON: of path, kind and who (used inside)
-    path: str = ""  # its text
-    kind: str = "train"  # train or encode
-    who: str = "ours"  # ours, Hugging Face, rustbpe, tiktoken, minbpe
-
-    def __post_init__(self):
-        check_known(self, kind=("train", "encode"), who=PEERS)
-        check_least(self, repeats=1)
 
 
 # ---------------------------------------------------------------------------------------- texts
@@ -75,10 +66,9 @@ def documents(folder: Path) -> tuple[list[str], list[str]]:
     return english, code
 
 
-def write_texts(source: Path, folder: Path, sizes: tuple[int, ...]
-                ) -> tuple[dict[str, Path], dict[str, list[float]]]:
-    """Files by name; and how often the English and the code are repeated to fill each mix."""
-    pools, made, repeated = documents(source), {}, {}
+def write_texts(source: Path, folder: Path, sizes: tuple[int, ...]) -> dict[str, Path]:
+    """Files by name: mixes of English and code, half of each, repeated to fill it."""
+    pools, made = documents(source), {}
 
     def write(name: str, data: bytes) -> None:
         made[name] = folder / f"{len(made)}.txt"
@@ -87,54 +77,52 @@ def write_texts(source: Path, folder: Path, sizes: tuple[int, ...]
     def whole(data: bytes) -> bytes:                    # without a last character that was cut
         return data.decode("utf-8", "ignore").encode()
     for megabytes in sizes:
-        texts, times = [], []
+        texts = []
         for pool in pools:
-            size = i = 0
-            while size < megabytes * 500_000:
-                texts.append(pool[i % len(pool)])
-                size += len(texts[-1].encode())
-                i += 1
-            times.append(round(i / len(pool), 2))
+            left, again = megabytes * 500_000, itertools.cycle(pool)
+            while left > 0:
+                texts.append(next(again))
+                left -= len(texts[-1].encode())
         random.Random(1).shuffle(texts)
-        name = f"mix {megabytes} MB"
-        repeated[name] = times
-        write(name, whole("\n".join(texts).encode()[:megabytes * 1_000_000]))
+        write(f"mix {megabytes} MB", whole("\n".join(texts).encode()[:megabytes * 1_000_000]))
     mix = made[f"mix {sizes[0]} MB"].read_bytes()
     write(f"mix {sizes[0]} MB, one line", b" ".join(mix.split()))
     chinese = "".join(path.read_text(encoding="utf-8") for path in source.glob("chinese/*.txt"))
     write("Chinese, one line", "".join(chinese.split()).encode())
     write(f"mix {sizes[-1]} MB, 4 times", 4 * made[f"mix {sizes[-1]} MB"].read_bytes())
     write("mix 0.3 MB", whole(mix[:300_000]))
-    return made, repeated
+    return made
 
 
 # --------------------------------------------------- what is measured, each in its own process
 
-def train_hugging_face(config: BPEBenchConfig) -> None:
+def train_ours(path: str, vocab_size: int) -> None:
+    Tokenizer.train(read_blocks([path]), vocab_size, special_tokens=())
+
+
+def train_hugging_face(path: str, vocab_size: int) -> None:
     from tokenizers import Tokenizer as HF, models, pre_tokenizers, trainers
     level = pre_tokenizers.ByteLevel
     tok = HF(models.BPE())
     tok.pre_tokenizer = level(add_prefix_space=False, use_regex=True)
-    tok.train([config.path], trainers.BpeTrainer(
-        vocab_size=config.vocab_size, initial_alphabet=level.alphabet(), show_progress=False))
+    tok.train([path], trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=level.alphabet(), show_progress=False))
 
 
-def train_rustbpe(config: BPEBenchConfig) -> None:
+def train_rustbpe(path: str, vocab_size: int) -> None:
     import rustbpe
 
     def blocks():
-        with open(config.path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             while lines := file.readlines(1 << 20):
                 yield "".join(lines)
-    rustbpe.Tokenizer().train_from_iterator(blocks(), config.vocab_size, buffer_size=16,
+    rustbpe.Tokenizer().train_from_iterator(blocks(), vocab_size, buffer_size=16,
                                             pattern=GPT2_PATTERN)
 
 
-def train_minbpe(config: BPEBenchConfig) -> None:
-    sys.path.insert(0, config.minbpe)
+def train_minbpe(path: str, vocab_size: int) -> None:
     from minbpe import RegexTokenizer
-    RegexTokenizer(GPT2_PATTERN).train(Path(config.path).read_text(encoding="utf-8"),
-                                       config.vocab_size)
+    RegexTokenizer(GPT2_PATTERN).train(Path(path).read_text(encoding="utf-8"), vocab_size)
 
 
 def encode_ours(texts: list[str]) -> Callable[[], Any]:
@@ -160,72 +148,62 @@ def encode_hugging_face(texts: list[str]) -> Callable[[], Any]:
     return lambda: [encoding.ids for encoding in tok.encode_batch(texts)]
 
 
-TRAINERS = {"ours": lambda config: Tokenizer.train(read_blocks([config.path]), config.vocab_size,
-                                                   special_tokens=()),
-            "Hugging Face": train_hugging_face, "rustbpe": train_rustbpe, "minbpe": train_minbpe}
+TRAINERS = {"ours": train_ours, "Hugging Face": train_hugging_face, "rustbpe": train_rustbpe,
+            "minbpe": train_minbpe}
 ENCODERS = {"ours": encode_ours, "tiktoken": encode_tiktoken, "Hugging Face": encode_hugging_face}
 
 
-def measure(config: BPEBenchConfig) -> Row:
-    """What --row prints: milliseconds and peak MiB of one contestant in this process."""
-    if config.kind == "train":
-        run = functools.partial(TRAINERS[config.who], config)
-        if config.who in MODULES:
-            importlib.import_module(MODULES[config.who])
+def measure(kind: str, who: str, path: str, vocab_size: int, watched: bool = False) -> Row:
+    """Milliseconds and peak MB of one contestant in this process; looking at the memory of its
+    workers slows it a little."""
+    if kind == "train":
+        if who in MODULES:
+            importlib.import_module(MODULES[who])
+
+        def run() -> None:
+            TRAINERS[who](path, vocab_size)
     else:
-        text = Path(config.path).read_text(encoding="utf-8")
-        run = ENCODERS[config.who]([text[i:i + 4000] for i in range(0, len(text), 4000)])
-    taken = lasting(run)
-    status = Path("/proc/self/status").read_text()   # getrusage would count the parent's peak
-    return {"ms": 1000 * taken, "mib": int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024}
-
-
-# -------------------------------------------------------------------------------------- compare
-
-def most_memory(config: BPEBenchConfig) -> float:
-    """MiB that the process of a row and its workers held together; looking slows it a little."""
+        text = Path(path).read_text(encoding="utf-8")
+        run = ENCODERS[who]([text[i:i + 4000] for i in range(0, len(text), 4000)])
     most, done = [0.0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.03):
-            most[0] = max(most[0], sum(map(proportional, tree(os.getpid())[1:])))
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+            most.append(memory_of_tree(os.getpid()))
+    if watched:
+        threading.Thread(target=watch, daemon=True).start()
+    taken = lasting(run)
+    done.set()
+    status = Path("/proc/self/status").read_text()   # getrusage would count the parent's peak
+    own = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+    return {"ms": 1000 * taken, "mb": round(max(own, *most))}
+
+
+def memory_of_tree(pid: int) -> float:
+    """MiB of a process and all below it; what several share counts in parts."""
+    folder = Path(f"/proc/{pid}")
     try:
-        return max(in_process("bpe", config)["mib"], most[0])
-    finally:
-        done.set()
-        watcher.join()
-
-
-def tree(pid: int) -> list[int]:
-    """A process and all below it, whichever of its threads started them."""
-    try:
-        children = " ".join(path.read_text() for path in
-                            Path(f"/proc/{pid}/task").glob("*/children")).split()
-    except OSError:
-        children = []
-    return [pid] + [below for child in children for below in tree(int(child))]
-
-
-def proportional(pid: int) -> float:
-    """MiB of a process; what several share counts in parts."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-    except (OSError, ProcessLookupError):
+        lines = (folder / "smaps_rollup").read_text().splitlines()
+        children = [int(child) for path in folder.glob("task/*/children")
+                    for child in path.read_text().split()]
+    except OSError:                                     # it has ended
         return 0.0
+    own = sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return own + sum(map(memory_of_tree, children))
 
 
-def compare(config: BPEBenchConfig, case: str, who: tuple[str, ...], memory: bool = True) -> Row:
+# -------------------------------------------------------------------------------------- compare
+
+def compare(case: str, kind: str, who: tuple[str, ...], path: Path, vocab_size: int, repeats: int,
+            memory: bool) -> Row:
     """The row of a text: median seconds of each contestant in turn, and the memory of a run."""
-    turns = take_turns(who, lambda name, _: in_process("bpe", config, who=name), config.repeats)
-    return {"case": case, "kind": config.kind,
-            "megabytes": round(Path(config.path).stat().st_size / 1e6, 1),
-            "vocab_size": config.vocab_size if config.kind == "train" else 50257,
-            "seconds": {name: round(statistics.median(row["ms"] for row in rows) / 1000, 2)
+    turns = take_turns(
+        who, lambda name, _: in_process(measure, kind, name, str(path), vocab_size), repeats)
+    return {"case": case, "kind": kind, "megabytes": round(path.stat().st_size / 1e6, 1),
+            "vocab_size": vocab_size,
+            "seconds": {name: round(median_row(rows, "ms")["ms"] / 1000, 2)
                         for name, rows in turns.rows.items()},
-            "memory_mb": {name: round(most_memory(replace(config, who=name)))
+            "memory_mb": {name: in_process(measure, kind, name, str(path), vocab_size, True)["mb"]
                           for name in who if memory},
             "states": turns.states}
 
@@ -244,30 +222,27 @@ def report(found: dict[str, Any]) -> str:
 
 def main(words: list[str]) -> None:
     config = parse(BPEBenchConfig, words, "python -m bench.bpe", about=__doc__)
-    if config.row:
-        print(json.dumps(measure(config)))
-        return
     source = Path(config.data or os.environ.get("ONELOOP_SHARED", "data"))
     with tempfile.TemporaryDirectory() as folder:
-        texts, repeated = write_texts(source, Path(folder), config.sizes)
-        rows = []
+        rows, texts = [], write_texts(source, Path(folder), config.sizes)
         for case, path in texts.items():
-            one = replace(config, path=str(path))
+            who, vocab_size, repeats = ("ours", *MODULES), config.vocab_size, config.repeats
             if "4 times" in case:
-                rows.append(compare(replace(one, repeats=1), case, ("ours",)))
-            elif case != "mix 0.3 MB":
-                rows.append(compare(one, case, ("ours", "Hugging Face", "rustbpe")))
-            elif config.minbpe:
-                rows.append(compare(replace(one, repeats=1, vocab_size=512), case,
-                                    ("ours", "minbpe"), memory=False))
+                who, repeats = ("ours",), 1
+            if case == "mix 0.3 MB":
+                who, vocab_size, repeats = ("ours", "minbpe"), 512, 1
+                if not config.minbpe:
+                    continue
+                sys.path.insert(0, config.minbpe)       # processes that start find it, too
+            rows.append(compare(case, "train", who, path, vocab_size, repeats, "minbpe" not in who))
         case = f"mix {config.sizes[0]} MB"
-        rows.append(compare(replace(config, path=str(texts[case]), kind="encode"), case,
-                            tuple(ENCODERS), memory=False))
+        rows.append(compare(case, "encode", tuple(ENCODERS), texts[case], 50257, config.repeats,
+                            memory=False))
     versions = {name: importlib.metadata.version(name)
                 for name in ("tokenizers", "rustbpe", "tiktoken", "numpy", "regex")}
     states = [state for row in rows for state in row.pop("states")]
     publish(report, "bpe", config.save, CPU, rows, states, versions=versions,
-            repeats=config.repeats, times_that_english_and_code_are_repeated=repeated)
+            repeats=config.repeats)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ class HellaswagBenchConfig:
     hellaswag_file: str = ""  # local HellaSwag file; empty: the official one, downloaded once
     items: int = 100  # how many of its items, spread over it
     repeats: int = 4  # turns of each way; the best counts, as others may use the machine
-    batch_tokens: int = 0  # tokens of a batch of ours; 0: its default
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"  # precision
     model: GPTConfig = GPTConfig()  # the network, with random weights
@@ -39,25 +38,23 @@ class HellaswagBenchConfig:
 def one_at_a_time(model: GPT, tokenizer: Tokenizer, items: list[Item],
                   dtype: torch.dtype) -> torch.Tensor:
     """Sums of log-probabilities (N, 4), style completion, as the usual script computes them."""
-    return torch.stack([score_item(model, tokenizer, item, dtype) for item in items])
-
-
-def score_item(model: GPT, tokenizer: Tokenizer, item: Item, dtype: torch.dtype) -> torch.Tensor:
-    device = next(model.parameters()).device
-    context = tokenizer.encode(item.context)
-    endings = [tokenizer.encode(" " + ending) for ending in item.endings]
-    T = len(context) + max(map(len, endings))
-    ids, scored = torch.zeros(4, T, dtype=torch.long), torch.zeros(4, T)
-    for row, ending in enumerate(endings):
-        end = len(context) + len(ending)
-        ids[row, :end] = torch.tensor(context + ending)
-        scored[row, len(context):end] = 1
-    ids, scored = ids.to(device), scored.to(device)
-    with autocast(device, dtype):
-        logits, _ = model(ids)                                      # (4, T, V)
-    nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(),
-                           reduction="none").view(4, T - 1)
-    return -(nats * scored[:, 1:]).sum(1).double().cpu()
+    device, sums = next(model.parameters()).device, []
+    for item in items:
+        context = tokenizer.encode(item.context)
+        endings = [tokenizer.encode(" " + ending) for ending in item.endings]
+        T = len(context) + max(map(len, endings))
+        ids, scored = torch.zeros(4, T, dtype=torch.long), torch.zeros(4, T)
+        for row, ending in enumerate(endings):
+            end = len(context) + len(ending)
+            ids[row, :end] = torch.tensor(context + ending)
+            scored[row, len(context):end] = 1
+        ids, scored = ids.to(device), scored.to(device)
+        with autocast(device, dtype):
+            logits, _ = model(ids)                                  # (4, T, V)
+        nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(),
+                               reduction="none").view(4, T - 1)
+        sums.append(-(nats * scored[:, 1:]).sum(1).double().cpu())
+    return torch.stack(sums)
 
 
 def measure(config: HellaswagBenchConfig) -> tuple[dict[str, Any], list[float]]:
@@ -75,28 +72,22 @@ def measure(config: HellaswagBenchConfig) -> tuple[dict[str, Any], list[float]]:
             return one_at_a_time(model, tokenizer, items, dtype)
 
     def ours(dtype: torch.dtype) -> Scores:
-        return score(model, tokenizer, items, batch_tokens=config.batch_tokens, dtype=dtype)
+        return score(model, tokenizer, items, dtype=dtype)
 
     one_at_a_time(model, tokenizer, items[:2], dtype)               # warm up
     ways = {"one_at_a_time": lambda: theirs(dtype), "casts_once": lambda: theirs(dtype, True),
             "ours": lambda: ours(dtype)}
-    answers: dict[str, Any] = {}
-
-    def timed(name: str, _: list) -> dict[str, float]:
-        return {"s": lasting(lambda: answers.update({name: ways[name]()}), device)}
-    turns = take_turns(ways, timed, config.repeats, device)
-    seconds = {name: [row["s"] for row in rows] for name, rows in turns.rows.items()}
-    speed = {name: len(items) / min(values) for name, values in seconds.items()}
+    turns = take_turns(ways, lambda name, _: {"s": lasting(ways[name], device)}, config.repeats,
+                       device)
+    seconds = {name: [round(row["s"], 2) for row in rows] for name, rows in turns.rows.items()}
+    speed = {name: len(items) / min(row["s"] for row in rows) for name, rows in turns.rows.items()}
     return {
-        "parameters": model.num_params(), "items": len(items), "batch_tokens": config.batch_tokens,
-        "repeats": config.repeats,
-        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": model.num_params(), "items": len(items), "repeats": config.repeats,
+        "dtype": str(dtype).removeprefix("torch."), "seconds": seconds,
         "items_per_s": {name: round(value, 2) for name, value in speed.items()},
         "speedup": round(speed["ours"] / speed["one_at_a_time"], 2),
-        "speedup_over_casts_once": round(speed["ours"] / speed["casts_once"], 2),
-        "seconds": {name: [round(s, 2) for s in values] for name, values in seconds.items()},
         "in_float32": compare(theirs(torch.float32), ours(torch.float32)),
-        "in_this_dtype": compare(answers["one_at_a_time"], answers["ours"]),
+        "in_this_dtype": compare(theirs(dtype), ours(dtype)),
     }, turns.states
 
 

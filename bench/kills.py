@@ -91,6 +91,11 @@ def run(settings: dict[str, Any], phase: Any = None) -> None:
     train.train(build(train.TrainConfig, settings))
 
 
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values, tensors or not, are the same."""
+    return type(a) is type(b) and (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b)
+
+
 def differences(one: Path, two: Path) -> list[str]:
     """What two finished runs do not have in common: files, tensors, log lines."""
     found = []
@@ -98,7 +103,7 @@ def differences(one: Path, two: Path) -> list[str]:
         a, b = ({keystr(path): value for path, value in tree_flatten_with_path(
             checkpoint.load(folder / name))[0]} for folder in (one, two))
         found += [f"{name}: {key}" for key in {**a, **b} if not key.endswith("['config']['out']")
-                  and not _equal(a.get(key), b.get(key))]
+                  and not equal(a.get(key), b.get(key))]
     logs = [[{key: value for key, value in line.items() if key != "tokens_per_s"}
              for line in read_log(folder / "log.jsonl")] for folder in (one, two)]
     found += ["log.jsonl"] if logs[0] != logs[1] else []
@@ -153,18 +158,15 @@ def campaign(folder: Path, settings: dict[str, Any], ranks: int, kills: int,
     return counts
 
 
-def prepare(folder: Path) -> str:
-    """A small byte-level data set."""
-    from data.corpus import CorpusConfig, prepare as prepare_corpus
-    (folder / "text.txt").write_text("".join(
-        f"line {i * i % 97} of the text, {'odd' if i % 2 else 'even'}\n" for i in range(240)))
-    return str(prepare_corpus(CorpusConfig(from_=str(folder / "text.txt"), tokenizer="bytes",
-                                           validation=1 / 6, out=str(folder / "data"))))
-
-
 def settings_of(kind: str, folder: Path) -> dict[str, Any]:
     """The run to be killed: pretraining, or fine-tuning of a base that is made for it."""
-    pretraining = {**SETTINGS, "data": prepare(folder), "model": MODEL}
+    from data.corpus import CorpusConfig, prepare
+    text = folder / "text.txt"
+    text.write_text("".join(f"line {i * i % 97} of the text, {'odd' if i % 2 else 'even'}\n"
+                            for i in range(240)))
+    data = prepare(CorpusConfig(from_=str(text), tokenizer="bytes", validation=1 / 6,
+                                out=str(folder / "data")))
+    pretraining = {**SETTINGS, "data": str(data), "model": MODEL}
     if kind == "pretraining":
         return pretraining
     base = folder / "base"
@@ -198,12 +200,6 @@ def main(words: list[str]) -> None:
             [{"kind": config.kind, "ranks": config.ranks, **counts}], [])
     if counts["exact"] != counts["kills"] or counts["lost"]:
         raise ValueError("not every kill was survived; see above")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return torch.equal(a, b)
-    return type(a) is type(b) and a == b
 
 
 if __name__ == "__main__":

@@ -18,25 +18,20 @@ Each rung keeps what the ones below it added, in the order of Karpathy's lecture
 A step is forward, backward, clipping and AdamW. Every (rung, round) has a process of its own, so
 that memory is its own; rounds take turns, medians count. The share is that of the matrix products
 in the same precision, measured in the same processes. --save writes bench/results/ladder-DEVICE
-.json and .png (with the shape in the name where it is not "small"); the picture needs the extra
-"plots".
+.json, with the shape in the name where it is not "small".
 """
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
-from bench import machine
-from bench.machine import (Row, check_known, check_least, in_process, matmul_peak, median_step,
-                           publish, table, take_turns, where, with_shares, with_spread)
+from bench.machine import (Row, in_process, matmul_peak, median_step, publish, table, take_turns,
+                           where, with_shares, with_spread)
 from bench.peers import (BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, measure_contestant,
                          peer_step, random_batch)
 from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, pick_device
-from experiments.runs import PALETTE
 from fast.linear import MKL_IS_SLOW, use_fast_products
 from model import GPT, IGNORE, CausalSelfAttention, GPTConfig
 from optim import parameter_groups
@@ -54,19 +49,12 @@ RUNGS = ("float32", TF32, ONEDNN, "bfloat16", COMPILE, FLASH, PADDED, FUSED, HEA
 
 @dataclass(frozen=True)
 class LadderConfig:
-    shape: str = "small"  # which of tiny, small, 124M
-    micro_batch: int = 0  # sequences of a step; 0: the shape's own
-    rungs: tuple[str, ...] = ()  # which of float32, TF32, oneDNN, bfloat16, torch.compile, flash
-        # attention, vocabulary 50304, fused AdamW, the model's head; empty: all
+    shape: Literal[tuple(SHAPES)] = "small"  # the network
+    rungs: tuple[Literal[RUNGS], ...] = ()  # empty: all
     rounds: int = 3  # processes for each rung; the median counts
     repeats: int = 3  # steps timed in each after two that warm up, more of short ones
     device: str = "auto"  # auto, cpu, cuda
-    save: bool = False  # write table and picture to bench/results
-    row: bool = False  # print one measurement as JSON (used inside)
-
-    def __post_init__(self):
-        check_known(self, shape=SHAPES, rungs=RUNGS)
-        check_least(self, rounds=1, repeats=1, micro_batch=0)
+    save: bool = False  # write the result to bench/results
 
 
 class WrittenOutAttention(CausalSelfAttention):
@@ -113,13 +101,13 @@ def contestant(rung: str, config: GPTConfig, x: torch.Tensor, y: torch.Tensor,
                      "compiled" if COMPILE in has and has_compiler(device) else "eager")
 
 
-def measure(rung: str, config: GPTConfig, micro_batch: int, device: torch.device,
-            repeats: int) -> Row:
-    """What --row prints."""
+def measure(rung: str, config: GPTConfig, micro_batch: int, kind: str, repeats: int) -> Row:
+    """The row of a rung on a kind of device, cpu or cuda, in this process."""
+    device = pick_device(kind)
     x, y = random_batch(config, micro_batch, device)
     reached = RUNGS[:RUNGS.index(rung) + 1]
     dtype = "bfloat16" if "bfloat16" in reached else "float32"
-    precision = TF32 if dtype == "float32" and TF32 in reached and device.type == "cuda" else dtype
+    precision = TF32 if dtype == "float32" and TF32 in reached and kind == "cuda" else dtype
     row = measure_contestant(lambda: contestant(rung, config, x, y, device), y.numel(), device,
                              repeats)
     with torch.device("meta"):
@@ -156,50 +144,24 @@ def report(found: dict[str, Any]) -> str:
             + "\n\n" + "\n".join(f"- {note}" for note in notes))
 
 
-def picture(rows: list[Row], title: str, path: Path) -> None:
-    """Two panels of bars, time and memory, with their numbers."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError('the picture needs the extra "plots": pip install -c '
-                                  'constraints.txt -e ".[plots]"') from None
-    drawing = Figure(figsize=(10, 0.7 + 0.36 * len(rows)), dpi=150, layout="constrained")
-    panels = drawing.subplots(1, 2, sharey=True)
-    for ax, key, what in zip(panels, ("ms", "memory_mib"), ("ms a step", "peak memory, MiB")):
-        bars = ax.barh([row["rung"] for row in rows], [row[key] for row in rows], color=PALETTE[0])
-        ax.bar_label(bars, fmt="{:,.4g}", padding=3)
-        ax.margins(x=0.15)
-        ax.set_title(what, loc="left")
-    ax.invert_yaxis()                                   # of both: they share it
-    drawing.suptitle(title, x=0.01, ha="left", fontsize=9)
-    drawing.savefig(path)
-
-
 def main(words: list[str]) -> None:
     config = parse(LadderConfig, words, "python -m bench.ladder", about=__doc__)
     device = pick_device(config.device)
-    shape, *usual = SHAPES[config.shape]
-    micro_batch = config.micro_batch or usual[device.type == "cuda"]
-    if config.row:
-        print(json.dumps(measure(config.rungs[0], shape, micro_batch, device, config.repeats)))
-        return
     wanted = [rung for rung in RUNGS if rung in (config.rungs or RUNGS)]
     skipped = {rung: why for rung in wanted if (why := left_out(rung, device))}
-
-    def measure_rung(rung: str, _: list[Row]) -> Row:
-        return in_process("ladder", config, rungs=(rung,), micro_batch=micro_batch)
-    turns = take_turns([rung for rung in wanted if rung not in skipped], measure_rung,
-                       config.rounds, device, strict=False)     # out of memory: others are of use
+    shape, *micro_batches = SHAPES[config.shape]
+    turns = take_turns(             # not strict: where memory does not suffice, others are of use
+        [rung for rung in wanted if rung not in skipped],
+        lambda rung, _: in_process(measure, rung, shape, micro_batches[device.type == "cuda"],
+                                   device.type, config.repeats),
+        config.rounds, device, strict=False)
     skipped.update(turns.missing)
     if not turns.rows:
         raise ValueError(f"rungs={','.join(wanted)}: {'; '.join(skipped.values())}")
     rows = with_shares([median_step(rounds) for rounds in turns.rows.values()])
     name = f"ladder-{device.type}" + ("" if config.shape == "small" else f"-{config.shape}")
-    found = publish(report, name, config.save, device, rows, turns.states, shape=config.shape,
-                    rounds=config.rounds, skipped=skipped)
-    if config.save:
-        picture(rows, f"GPT-2 {config.shape}, {micro_batch} x {shape.block_size} tokens a step, "
-                      f"on {where(found)}", machine.RESULTS / f"{name}.png")
+    publish(report, name, config.save, device, rows, turns.states, shape=config.shape,
+            rounds=config.rounds, skipped=skipped)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ offline. Writes bench/results/lm_eval.json.
 import os
 import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,6 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main(words: list[str]) -> None:
-    from importlib.metadata import version
     config = parse(LMEvalConfig, words, "python -m bench.lm_eval", about=__doc__)
     publish(report, "lm_eval", True, pick_device(config.device), [measure(config)], [],
             lm_eval=version("lm-eval"))

@@ -7,17 +7,15 @@ each measurement in a process of its own, so that its peak memory is its own, ou
 turns; medians. "full" is our model against transformers' without an adapter. Needs transformers,
 peft and, for qlora, bitsandbytes.
 """
-import json
 import tempfile
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.machine import (Row, check_known, in_process, median_row, publish, table, take_turns,
-                           where)
+from bench.machine import Row, in_process, median_row, publish, table, take_turns, where
 from bench.peers import (Contestant, measure_contestant, peer_step, random_batch,
                          transformers_model)
 from lora import LoRAConfig, add_lora
@@ -38,9 +36,9 @@ SIDES = ("ours", "peft")
 
 @dataclass(frozen=True)
 class LoRABenchConfig:
-    shape: str = "124M"  # which of 124M, tiny
-    variants: tuple[str, ...] = tuple(VARIANTS)  # which of full, lora, dora, qlora
-    sides: tuple[str, ...] = SIDES  # ours, peft
+    shape: Literal[tuple(SHAPES)] = "124M"  # the network
+    variants: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS)  # what is trained
+    sides: tuple[Literal[SIDES], ...] = SIDES  # who trains
     targets: tuple[str, ...] = ("c_attn",)  # layers with adapters: names, or all-linear
     r: int = 8  # rank
     batch: int = 4  # sequences of a step
@@ -49,10 +47,6 @@ class LoRABenchConfig:
     device: str = "auto"  # auto, cpu, cuda
     compile: bool = False  # torch.compile on both sides
     save: bool = False  # write bench/results/lora-DEVICE.json
-    row: bool = False  # print one measurement as JSON (used inside)
-
-    def __post_init__(self):
-        check_known(self, shape=SHAPES, variants=VARIANTS, sides=SIDES)
 
 
 def ours(shape: GPTConfig, variant: str, config: LoRABenchConfig) -> nn.Module:
@@ -83,7 +77,7 @@ def theirs(shape: GPTConfig, variant: str, config: LoRABenchConfig) -> nn.Module
         fan_in_fan_out=variant != "qlora", task_type="CAUSAL_LM"))
 
 
-def measure(side: str, variant: str, config: LoRABenchConfig) -> Row:
+def measure(variant: str, side: str, config: LoRABenchConfig) -> Row:
     """One process's row."""
     # PEFT runs as it is: pick_device has ours reuse memory.
     device = torch.device(config.device) if side == "peft" else pick_device(config.device)
@@ -121,13 +115,10 @@ def report(found: dict[str, Any]) -> str:
 
 def main(words: list[str]) -> None:
     config = parse(LoRABenchConfig, words, "python -m bench.lora", about=__doc__)
-    if config.row:
-        print(json.dumps(measure(config.sides[0], config.variants[0], config)))
-        return
     device = pick_device(config.device)
+    config = replace(config, device=device.type)
     turns = take_turns([(variant, side) for variant in config.variants for side in config.sides],
-                       lambda key, _: in_process("lora", config, variants=key[:1], sides=key[1:],
-                                                 device=device.type), config.rounds, device)
+                       lambda key, _: in_process(measure, *key, config), config.rounds, device)
     rows = [median_row(rounds, "ms", "mib") for rounds in turns.rows.values()]
     publish(report, f"lora-{device.type}", config.save, device, rows, turns.states,
             shape=config.shape, targets=config.targets, r=config.r, batch=config.batch,

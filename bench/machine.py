@@ -11,13 +11,14 @@ docs/measured.md say the same.
 import datetime
 import json
 import math
+import multiprocessing
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, fields, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
@@ -88,50 +89,41 @@ class Turns:
 
 
 def take_turns(keys: Iterable[Any], measure: Callable[[Any, list[Row]], Row], rounds: int,
-               device: torch.device = CPU, until: float = math.inf, strict: bool = True) -> Turns:
+               device: torch.device = CPU, strict: bool = True) -> Turns:
     """Call measure(key, its rows so far) for each key, all keys once a round, so that a change of
     the machine's speed meets all. Not strict: a key that ends in a RuntimeError is left out from
-    then on. None is begun after `until` (time.monotonic)."""
+    then on."""
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds} must be at least 1")
     turns = Turns(states=[machine_state(device)])
     for number in range(1, rounds + 1):
         for key in keys:
             if key in turns.missing:
                 continue
-            name = key if isinstance(key, str) else " ".join(key)
+            said = f"round {number}: {key if isinstance(key, str) else ' '.join(key)}"
             try:
-                if time.monotonic() > until:
-                    raise TimeoutError(f"round {number} was not begun within --minutes")
                 row = measure(key, turns.rows.get(key, []))
-            except (RuntimeError, TimeoutError) as error:
+            except RuntimeError as error:
                 if strict:
                     raise
                 turns.missing[key] = str(error)
-                print(f"warning: {name}: {error}", file=sys.stderr, flush=True)
+                print(f"{said}: {error}", file=sys.stderr, flush=True)
                 continue
             turns.rows.setdefault(key, []).append(row)
-            said = f": {row['ms']:,.1f} ms" if "ms" in row else ""
-            print(f"round {number}: {name}{said}", file=sys.stderr, flush=True)
+            said += f": {row['ms']:,.1f} ms" if "ms" in row else ""
+            print(said, file=sys.stderr, flush=True)
     turns.states.append(machine_state(device))
     return turns
 
 
-def in_process(module: str, config: Any, **changes: Any) -> Row:
-    """The row that bench.MODULE measures with these settings and --row, in a process of its own, so
-    that its memory is its own. RuntimeError with its last words where it dies."""
-    config = replace(config, row=True, save=False, **changes)
-    words = [f"--{one.name.rstrip('_')}={_word(value)}" for one in fields(config)
-             if (value := getattr(config, one.name)) != one.default]
-    done = subprocess.run([sys.executable, "-m", f"bench.{module}", *words], text=True,
-                          capture_output=True, cwd=REPOSITORY)
-    if done.returncode:
-        died = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
-        raise RuntimeError(f"bench.{module} {' '.join(words)}: {died}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _word(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else \
-        str(value).lower() if isinstance(value, bool) else str(value)
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What function(*arguments) returns in a new process, so that its memory is its own.
+    RuntimeError, of one line, where it fails."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {str(error)[:300]}") from error
 
 
 def with_spread(rows: list[Row]) -> list[Row]:
@@ -164,23 +156,7 @@ def with_shares(rows: list[Row]) -> list[Row]:
             for row in rows]
 
 
-# ----------------------------------------------------------------------------- settings, output
-
-def check_known(config: Any, **allowed: Iterable[str]) -> None:
-    """ValueError for a setting, or an item of it, that is none of those allowed."""
-    for name, choices in allowed.items():
-        values = getattr(config, name)
-        for value in values if isinstance(values, tuple) else (values,):
-            if value not in choices:
-                raise ValueError(f"{name}={value} is unknown; choose among {', '.join(choices)}")
-
-
-def check_least(config: Any, **least: float) -> None:
-    """ValueError for a setting below its least value."""
-    for name, value in least.items():
-        if getattr(config, name) < value:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least {value}")
-
+# --------------------------------------------------------------------------------------- output
 
 def processor() -> str:
     """The CPU's model name where the system tells it."""

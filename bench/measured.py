@@ -1,7 +1,6 @@
 """docs/measured.md: every table that bench/results/*.json holds, and a summary before them.
 
-    python -m bench.measured             writes the page
-    python -m bench.measured --summary   prints the summary alone
+    python -m bench.measured
 """
 import json
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ TITLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {     # files: 
 
 @dataclass(frozen=True)
 class MeasuredConfig:
-    summary: bool = False  # print the summary, and write nothing
+    """There is nothing to set."""
 
 
 def found(pattern: str) -> list[dict[str, Any]]:
@@ -68,17 +67,11 @@ def page() -> str:
             results = [{**results[-1], "rows": [row for one in results for row in one["rows"]]}]
         if results:
             parts.append("\n\n".join([f"## {title}", *map(report, results)]))
-        if pattern == "ladder-*":
-            parts += [f"![ms and memory of each step](../bench/results/{path.name})"
-                      for path in sorted(machine.RESULTS.glob("ladder-*.png"))]
     return "\n\n".join(parts) + "\n"
 
 
 def main(words: list[str]) -> None:
-    config = parse(MeasuredConfig, words, "python -m bench.measured", about=__doc__)
-    if config.summary:
-        print(summary())
-        return
+    parse(MeasuredConfig, words, "python -m bench.measured", about=__doc__)
     PAGE.write_text(page(), encoding="utf-8")
     print(f"written: {PAGE.relative_to(REPOSITORY)}")
 

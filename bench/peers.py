@@ -2,7 +2,7 @@
 
     contestant = STEPS["nanoGPT"](GPTConfig(...), x, y, device, dtype, "eager", checkout)
     contestant.step()                       # forward, backward, clipping, AdamW; returns the loss
-    row = measure_step("oneloop", GPTConfig(...), (2, 4), "bfloat16", "compiled", device, repeats=3)
+    row = measure_step("oneloop", GPTConfig(...), 2, "bfloat16", "compiled", device, repeats=3)
 
 Peers: github.com/karpathy/nanoGPT and karpathy/build-nanogpt, from a checkout, and transformers.
 Each has the optimizer that it makes itself; bench/versus_peers.py compares them.
@@ -10,8 +10,6 @@ Each has the optimizer that it makes itself; bench/versus_peers.py compares them
 import ast
 import contextlib
 import functools
-import gc
-import importlib.util
 import math
 import statistics
 import sys
@@ -28,13 +26,13 @@ from run.device import DTYPES, autocast, peak_memory
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
 
-SHAPES = {          # name: shape, its micro-batch on a CPU; all have biases, as build-nanogpt does
-    "tiny": (GPTConfig(64, 256, n_layer=2, n_head=2, n_embd=32), 2),        # to try the benchmark
-    "recipe": (GPTConfig(64, 65, n_layer=4, n_head=4, n_embd=128), 12),     # nanoGPT's for a CPU
-    "small": (GPTConfig(256, 50304, n_layer=6, n_head=6, n_embd=384), 8),
-    "124M": (GPTConfig(1024, 50304), 2),
-    "350M": (GPTConfig(1024, 50304, n_layer=24, n_head=16, n_embd=1024), 1),
-    "1558M": (GPTConfig(1024, 50304, n_layer=48, n_head=25, n_embd=1600), 1),
+SHAPES = {          # name: shape, its micro-batch on a CPU, on a GPU; all have biases
+    "tiny": (GPTConfig(64, 256, n_layer=2, n_head=2, n_embd=32), 2, 2),     # to try the benchmark
+    "recipe": (GPTConfig(64, 65, n_layer=4, n_head=4, n_embd=128), 12, 12),   # nanoGPT's, on a CPU
+    "small": (GPTConfig(256, 50304, n_layer=6, n_head=6, n_embd=384), 8, 256),
+    "124M": (GPTConfig(1024, 50304), 2, 32),
+    "350M": (GPTConfig(1024, 50304, n_layer=24, n_head=16, n_embd=1024), 1, 16),
+    "1558M": (GPTConfig(1024, 50304, n_layer=48, n_head=25, n_embd=1600), 1, 4),
 }
 GENERATE = {        # name: shape, sequences at once
     "generate": (SHAPES["124M"][0], 1), "generate-32": (SHAPES["124M"][0], 32),
@@ -102,29 +100,19 @@ def peer_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Calla
     return Contestant(model, optimizer, step, network is not model)
 
 
-def nanogpt_model(config: GPTConfig, checkout: str) -> nn.Module:
-    spec = importlib.util.spec_from_file_location("peer_nanogpt", Path(checkout) / "model.py")
-    sys.modules["peer_nanogpt"] = peer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(peer)
-    return peer.GPT(peer.GPTConfig(
-        block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
-        n_head=config.n_head, n_embd=config.n_embd, dropout=0.0, bias=True))
-
-
-def build_nanogpt_model(config: GPTConfig, checkout: str) -> nn.Module:
-    """Its file trains when it is imported, so only its imports and classes are executed; of these,
-    not its HellaSwag, which wants packages of its own."""
-    path = Path(checkout) / "train_gpt2.py"
-    tree = ast.parse(path.read_text())
+def their_model(script: Path, config: GPTConfig, **more: Any) -> nn.Module:
+    """The GPT of a peer's script. build-nanogpt's trains when it is imported, so only imports and
+    classes are executed; of these, not its HellaSwag, which wants packages of its own."""
+    tree = ast.parse(script.read_text())
     tree.body = [node for node in tree.body
                  if isinstance(node, (ast.Import, ast.ClassDef))
                  or isinstance(node, ast.ImportFrom) and node.module != "hellaswag"]
-    sys.modules["peer_build_nanogpt"] = peer = types.ModuleType("peer_build_nanogpt")
+    sys.modules["peer"] = peer = types.ModuleType("peer")
     peer.master_process = False                         # a global of its script: who prints
-    exec(compile(tree, str(path), "exec"), peer.__dict__)
+    exec(compile(tree, str(script), "exec"), peer.__dict__)
     return peer.GPT(peer.GPTConfig(
         block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
-        n_head=config.n_head, n_embd=config.n_embd))
+        n_head=config.n_head, n_embd=config.n_embd, **more))
 
 
 def transformers_model(config: GPTConfig, checkout: str = "") -> nn.Module:
@@ -135,8 +123,13 @@ def transformers_model(config: GPTConfig, checkout: str = "") -> nn.Module:
         attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)).train()
 
 
-MODELS = {OURS: lambda config, checkout: use_fast_products(GPT(config)), "nanoGPT": nanogpt_model,
-          "build-nanogpt": build_nanogpt_model, "transformers": transformers_model}
+MODELS = {
+    OURS: lambda config, checkout: use_fast_products(GPT(config)),
+    "nanoGPT": lambda config, checkout: their_model(Path(checkout) / "model.py", config,
+                                                    dropout=0.0, bias=True),
+    "build-nanogpt": lambda config, checkout: their_model(Path(checkout) / "train_gpt2.py", config),
+    "transformers": transformers_model,
+}
 
 
 def their_step(who: str, config: GPTConfig, x: torch.Tensor, y: torch.Tensor,
@@ -162,14 +155,12 @@ STEPS = {OURS: our_step, LOOSE: our_step,
          **{who: functools.partial(their_step, who) for who in WHO if who not in (OURS, LOOSE)}}
 
 
-def step_time(step: Callable[[], Any], device: torch.device, repeats: int,
-              least: float = 2.0) -> float:
-    """Median seconds of a step: of `repeats`, or of as many as fill `least` seconds, at most 100.
+def step_time(step: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Median seconds of a step: of `repeats`, or of as many as fill 2 seconds, at most 100.
 
     A GPU is timed by its own events, without waiting between steps, as in training.
     """
-    once = lasting(step, device)
-    count = min(100, max(repeats, math.ceil(least / once)))
+    count = min(100, max(repeats, math.ceil(2 / lasting(step, device))))
     if device.type != "cuda":
         return statistics.median(lasting(step, device) for _ in range(count))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
@@ -196,38 +187,22 @@ def measure_contestant(make: Callable[[], Contestant], tokens: int, device: torc
             "trainable": sum(p.numel() for p in contestant.model.parameters() if p.requires_grad)}
 
 
-def measure_step(who: str, config: GPTConfig, micro_batches: tuple[int, ...], dtype: str, mode: str,
+def measure_step(who: str, config: GPTConfig, micro_batch: int, dtype: str, mode: str,
                  device: torch.device, repeats: int, checkout: str = "") -> Row:
-    """The row of the fastest micro-batch: the largest first, until one is slower."""
+    """The row of a contestant's training step."""
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     with torch.device("meta"):                          # counted without memory for weights
         flops = GPT(config).flops_per_token()
     if device.type == "cuda" and who in (OURS, LOOSE) and config.vocab_size == 50304:
         config = replace(config, vocab_size=50257, vocab_multiple=128)      # as the presets have it
-    best, tried = None, {}
-    for micro_batch in sorted(micro_batches, reverse=True):
-        x, y = random_batch(config, micro_batch, device)
-        torch._dynamo.reset()           # or the next size would be compiled for sizes that vary
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            row = measure_contestant(
-                lambda: STEPS[who](config, x, y, device, DTYPES[dtype], mode, checkout),
-                y.numel(), device, repeats)
-        except torch.OutOfMemoryError:
-            tried[micro_batch] = "out of memory"
-            continue
-        if row["compiled"] != (mode == "compiled"):             # ours goes on without it
-            raise RuntimeError(f"{who} could not be compiled")
-        speed = tried[micro_batch] = row["tokens_per_s"]
-        if best and speed < best["tokens_per_s"]:
-            break
-        best = {"micro_batch": micro_batch, **row}
-    if best is None:
-        raise ValueError(f"no micro-batch of {micro_batches} fits into the device's memory")
-    return {**best, "tried": tried, "work": flops, "limit_of": f"matrix products in {dtype}",
-            "limit": matmul_peak(device, DTYPES[dtype])}
+    x, y = random_batch(config, micro_batch, device)
+    row = measure_contestant(
+        lambda: STEPS[who](config, x, y, device, DTYPES[dtype], mode, checkout), y.numel(), device,
+        repeats)
+    if row["compiled"] != (mode == "compiled"):                 # ours goes on without it
+        raise RuntimeError(f"{who} could not be compiled")
+    return {"micro_batch": micro_batch, **row, "work": flops,
+            "limit_of": f"matrix products in {dtype}", "limit": matmul_peak(device, DTYPES[dtype])}
 
 
 def random_batch(config: GPTConfig, micro_batch: int, device: torch.device

@@ -7,19 +7,18 @@ the same process: checkpoint.save, which returns when the file is on the disk, a
 as many bytes to host memory. The steps are train.py's; those that run while a file is written are
 compared with those before. Medians.
 """
-import statistics
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, median
 from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from bench.machine import Row, lasting, machine_state, publish, seconds, table, where
+from bench.peers import SHAPES, our_step, random_batch
 from run import checkpoint
-from bench.machine import (Row, check_known, check_least, lasting, machine_state, publish, table,
-                           where)
-from bench.peers import SHAPES, our_step
 from run.config import parse, run_command
 from run.device import has_compiler, pick_device, pick_dtype
 from run.processes import deterministic
@@ -27,7 +26,7 @@ from run.processes import deterministic
 
 @dataclass(frozen=True)
 class SavesConfig:
-    shape: str = "124M"  # which of tiny, recipe, small, 124M, 350M, 1558M
+    shape: Literal[tuple(SHAPES)] = "124M"  # the network
     folder: str = "out"  # where the files go, on the disk that is to be measured
     repeats: int = 5  # saves of each kind; steps timed before them
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for the steps
@@ -35,61 +34,44 @@ class SavesConfig:
     device: str = "auto"  # auto, cpu, cuda
     save: bool = False  # write bench/results/saves-DEVICE.json
 
-    def __post_init__(self):
-        check_known(self, shape=SHAPES)
-        check_least(self, repeats=1)
-
-
-def size_of(state: dict) -> int:
-    """Bytes of the tensors of a state, one that has two names once."""
-    tensors = [leaf for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)]
-    return sum({(t.data_ptr(), t.shape): t.nbytes for t in tensors}.values())
-
 
 def measure(config: SavesConfig, device: torch.device, folder: Path) -> Row:
     """One row: seconds of each, and the ratios."""
-    torch.manual_seed(0)
-    shape, micro_batch = SHAPES[config.shape]
-    ids = torch.randint(shape.vocab_size, (micro_batch, shape.block_size + 1), device=device)
+    shape, *micro_batches = SHAPES[config.shape]
+    batch = random_batch(shape, micro_batches[device.type == "cuda"], device)
     compile = config.compile == "on" or config.compile == "auto" and has_compiler(device)
     dtype = pick_dtype(config.dtype, device)
-    run = our_step(shape, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), device, dtype,
-                   "compiled" if compile else "eager")
-    for _ in range(2):
-        run.step()
-    quiet = statistics.median(lasting(run.step, device) for _ in range(config.repeats))
-
+    run = our_step(shape, *batch, device, dtype, "compiled" if compile else "eager")
+    run.step()
+    step = seconds(run.step, device, config.repeats)
     state = {"step": 2, "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}
-    size = size_of(state)
+    size = sum({(leaf.data_ptr(), leaf.shape): leaf.nbytes      # one that has two names: once
+                for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor)}.values())
     saver = checkpoint.Saver(folder, max_failed=0)
-    copies, during, extra = [], [], []
+    copies, during, lost = [], [], []
     for _ in range(config.repeats + 1):                 # the first has to find memory for the copy
         copies.append(lasting(lambda: saver.save(state), device))
         steps = [lasting(run.step, device)]
         while saver.thread.is_alive():
             steps.append(lasting(run.step, device))
         during += steps
-        extra.append(sum(steps) - quiet * len(steps))
+        lost.append(sum(steps) - step * len(steps))
         saver.wait()
     saver.close()
-    foreground = statistics.median(
-        lasting(lambda: checkpoint.save(folder / "foreground.pt", state), device)
-        for _ in range(config.repeats))
+    foreground = seconds(lambda: checkpoint.save(folder / "foreground.pt", state), device,
+                         config.repeats)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    plain = statistics.median(lasting(lambda: target.copy_(source), device)
-                              for _ in range(config.repeats))
-    copy, slowed = statistics.median(copies[1:]), statistics.median(extra[1:])
-    return {
-        "shape": config.shape, "dtype": str(dtype).removeprefix("torch."),
-        "compiled": run.compiled, "bytes": size,
-        "seconds": {"copy": copy, "first copy": copies[0], "foreground": foreground,
-                    "plain copy": plain, "step": quiet,
-                    "step while writing": statistics.mean(during),
-                    "steps lose": slowed},
-        "ratios": {"copy / foreground": copy / foreground, "copy / plain copy": copy / plain,
-                   "(copy + steps lose) / foreground": (copy + slowed) / foreground,
-                   "step while writing / step": statistics.mean(during) / quiet}}
+    plain = seconds(lambda: target.copy_(source), device, config.repeats)
+    copy, slowed, writing = median(copies[1:]), median(lost[1:]), mean(during)
+    return {"shape": config.shape, "dtype": str(dtype).removeprefix("torch."),
+            "compiled": run.compiled, "bytes": size,
+            "seconds": {"copy": copy, "first copy": copies[0], "foreground": foreground,
+                        "plain copy": plain, "step": step, "step while writing": writing,
+                        "steps lose": slowed},
+            "ratios": {"copy / foreground": copy / foreground, "copy / plain copy": copy / plain,
+                       "(copy + steps lose) / foreground": (copy + slowed) / foreground,
+                       "step while writing / step": writing / step}}
 
 
 def report(found: dict[str, Any]) -> str:

@@ -6,31 +6,26 @@ What bench.versus_peers measures of ours, without peers: milliseconds, tokens/s,
 matrix products' speed measured in the same process, and memory, eager and compiled.
 """
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from bench import versus_peers
-from bench.machine import check_known, check_least, in_process, publish, table, take_turns, where
+from bench.machine import Row, in_process, publish, table, take_turns, where
 from bench.peers import OURS, SHAPES
 from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, pick_device
 
-MICRO_BATCHES = {"small": 256, "124M": 32}          # on a GPU; elsewhere peers.py's
-
 
 @dataclass(frozen=True)
 class StepConfig:
-    shapes: tuple[str, ...] = ("small", "124M")  # which of tiny, recipe, small, 124M, 350M, 1558M
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")  # precisions
-    modes: tuple[str, ...] = ("eager", "compiled")  # with and without torch.compile
+    shapes: tuple[Literal[tuple(SHAPES)], ...] = ("small", "124M")  # networks
+    dtypes: tuple[Literal[tuple(DTYPES)], ...] = ("float32", "bfloat16")  # precisions
+    modes: tuple[Literal["eager", "compiled"], ...] = ("eager", "compiled")  # torch.compile
     device: str = "auto"  # auto, cpu, cuda
     repeats: int = 3  # steps timed after two that warm up, more of short ones; the median counts
     save: bool = False  # write bench/results/step-DEVICE.json
 
-    def __post_init__(self):
-        check_known(self, shapes=SHAPES, dtypes=DTYPES, modes=("eager", "compiled"))
-        check_least(self, repeats=1)
 
-
-def report(found: dict) -> str:
+def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
     return f"`python -m bench.step`, {where(found)}:\n\n" + table(
         "shape | sequences=micro_batch | precision=dtype | mode | ms:,.0f | "
@@ -42,12 +37,10 @@ def main(words: list[str]) -> None:
     config = parse(StepConfig, words, "python -m bench.step", about=__doc__)
     device = pick_device(config.device)
 
-    def measure(key: tuple[str, str, str], _: list) -> dict:
+    def measure(key: tuple[str, str, str], _: list[Row]) -> Row:
         shape, dtype, mode = key
-        micro = MICRO_BATCHES.get(shape) if device.type == "cuda" else None
-        row = in_process("versus_peers", versus_peers.PeersConfig(), only=(shape,), who=(OURS,),
-                         dtypes=(dtype,), modes=(mode,), repeats=config.repeats,
-                         micro_batches=(micro or SHAPES[shape][1],), device=device.type)
+        row = in_process(versus_peers.measure, shape, OURS, dtype, mode, device.type,
+                         config.repeats)
         return {"shape": shape, "dtype": dtype, "mode": mode, "micro_batch": row["micro_batch"],
                 "ms": round(row["ms"], 1), "tokens_per_s": round(row["tokens_per_s"]),
                 "share_of_peak": round(row["tokens_per_s"] * row["work"] / row["limit"], 3),

@@ -1,7 +1,7 @@
 """Our training step and generation against nanoGPT, build-nanogpt and transformers, in one run.
 
     python -m bench.versus_peers --nanogpt=CHECKOUT --build_nanogpt=CHECKOUT [--save]
-    python -m bench.versus_peers ... --device=cuda --only=124M --rounds=1 --minutes=7    on a GPU
+    python -m bench.versus_peers ... --device=cuda --only=124M --rounds=1    on a GPU
 
 CHECKOUT: of github.com/karpathy/nanoGPT and karpathy/build-nanogpt; a peer that is not here is left
 out. Every (who, shape, precision, mode) is measured in a process of its own, so that memory is its
@@ -13,64 +13,58 @@ processes measure.
 """
 import contextlib
 import importlib.util
-import json
-import math
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from bench.machine import (Row, Turns, check_known, check_least, in_process, median_step, publish,
-                           table, take_turns, where, with_shares, with_spread)
+from bench.machine import (Row, Turns, in_process, median_step, publish, table, take_turns, where,
+                           with_shares, with_spread)
 from bench.peers import GENERATE, LOOSE, OURS, SHAPES, WHO, measure_generation, measure_step
 from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, pick_device
 from run.processes import deterministic
 
+MODES = ("eager", "compiled", "autocast")
+
 
 @dataclass(frozen=True)
 class PeersConfig:
-    only: tuple[str, ...] = ()  # which of tiny, recipe, small, 124M, 350M, 1558M, generate,
-        # generate-32, generate-tiny; empty: recipe, small, 124M and both generations, on a GPU 124M
+    only: tuple[Literal[(*SHAPES, *GENERATE)], ...] = ()  # what is measured; empty: recipe, small,
+        # 124M and both generations, on a GPU 124M
     nanogpt: str = ""  # a checkout of nanoGPT; empty: without it
     build_nanogpt: str = ""  # a checkout of build-nanogpt; empty: without it
-    who: tuple[str, ...] = ()  # which of oneloop, oneloop --deterministic=off, nanoGPT,
-        # build-nanogpt, transformers; empty: all that are here
-    dtypes: tuple[str, ...] = ()  # float32, bfloat16; empty: both, on a GPU bfloat16
-    modes: tuple[str, ...] = ()  # eager, compiled; empty: both, on a GPU compiled
-    micro_batches: tuple[int, ...] = ()  # sequences of a step, the fastest counts; tried from the
-        # largest until one is slower; empty: the shape's own, on a GPU 4,8,16,32,64
+    who: tuple[Literal[WHO], ...] = ()  # empty: all that are here
+    dtypes: tuple[Literal[tuple(DTYPES)], ...] = ()  # empty: float32, bfloat16, on a GPU bfloat16
+    modes: tuple[Literal[MODES], ...] = ()  # empty: eager and compiled, on a GPU compiled
+    micro_batch: int = 0  # sequences of a step; 0: the shape's own
     rounds: int = 3  # processes for each measurement; the median counts
     repeats: int = 3  # steps timed in each after two that warm up, more of short ones
-    minutes: float = 0.0  # start no measurement after this time; 0: no limit
     device: str = "auto"  # auto, cpu, cuda
     save: bool = False  # write bench/results/versus-peers-DEVICE.json, with --only's names in the
         # name where it is given
-    row: bool = False  # print one measurement as JSON (used inside)
 
     def __post_init__(self):
-        check_known(self, only=(*SHAPES, *GENERATE), who=WHO, dtypes=DTYPES,
-                    modes=("eager", "compiled", "autocast"))
-        check_least(self, rounds=1, repeats=1)
         for name, file in (("nanogpt", "model.py"), ("build_nanogpt", "train_gpt2.py")):
             folder = getattr(self, name)
             if folder and not (Path(folder) / file).is_file():
                 raise FileNotFoundError(f"{name}={folder} has no {file}; name a checkout of it")
 
 
-def measure(config: PeersConfig, device: torch.device) -> dict[str, Any]:
-    """What --row prints: the first of each list, in this process."""
-    what, who, dtype, mode = config.only[0], config.who[0], config.dtypes[0], config.modes[0]
-    checkout = {"nanoGPT": config.nanogpt, "build-nanogpt": config.build_nanogpt}.get(who, "")
+def measure(what: str, who: str, dtype: str, mode: str, kind: str, repeats: int,
+            micro_batch: int = 0, checkout: str = "") -> Row:
+    """The row of a contestant on a kind of device, cpu or cuda, in this process."""
+    ours = who in (OURS, LOOSE)
+    # Peers run as they are: pick_device has ours reuse memory.
+    device = pick_device(kind) if ours else torch.device(kind)
     if what in GENERATE:
-        row = measure_generation(who, *GENERATE[what], dtype, mode, device, config.repeats,
-                                 checkout)
+        row = measure_generation(who, *GENERATE[what], dtype, mode, device, repeats, checkout)
     else:
-        with deterministic(who == OURS) if who in (OURS, LOOSE) else contextlib.nullcontext():
-            row = measure_step(who, SHAPES[what][0], config.micro_batches, dtype, mode, device,
-                               config.repeats, checkout)
+        shape, *usual = SHAPES[what]
+        with deterministic(who == OURS) if ours else contextlib.nullcontext():
+            row = measure_step(who, shape, micro_batch or usual[kind == "cuda"], dtype, mode,
+                               device, repeats, checkout)
     return {"what": what, "who": who, "dtype": dtype, "mode": mode, **row}
 
 
@@ -84,7 +78,7 @@ def plan(config: PeersConfig, what: str, device: torch.device) -> list[tuple[str
     dtypes = config.dtypes or (("bfloat16",) if on_gpu else ("float32", "bfloat16"))
     if what in GENERATE:                # build-nanogpt has no function for it
         return [(who, dtype, mode) for dtype in dtypes
-                for mode in config.modes or ("eager", "compiled", "autocast")
+                for mode in config.modes or MODES
                 for who in here if who in (OURS, "nanoGPT", "transformers")
                 and (mode == "eager" or who == OURS)
                 and (mode != "compiled" or has_compiler(device))
@@ -129,35 +123,24 @@ def report(found: dict[str, Any]) -> str:
             + "\n\n" + "\n".join(f"- {line}" for line in lines))
 
 
-def measure_shape(config: PeersConfig, what: str, device: torch.device, until: float) -> Turns:
-    """All turns of a shape; after the first round with the micro-batch that was its fastest."""
-    default = (4, 8, 16, 32, 64) if device.type == "cuda" else SHAPES.get(what, (None, 1))[1:]
-
-    def measure(key: tuple[str, str, str], before: list[Row]) -> Row:
-        who, dtype, mode = key
-        micro = (before[0]["micro_batch"],) if before else config.micro_batches or default
-        return in_process("versus_peers", config, only=(what,), who=(who,), dtypes=(dtype,),
-                          modes=(mode,), micro_batches=micro, device=device.type)
-    return take_turns(plan(config, what, device), measure, config.rounds, device, until,
-                      strict=False)
+def measure_shape(config: PeersConfig, what: str, device: torch.device) -> Turns:
+    """All turns of a shape."""
+    checkouts = {"nanoGPT": config.nanogpt, "build-nanogpt": config.build_nanogpt}
+    return take_turns(
+        plan(config, what, device),
+        lambda key, _: in_process(measure, what, *key, device.type, config.repeats,
+                                  config.micro_batch, checkouts.get(key[0], "")),
+        config.rounds, device, strict=False)
 
 
 def main(words: list[str]) -> None:
     config = parse(PeersConfig, words, "python -m bench.versus_peers", about=__doc__)
-    config = replace(config, **{name: str(Path(getattr(config, name)).resolve())
-                                for name in ("nanogpt", "build_nanogpt") if getattr(config, name)})
-    # Peers run as they are: pick_device has ours reuse memory.
-    peer = config.row and config.who[0] not in (OURS, LOOSE)
-    device = torch.device(config.device) if peer else pick_device(config.device)
-    if config.row:
-        print(json.dumps(measure(config, device)))
-        return
-    until = time.monotonic() + 60 * (config.minutes or math.inf)
+    device = pick_device(config.device)
     rows, missing, states = [], [], []
     usual = ("124M",) if device.type == "cuda" else ("recipe", "small", "124M", "generate",
                                                      "generate-32")
     for what in config.only or usual:
-        turns = measure_shape(config, what, device, until)
+        turns = measure_shape(config, what, device)
         rows += [median_step(rounds) for rounds in turns.rows.values()]
         missing += [f"{what} {' '.join(key)}: {why}" for key, why in turns.missing.items()]
         states += turns.states

@@ -89,7 +89,7 @@ def test_contestants_take_the_same_step(who, monkeypatch):
 def test_a_step_is_measured_with_its_loss_and_parameters(monkeypatch):
     monkeypatch.setattr(peers, "matmul_peak", lambda *_: 1.0)           # seconds
     config = GPTConfig(block_size=8, vocab_size=50, n_layer=1, n_head=1, n_embd=8)
-    found = peers.measure_step(OURS, config, (3,), "float32", "eager", CPU, repeats=1)
+    found = peers.measure_step(OURS, config, 3, "float32", "eager", CPU, repeats=1)
     assert found["first_loss"] == pytest.approx(math.log(50), abs=0.3)      # of untrained weights
     assert found["parameters"] == 50 * 8 + 8 * 8 + 12 * 8 * 8 + 13 * 8 + 2 * 8
     assert found["tokens_per_s"] * found["ms"] == pytest.approx(1000 * 3 * 8)
@@ -106,54 +106,27 @@ def test_generation_counts_the_weights_that_a_token_reads(who, monkeypatch):
     assert found["tokens_per_s"] * found["ms"] == pytest.approx(1000 * 20)
 
 
-def test_the_sweep_ends_with_the_first_slower_micro_batch(monkeypatch):
-    """16 is too large, 8 takes 4 s, 4 takes 1 s, 2 takes 1 s: 4 is the fastest, 1 is not tried."""
-    made = []
-
-    def contestant(config, x, *_):
-        if len(x) == 16:
-            raise torch.OutOfMemoryError("too large")
-        made.append(len(x))
-        return peers.Contestant(torch.nn.Linear(1, 1), None, lambda: torch.tensor(1.0))
-
-    monkeypatch.setitem(STEPS, "nanoGPT", contestant)
-    monkeypatch.setattr(peers, "step_time", lambda *_: {8: 4.0, 4: 1.0, 2: 1.0}[made[-1]])
-    monkeypatch.setattr(peers, "matmul_peak", lambda *_: 1.0)
-    found = peers.measure_step("nanoGPT", TINY, (1, 2, 4, 8, 16), "float32", "eager", CPU, 1)
-    assert made == [8, 4, 2]
-    assert found["micro_batch"] == 4 and found["tokens_per_s"] == 4 * 32
-    assert found["tried"] == {16: "out of memory", 8: 2 * 32, 4: 4 * 32, 2: 2 * 32}
-    with pytest.raises(ValueError, match="fits"):
-        peers.measure_step("nanoGPT", TINY, (16,), "float32", "eager", CPU, 1)
-
-
-def test_rounds_take_turns_and_keep_the_best_micro_batch(monkeypatch):
+def test_rounds_take_turns_and_one_that_fails_is_left_out(monkeypatch):
     asked = []
 
-    def measured(module, config, who, micro_batches, **given):
-        asked.append((*who, micro_batches))
-        if who == (LOOSE,):
+    def measured(function, what, who, dtype, mode, *given):
+        asked.append((who, given))
+        if who == LOOSE:
             raise RuntimeError("broken")
-        return row(who=who[0], micro_batch=4, tokens_per_s=10.0 * len(asked))
+        return row(who=who, tokens_per_s=10.0 * len(asked))
 
     monkeypatch.setattr(versus_peers, "in_process", measured)
     monkeypatch.setattr(versus_peers, "has_compiler", lambda device: True)
     config = PeersConfig(who=(OURS, LOOSE, "nanoGPT"), dtypes=("float32",), modes=("compiled",),
-                         micro_batches=(4, 8))
-    turns = versus_peers.measure_shape(config, "small", CPU, math.inf)
-    assert asked == [(OURS, (4, 8)), (LOOSE, (4, 8)), (OURS, (4,)), (OURS, (4,))]   # no checkout
+                         micro_batch=4, repeats=5)
+    turns = versus_peers.measure_shape(config, "small", CPU)
+    given = ("cpu", 5, 4, "")
+    assert asked == [(OURS, given), (LOOSE, given), (OURS, given), (OURS, given)]   # no checkout
     assert turns.missing == {(LOOSE, "float32", "compiled"): "broken"} and len(turns.states) == 2
     (rounds,) = turns.rows.values()
     found = machine.median_step(rounds)
     assert found["tokens_per_s"] == 30.0
     assert found["tokens_per_s_rounds"] == [10.0, 30.0, 40.0]
-
-
-def test_what_time_did_not_allow_is_named():
-    config = PeersConfig(who=(OURS,), modes=("eager",), dtypes=("float32",), minutes=1)
-    turns = versus_peers.measure_shape(config, "small", CPU, until=0.0)
-    assert not turns.rows and turns.missing == {
-        (OURS, "float32", "eager"): "round 1 was not begun within --minutes"}
 
 
 def test_the_table_of_hand_made_numbers():
@@ -191,17 +164,20 @@ def test_the_command_measures_in_processes_and_prints_the_table(capsys):
 
 
 def test_a_measurement_that_fails_tells_why():
-    config = PeersConfig(only=("tiny",), who=("build-nanogpt",), dtypes=("float32",),
-                         modes=("eager",), micro_batches=(1,), device="cpu")    # no checkout
-    with pytest.raises(RuntimeError, match="bench.versus_peers --only=tiny .*train_gpt2.py"):
-        machine.in_process("versus_peers", config)
+    with pytest.raises(RuntimeError, match="FileNotFoundError: .*train_gpt2.py"):   # no checkout
+        machine.in_process(versus_peers.measure, "tiny", "build-nanogpt", "float32", "eager",
+                           "cpu", 1)
+
+
+def test_a_process_measures_its_own_memory():
+    assert machine.in_process(os.getpid) != os.getpid()
 
 
 def test_wrong_settings_are_named(tmp_path):
-    with pytest.raises(ValueError, match="who=minGPT is unknown"):
-        PeersConfig(who=("minGPT",))
+    with pytest.raises(ValueError, match="--who: 'minGPT' is not allowed; give oneloop.*nanoGPT"):
+        versus_peers.main(["--who=minGPT"])
     with pytest.raises(ValueError, match="rounds=0 must be at least 1"):
-        PeersConfig(rounds=0)
+        versus_peers.main(["--rounds=0", "--only=tiny"])
     with pytest.raises(FileNotFoundError, match="train_gpt2.py"):
         PeersConfig(build_nanogpt=str(tmp_path))
 
