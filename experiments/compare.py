@@ -6,31 +6,27 @@
     python -m experiments.compare demo --patch=FILE --equal=minutes
     python -m experiments.compare demo --max_steps=100 --seeds=8     how large the noise is
 
-The base is a preset of train.py, with any of its settings behind it (--max_steps=100). Each --set,
---variant and --patch is one side of a grid; every point of it is a variant and is compared with the
-base. Values are parted by commas, several names within a value by +, as in
-lora.target_modules=c_attn+c_fc; lora=none is training without the adapter. A --variant is several
-settings at once, for what is no grid: --variant="lora.init=loftq lora.quantize=nf4". A --patch is a
-Python file that runs before the model is built, in the process of that run only, and may replace
-whatever it imports; --patch=none,FILE makes it one side of a grid.
+The base is a preset of train.py, with any of its settings behind it. Each --set, --variant and
+--patch is a side of a grid, every point of which is compared with the base. Values are parted by
+commas, several names within a value by + (lora.target_modules=c_attn+c_fc). A --variant is several
+settings at once: --variant="lora.init=loftq lora.quantize=nf4", --variant=lora=none for no adapter.
+A --patch is a Python file that runs before the model is built, in the process of that run only, and
+may replace whatever it imports; --patch=none,FILE makes it a side of a larger grid.
 
 Paired: seed i gives every variant the same batches, the same dropout where shapes agree, and the
 same starting value to every parameter of the same name, shape and spread. For the last, weights are
 drawn by name, so a run here is not to the bit that of train.py. Where a learning rate varies and
 its floor does not, the floor keeps its share of it.
 
-Equal: tokens, unless --equal asks for something else; the schedule always ends with the run. Steps
-and warmup follow from it, but for variants that set max_steps or epochs themselves. FLOP are what
+Equal: tokens, unless --equal asks for something else; steps and warmup follow from it, but for
+variants that set max_steps or epochs themselves, and the schedule ends with the run. FLOP are what
 GPT.flops_per_token says, minutes those of short runs beforehand. A run's loss is that of its end,
-on the whole validation split; --eval_tokens makes it a part.
-
---tune tries values for every variant and the base alike, with seeds that are used nowhere else, and
-says where the best one lies at the edge of those tried.
+on the whole validation split, or --eval_tokens of it. --tune tries values for every variant and the
+base alike, with seeds that are used nowhere else.
 
 Out: a JSON file, a table for docs/LOG.md and a picture (extra "plots"), named by --name, in --out.
-Runs are in --out/runs, named by what makes them (settings, patch, code, data): the same command goes
-on after a kill, and what several comparisons share is trained once. The test is in
-experiments/ttest.py.
+Runs are in --out/runs, named by a hash of settings, patch, code and data: the same command goes on
+after a kill, and what several comparisons share is trained once. The test: experiments/ttest.py.
 """
 import contextlib
 import dataclasses
@@ -115,7 +111,6 @@ class Variant:
 class Plan:
     """A comparison as it was asked for, all of it checked. variants: the base first."""
     config: CompareConfig
-    preset: str
     base: dict[str, Any]                            # flat settings of train.py
     variants: list[Variant]
     tuned: list[dict[str, str]]                     # what is tried; [{}] where nothing is
@@ -169,7 +164,7 @@ def read(words: list[str]) -> Plan:
     for variant, values in itertools.product(found, tuned):
         changed(base, {**variant.changes, **values})            # ValueError before a run, not after
     command = shlex.join(["python", "-m", "experiments.compare", *words])
-    return Plan(config, preset, base, found, tuned, command)
+    return Plan(config, base, found, tuned, command)
 
 
 def values_of(text: str, flag: str) -> list[dict[str, str]]:
@@ -199,10 +194,8 @@ def source_of(path: str) -> str:
     try:
         source = Path(path).read_text(encoding="utf-8")
         compile(source, path, "exec")
-    except OSError as error:
-        raise ValueError(f"patch={path} cannot be read: {error.strerror}") from None
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"patch={path} is no Python: {error}") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"patch={path} cannot be run: {error}") from None
     return source
 
 
@@ -273,8 +266,9 @@ def in_processes(function: Callable, tasks: list[tuple], jobs: int
     """(number of the task, function(*task)), each in a process of its own, so that its memory is
     its own and a patch ends with it; `jobs` at once. A task begins with its trial. The first error
     ends all: the others save, and can go on later."""
-    context = multiprocessing.get_context("forkserver")         # PyTorch is loaded once for all
-    context.set_forkserver_preload(["train"])
+    # PyTorch is loaded once for all, also what its optimizers import late: 6 s a run here, then 0.5.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.compare", "torch._dynamo"])
     waiting, running = list(enumerate(tasks)), {}
     try:
         while waiting or running:
@@ -444,20 +438,18 @@ def choose(variants: list[Variant], tuned: list[dict[str, str]], losses: list[fl
            ) -> dict[str, list[dict[str, Any]]]:
     """For each variant a row for each point that was tried, the best one marked, and where it is
     the least or largest number of those tried. losses: of each variant, point and seed, in turn."""
-    table, seeds = {}, len(losses) // len(variants) // len(tuned)
+    table, rest, seeds = {}, iter(losses), len(losses) // len(variants) // len(tuned)
     for variant in variants:
-        rows = []
-        for values in tuned:
-            (*here, ), losses = losses[:seeds], losses[seeds:]
-            rows.append({"values": values, "losses": here, "mean": mean(here), "best": False})
-        best = min(rows, key=lambda row: math.inf if row["mean"] is None else row["mean"])
-        if best["mean"] is None:
+        rows = [{"values": values, "losses": list(itertools.islice(rest, seeds)), "best": False}
+                for values in tuned]
+        best = min(rows, key=lambda row: math.inf if None in row["losses"] else mean(row["losses"]))
+        if None in best["losses"]:
             raise ValueError(f"{variant.name} diverges with every value of --tune; try others")
         best["best"], best["at_the_edge"] = True, []
         for name, value in best["values"].items():
             with contextlib.suppress(ValueError):   # words have no edge
-                numbers = {float(point[name]) for point in tuned}
-                if len(numbers) > 1 and float(value) in (min(numbers), max(numbers)):
+                numbers = sorted({float(point[name]) for point in tuned})
+                if numbers[1:] and float(value) in (numbers[0], numbers[-1]):
                     best["at_the_edge"].append(name)
         table[variant.name] = rows
     return table
@@ -491,18 +483,15 @@ def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
             "memory_mib": max(run["memory_mib"] for run in found),
             "trained_parameters": facts[name]["trained"],
             "verdict": "" if name == "base" else verdict(
-                name, losses[name], losses["base"], test, corrected.get(name))}
-        if needed and test.spread and corrected[name] >= 0.05:
-            rows[name]["verdict"] += f"; half the noise floor would take about {needed} seeds"
-    return {"command": plan.command, "preset": plan.preset,
-            "config": dataclasses.asdict(plan.config), "base": plan.base,
+                name, losses[name], losses["base"], test, corrected.get(name), needed)}
+    return {"command": plan.command, "config": dataclasses.asdict(plan.config), "base": plan.base,
             "made": {**provenance(pick_device(plan.base["device"]), 1, ""), "code": code()},
             "noise_floor": floor, "comparisons": len(rows) - 1, "variants": rows,
             "tuning": tuning}
 
 
 def verdict(name: str, losses: list[float | None], base: list[float | None], test: Paired | None,
-            p: float | None) -> str:
+            p: float | None, needed: int | None) -> str:
     """What a comparison found, in words."""
     for who, values in ((name, losses), ("the base", base)):
         if lost := values.count(None):
@@ -513,9 +502,10 @@ def verdict(name: str, losses: list[float | None], base: list[float | None], tes
     if losses == base:
         return f"{name}: no difference found, the losses are equal to the last bit"
     found = "no difference found" if p >= 0.05 else \
-        "lower loss than the base" if test.mean < 0 else "higher loss than the base"
+        f"{'lower' if test.mean < 0 else 'higher'} loss than the base"
+    more = f"; half the noise floor would take about {needed} seeds" if needed and p >= 0.05 else ""
     return (f"{name}: {found}, {test.mean:+.4f} (95% {test.low:+.4f} to {test.high:+.4f}), "
-            f"p {spell_p(p)}, {test.n} seeds")
+            f"p {spell_p(p)}, {test.n} seeds{more}")
 
 
 def spell(loss: float | None) -> str:
@@ -571,19 +561,17 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def draw(figure: Any, found: dict[str, Any]) -> None:
-    """Loss of each variant, a dot a seed; differences to the base with their intervals; tuning."""
-    rows, tuned = found["variants"], found["tuning"] if len(found["config"]["tune"]) == 1 else {}
-    left, right, *more = figure.subplots(1, 3 if tuned else 2)
+    """Loss of each variant, a dot a seed, and differences to the base with their intervals."""
+    rows = found["variants"]
+    left, right = figure.subplots(1, 2)
     for i, row in enumerate(rows.values()):
-        color = PALETTE[i % len(PALETTE)]
         seen = [loss for loss in row["losses"] if loss is not None]
-        left.plot(seen, [i] * len(seen), "o", color=color, markersize=4, markerfacecolor="white")
+        style = {"color": PALETTE[i % len(PALETTE)], "capsize": 4}
+        left.plot(seen, [i] * len(seen), "o", color=style["color"], markerfacecolor="white")
         if row["mean"] is not None:
-            left.errorbar(row["mean"], i, xerr=row["spread"] or 0, color=color, fmt="|", capsize=4,
-                          markersize=14)
+            left.errorbar(row["mean"], i, xerr=row["spread"] or 0, fmt="|", markersize=14, **style)
         if test := row["difference"]:
-            right.errorbar(test["mean"], i, xerr=test["high"] - test["mean"], color=color, fmt="o",
-                           capsize=4)
+            right.errorbar(test["mean"], i, xerr=test["high"] - test["mean"], fmt="o", **style)
     right.axvline(0, color=plots.GREY, linewidth=1)
     if floor := found["noise_floor"]:
         right.axvspan(-floor, floor, color=plots.GREY, alpha=0.12, linewidth=0)
@@ -593,15 +581,6 @@ def draw(figure: Any, found: dict[str, Any]) -> None:
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.set_xlabel("nats per token")
         ax.set_title(title, loc="left", fontweight="bold")
-    for ax in more:
-        for i, tried in enumerate(tuned.values()):
-            points = [(*row["values"].values(), row["mean"]) for row in tried if row["mean"]]
-            with contextlib.suppress(ValueError):               # else their words are the axis
-                points = [(float(value), loss) for value, loss in points]
-                ax.set_xscale("log")
-            ax.plot(*zip(*points), marker="o", markerfacecolor="white", **plots.style(i))
-        ax.set_title("tuning: " + found["config"]["tune"][0].partition("=")[0], loc="left",
-                     fontweight="bold")
 
 
 def main(words: list[str]) -> None:
@@ -617,7 +596,7 @@ def main(words: list[str]) -> None:
         print(f"\n{markdown(found)}\n\nwritten: {out / name}.json, {out / name}.md", flush=True)
         write_bytes(out / f"{name}.png", plots.picture(
             lambda figure: draw(figure, found),
-            (15 if found["tuning"] else 11, max(3, 1.5 + 0.35 * len(found["variants"]))), dpi=130))
+            (11, max(3, 1.5 + 0.35 * len(found["variants"]))), dpi=130))
         print(f"drawn: {out / name}.png")
 
 

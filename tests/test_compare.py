@@ -134,7 +134,7 @@ def test_values_are_those_of_the_command_line_and_the_floor_follows_the_rate():
     ("--seed=3", "seed and dry_run cannot be set here"), ("--seeds=0", "seeds=0 is not in 1"),
     ("--set learning_rate=1", "settings are written --key=value"),
     ("--variant=muon", "variant=muon: 'muon' is no NAME=VALUE"),
-    ("--patch=nowhere.py", "patch=nowhere.py cannot be read: No such file"),
+    ("--patch=nowhere.py", "patch=nowhere.py cannot be run: "),
     ("--equal=minutes --jobs=2", "jobs=2 makes times worthless"),
     ("--set=learning_rate=1e-3 --tune=learning_rate=1e-2", "both compared and tuned"),
     ("--tune=learning_rate=fast", "'fast' is not allowed")])
@@ -236,7 +236,8 @@ def test_one_seed_is_no_finding_and_equal_losses_are_none(words, here):
     report = found(words, "--set=learning_rate=1e-3", "--seeds=1")
     assert "with one seed, which says nothing of noise" in compare.markdown(report)
     report = found(words, "--set=log_every=5", "--seeds=2")
-    assert report["variants"]["log_every=5"]["verdict"].endswith("equal to the last bit")
+    assert report["variants"]["log_every=5"]["verdict"] == (
+        "log_every=5: no difference found, the losses are equal to the last bit")
 
 
 def test_several_comparisons_are_corrected_for_and_a_divergence_is_no_number(words, here):
@@ -256,8 +257,8 @@ def test_tuning_takes_the_best_of_each_on_other_seeds_and_says_where_it_is_at_th
     report = found(words, "--set=optim.optimizer=muon", "--tune=learning_rate=1e-4,1e-3,2e-2",
                    "--tune_seeds=2", "--seeds=2")
     for name, row in report["variants"].items():
-        means = {r["values"]["learning_rate"]: r["mean"] for r in report["tuning"][name]}
-        assert row["tuned"]["values"]["learning_rate"] == min(means, key=means.get)
+        sums = {r["values"]["learning_rate"]: sum(r["losses"]) for r in report["tuning"][name]}
+        assert row["tuned"]["values"]["learning_rate"] == min(sums, key=sums.get)
         assert all(len(r["losses"]) == 2 for r in report["tuning"][name])
     assert report["variants"]["base"]["tuned"]["at_the_edge"] == ["learning_rate"]
     assert "best at the edge of what was tried, a better one may lie beyond: base (learning_rate)" \
@@ -271,7 +272,7 @@ def test_the_best_of_a_tuning_is_by_hand():
     tuned = [{"a": "1"}, {"a": "2"}, {"a": "3"}]
     rows = compare.choose([base], tuned, [3.0, 3.0, 2.0, 2.5, None, 0.0])["base"]
     assert [row["best"] for row in rows] == [False, True, False]
-    assert rows[1]["at_the_edge"] == [] and rows[2]["mean"] is None
+    assert rows[1]["at_the_edge"] == []
     words = compare.choose([base], [{"a": "x"}, {"a": "y"}], [1.0, 2.0])["base"]
     assert words[0]["at_the_edge"] == []
     with pytest.raises(ValueError, match="base diverges with every value of --tune"):
@@ -285,8 +286,9 @@ def test_runs_have_an_equal_share(words, here, equal):
     base, deep = report["variants"].values()
     if equal == "tokens":
         assert (base["steps"], deep["steps"], deep["tokens"]) == (48, 96, base["tokens"])
-    elif equal == "flops":                              # 16 wide: mostly the head, so not a third
-        assert 48 < deep["steps"] < 96 and deep["tokens"] < base["tokens"]
+    elif equal == "flops":      # 3,280 weights and biases a block, 4,096 of the head, 32 of ln_f
+        flops = [6 * (4096 + 32 + 3280 * layers) + 12 * 16 * 16 * layers for layers in (1, 3)]
+        assert deep["steps"] == round(96 * flops[0] / flops[1])
     assert base["steps"] == 48 and deep["steps"] >= 1
 
 
@@ -307,7 +309,7 @@ def test_a_patch_is_in_its_variant_alone_and_its_source_in_the_result(words, tmp
     assert base["losses"] == found(words, "--seeds=2")["variants"]["base"]["losses"]
 
     patch.write_text("\nimport nothing_like_it\n")
-    with pytest.raises(ValueError, match="broken|the patch fails, line 2: ModuleNotFoundError"):
+    with pytest.raises(ValueError, match="the patch fails, line 2: ModuleNotFoundError"):
         found(words, f"--patch={patch}", "--seeds=2")
 
 
