@@ -33,6 +33,7 @@ from run.device import autocast, pick_device, pick_dtype
 from model import GPT, sample_token
 from run.load import load_model  # noqa: F401 (for users of sample)
 from run.load import load_writer, needs_tokenizer, run_template
+from run.log import printable
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
     compile: bool = False  # compile first: some seconds, then about twice as fast
+
+    def __post_init__(self):
+        for name in ("samples", "max_new_tokens", "top_k"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is not in (0, 1]; 1 takes all tokens")
+        if self.temperature != 0 and self.temperature < 1e-5:
+            raise ValueError(f"temperature={self.temperature} must be 0, the likeliest token, or "
+                             f"at least 1e-5")
 
 
 def continue_text(model: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 200,
@@ -218,7 +229,7 @@ def talk(chat: Chat) -> None:
             pieces = chat.answer(line)
             try:
                 for piece in pieces:
-                    print(piece, end="", flush=True)
+                    print(printable(piece), end="", flush=True)
             except KeyboardInterrupt:
                 pieces.close()
             except ValueError as error:
@@ -306,9 +317,9 @@ def main(words: list[str]) -> None:
             answer_prompts(model, tokenizer, words[0], config, template)
         else:
             for i in range(config.samples):
-                print(continue_text(model, tokenizer, config.prompt, config.max_new_tokens,
-                                    config.temperature, config.top_k, config.top_p,
-                                    config.seed + i))
+                print(printable(continue_text(
+                    model, tokenizer, config.prompt, config.max_new_tokens, config.temperature,
+                    config.top_k, config.top_p, config.seed + i)))
                 print("-" * 80)
 
 

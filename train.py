@@ -118,8 +118,11 @@ class TrainConfig:
                                  "max_bad_steps"))
             if isinstance(value, (int, float)) and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed} must be below 2**32")
+        for name, most in (("seed", 2**32 - 1), ("keep_last", 100)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most {most}")
+        if not self.out:
+            raise ValueError("out is empty; give --out=FOLDER")
         if not self.max_steps and not self.epochs:
             raise ValueError("max_steps=0 and epochs=0: nothing to do; give one of them")
         if self.warmup_steps and self.warmup_ratio:

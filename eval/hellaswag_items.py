@@ -56,7 +56,7 @@ def items_of_run(file: str, every: int, tokenizer: Any, data: str) -> list[Item]
 
 
 def _download() -> Path:
-    instead = "python -m eval.hellaswag --hellaswag_file=FILE"
+    instead = "--hellaswag_file=FILE; or, in training, --hellaswag_every=0"
     if not dist.is_initialized():
         return download(URL, FILE, SHA256, instead)
     first = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0     # one process a machine

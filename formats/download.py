@@ -20,6 +20,7 @@ from tqdm import tqdm
 TIMEOUT = 30            # seconds without an answer or a byte until a connection is given up
 PAUSES = (1, 2, 4)      # seconds before each new attempt, counted anew when bytes have come
 BLOCK = 1 << 20
+LIMIT = 1 << 30         # bytes of a file, whose end a server need not tell; the largest has 84 MB
 BUSY = (408, 425, 429, 500, 502, 503, 504)      # answers after which to try again
 
 
@@ -97,6 +98,10 @@ def _fetch(url: str, part: Path, timeout: float) -> None:
         with tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True, delay=2,
                   disable=None) as bar:
             while block := answer.read1(BLOCK):
+                if file.tell() + len(block) > LIMIT:
+                    raise ValueError(f"{part.stem} from {answer.url} is longer than {LIMIT:,} "
+                                     f"bytes, which no file that is fetched here is; "
+                                     f"{part} can be deleted")
                 file.write(block)
                 bar.update(len(block))
         if total is not None and file.tell() < total:

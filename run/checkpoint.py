@@ -11,6 +11,7 @@ that can be read. Files are read with weights_only=True, so a stranger's cannot 
 """
 import math
 import os
+import pickle
 import sys
 import threading
 import zipfile
@@ -48,7 +49,10 @@ def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         _check_parts(path)
         state = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:      # whatever a damaged file makes the reader raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if isinstance(error, pickle.UnpicklingError):   # whose own words say how to let it run
+            reason = "it holds more than tensors and plain values, and such a file can run code"
+        else:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"checkpoint {path} cannot be read: {reason}") from error
     if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"checkpoint {path} is not of format {FORMAT_VERSION}")

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -168,7 +169,7 @@ class RunLog:
     def sample(self, step: int, text: str) -> None:
         """Log a text of the model, and show it."""
         self.write({"step": step, "sample": text})
-        self.say(f"----- sample at step {step} " + "-" * 50 + f"\n{text}\n" + "-" * 75)
+        self.say(f"----- sample at step {step} " + "-" * 50 + f"\n{printable(text)}\n" + "-" * 75)
 
     def say(self, text: str) -> None:
         """Print on rank 0, above the bar."""
@@ -201,6 +202,12 @@ class RunLog:
             left = (self.max_steps - step) * self.tokens_per_step / speed
             self.say(f"step {step}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
                      f"norm {norm:.2f}  {_short(speed)} tok/s  MFU {mfu}  {left:.0f} s left")
+
+
+def printable(text: str) -> str:
+    """A text with its control characters spelled, so that none of them acts on a terminal: the
+    escape that begins a colour comes as "\\x1b". Line ends and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def repaired_log(path: Path, start: int) -> Path:

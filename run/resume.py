@@ -24,7 +24,7 @@ from run.watch import locked
 
 # What makes it another run; a name with a dot at its end stands for all settings that begin so.
 SAME = ("data", "seed", "batch_tokens", "init_from", "base", "packing", "pooling", "model.",
-        "lora.")
+        "lora.", "optim.optimizer")
 
 
 @dataclass

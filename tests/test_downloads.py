@@ -171,3 +171,13 @@ def test_a_file_can_be_checked_by_the_id_that_git_gives_it(tmp_path):
     with pytest.raises(ValueError, match="expected ce013625"):
         path.write_bytes(b"hallo\n")
         download("file:///none", path, hello, INSTEAD)
+
+
+@pytest.mark.parametrize("faults", [["no length"], []])
+def test_a_file_without_an_end_stops_at_the_limit(server, tmp_path, monkeypatch, faults):
+    monkeypatch.setattr("formats.download.LIMIT", 100_000)
+    server.faults = faults
+    with pytest.raises(ValueError, match="is longer than 100,000 bytes"):
+        download(server.url, tmp_path / "file.bin", SHA256, INSTEAD)
+    assert (tmp_path / "file.bin.part").stat().st_size <= 100_000
+    assert not (tmp_path / "file.bin").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
 import train as train_module
 from run import checkpoint, log, processes
 from run.config import build
@@ -82,6 +83,18 @@ def test_a_setting_that_is_no_number_is_refused(settings, name, value):
         train_module.main([f"--{key}={value}" for key, value in (
             ("data", settings["data"]), ("out", settings["out"]), (name, value))])
     assert not Path(settings["out"]).exists()
+
+
+@pytest.mark.parametrize("word", ["seed=-1", "seed=1e30", "keep_last=1e9", "epochs=inf", "out="])
+def test_a_setting_out_of_its_range_is_refused_before_anything_is_done(settings, word):
+    with pytest.raises(ValueError, match=f"^{word.partition('=')[0]}"):
+        train_module.main([f"--data={settings['data']}", f"--out={settings['out']}", f"--{word}"])
+
+
+def test_another_optimizer_does_not_go_on_with_the_state_of_the_first(settings):
+    run(settings, max_steps=2)
+    with pytest.raises(ValueError, match="holds a run with optim.optimizer=adamw, this one has"):
+        run(settings, max_steps=4, **{"optim.optimizer": "muon"})
 
 
 def test_a_setting_that_is_no_number_is_refused_in_a_notebook():
@@ -198,3 +211,19 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line_of_the_log(settings, monk
     lines = log.read_log(Path(settings["out"]) / "log.jsonl")
     assert [line["step"] for line in lines if "lr" in line] == list(range(1, 9))
     assert [line["step"] for line in lines if "val_loss" in line] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("word", ["top_k=-1", "top_p=0", "top_p=-1", "top_p=nan", "temperature=nan",
+                                  "temperature=1e-320", "max_new_tokens=-1", "samples=-1"])
+def test_sampling_that_cannot_be_is_refused_in_one_line(word):
+    name = word.partition("=")[0]
+    with pytest.raises(ValueError, match=f"^{name}="):
+        sample.main(["out/demo", f"--{word}"])
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal(settings, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "continue_text", lambda *a, **named: "a\x1b[31mred\x07\n\tb")
+    run(settings, sample_tokens=4, max_steps=2)
+    sample.main([settings["out"], "--device=cpu"])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and shown.count("a\\x1b[31mred\\x07\n\tb") == 2
