@@ -240,7 +240,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, reviews, tmp_path, chan
         assert torch.equal(tensor, parts["model"][name]), name
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(packing=True, pooling="mean"), dict(lora=LORA)])
+# While B is near zero, A's gradients are as small as rounding; Adam would make a whole step of that.
+@pytest.mark.parametrize("changes", [dict(), dict(packing=True, pooling="mean"),
+                                     {"lora": LORA, "optim.eps": 1e-5}])
 def test_the_loss_of_a_step_is_the_same_for_any_ranks_and_accumulation(base, reviews, tmp_path,
                                                                        changes):
     words = run_settings(tmp_path / "one", reviews / "data", init_from=str(base),
