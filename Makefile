@@ -12,10 +12,10 @@ train: .venv/run
 	$(BIN)/python train.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses=8
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest -m 'not network and not gpu'
+	$(BIN)/python -m pytest -n auto --maxprocesses=8 -m 'not network and not gpu'
 
 bench: .venv/dev
 	$(BIN)/python -m bench

@@ -1,9 +1,22 @@
+"""Fixtures that all tests share, and how they are spread over processes (pytest -n auto)."""
 import os
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # of what tests start, too: before PyTorch
 
+import pytest                                           # noqa: E402
+import torch                                            # noqa: E402
+
+
+@pytest.hookimpl(optionalhook=True)             # pytest-xdist may not be here
+def pytest_xdist_make_scheduler(config, log):
+    """A file is one process's, for what it trains once; but each notebook is on its own."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if "test_notebooks.py" in nodeid else nodeid.partition("::")[0]
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
