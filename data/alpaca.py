@@ -9,7 +9,6 @@ Source: github.com/tatsu-lab/stanford_alpaca (Taori et al. 2023).
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from data import conversations
 from data.prepared import DATA
@@ -25,7 +24,6 @@ GIT_BLOB = "3779ddbc040543ab1834ef216c983d6fcc06cc9a"       # git ls-tree HEAD a
 @dataclass(frozen=True)
 class AlpacaConfig:
     from_: str = ""  # a local file; empty: download it once
-    on_error: Literal["skip", "refuse"] = "skip"  # what to do with a broken record
     tokenizer: str = ""  # gpt2 or a tokenizer's path, to count tokens with; may be empty
     validation: float = 0.05  # share of the records that validates
     out: str = ""  # folder of the data set; empty: data/alpaca
@@ -36,7 +34,7 @@ def prepare(config: AlpacaConfig = AlpacaConfig()) -> Path:
     folder = Path(config.out or DATA / "alpaca")
     files = find_files(config.from_, RECORDS) if config.from_ else [download(
         URL, folder / "alpaca_data.json", GIT_BLOB, "python -m data.alpaca --from=FILE")]
-    found, dropped = conversations.read(files, "alpaca", config.on_error)
+    found, dropped = conversations.read(files)
     conversations.write_conversations(folder, found, config.from_ or URL, config.validation,
                                       dropped, tokenizer=config.tokenizer)
     return folder

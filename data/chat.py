@@ -1,21 +1,18 @@
 """Chat: conversations into samples whose labels are what the assistant says, and nothing else.
 
-    ids, labels = render(messages, tokenizer, "chatml")     # labels: the id, or -100 for no label
-    ids = render_prompt(messages, tokenizer, "chatml")      # up to where the answer begins
     samples = load_samples(folder, "train", tokenizer, "chatml", block_size=1024)
 
     python -m data.chat prepare FILE... --out=data/mine     conversations of any known format
     python -m data.chat --from=PATH --out=data/mine         the same
     python -m data.chat inspect FILE|NAME [--tokenizer=gpt2|RUN] [--template=chatml]
 
-How a conversation is written: data/templates.py. Formats of files: data/conversations.py. What
-inspect shows: data/inspect_chat.py. Batches: data/samples.py.
+How a conversation is written (render, render_prompt): data/templates.py. Formats of files:
+data/conversations.py. What inspect shows: data/inspect_chat.py. Batches: data/samples.py.
 """
 from array import array
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -68,9 +65,6 @@ def load_samples(folder: str | Path, split: str, tokenizer: Tokenizer, template:
 class ChatConfig:
     from_: str = ""  # a .json or .jsonl file, or a folder of them; several by comma
     out: str = ""  # folder of the data set; empty: data/chat
-    format: Literal["auto", "messages", "alpaca", "conversation", "sharegpt"] = "auto"
-        # of the records; auto: told by their keys
-    on_error: Literal["skip", "refuse"] = "skip"  # what to do with a broken record
     tokenizer: str = ""  # gpt2 or a tokenizer's path, to count tokens with; may be empty
     validation: float = 0.05  # share of the conversations that validates
 
@@ -82,7 +76,7 @@ def prepare(config: ChatConfig) -> Path:
         raise ValueError("no source given; name files of conversations: python -m data.chat "
                          "prepare FILE... (pairs that need no file: python -m data.pydocs)")
     files = find_files(config.from_, RECORDS)
-    found, dropped = conversations.read(files, config.format, config.on_error)
+    found, dropped = conversations.read(files)
     if not found:
         raise ValueError(f"{config.from_} holds no conversation that can be used; nothing was "
                          f"written")

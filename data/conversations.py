@@ -10,7 +10,7 @@ assistant take turns. Alpaca's input is joined to its instruction by a blank lin
 it as well, so that the alpaca template can part them again: {"role": "user", "content":
 "instruction\\n\\ninput", "input": "input"}.
 
-    conversations, dropped = read(files, format="auto", on_error="skip")
+    conversations, dropped = read(files)
     write_conversations(folder, conversations, source, validation=0.05, dropped=dropped)
 
 A data set (data/prepared.py) knows no tokenizer and no template; data/chat.py brings them together.
@@ -96,26 +96,23 @@ def from_sharegpt(record: dict[str, Any]) -> list[Message]:
                                 for turn in _list(record, "conversations"))]
 
 
-FORMATS: dict[str, tuple[str, Callable[[dict[str, Any]], list[Message]]]] = {
-    "messages": ("messages", from_messages),                # name: the key that tells it, reader
-    "alpaca": ("instruction", from_alpaca),
-    "conversation": ("conversation", from_conversation),
-    "sharegpt": ("conversations", from_sharegpt),
-}
+FORMATS: dict[str, Callable[[dict[str, Any]], list[Message]]] = {       # by the key that tells it
+    "messages": from_messages, "instruction": from_alpaca, "conversation": from_conversation,
+    "conversations": from_sharegpt}
 
 
-def convert(record: Any, format: str = "auto") -> list[Message]:
+def convert(record: Any) -> list[Message]:
     """The messages of a record; ValueError "reason: detail" if it is broken."""
     if not isinstance(record, dict):
         raise ValueError("no record: it is no JSON object")
-    if format == "auto":
-        format = next((name for name, (key, _) in FORMATS.items() if key in record), "")
-        if not format:
-            raise ValueError(f"no known format: keys {', '.join(map(str, record))!r:.80}")
+    key = next((key for key in FORMATS if key in record), "")
+    if not key:
+        raise ValueError(f"no known format: keys {', '.join(map(str, record))!r:.80}")
     try:
-        messages = FORMATS[format][1](record)
+        messages = FORMATS[key](record)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not of format {format}: {type(error).__name__} {error}") from None
+        raise ValueError(f"not of the format that has {key!r}: {type(error).__name__} {error}"
+                         ) from None
     check_messages(messages)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no answer: nobody answers in this conversation")
@@ -134,11 +131,10 @@ def _list(record: dict[str, Any], key: str) -> list[Any]:
 
 # ------------------------------------------------------------------------- files to conversations
 
-def read(files: Iterable[Path], format: str = "auto", on_error: str = "skip"
-         ) -> tuple[list[dict[str, Any]], Counter[str]]:
+def read(files: Iterable[Path]) -> tuple[list[dict[str, Any]], Counter[str]]:
     """All conversations of the files, {"messages": ...} each, and how many were dropped why.
 
-    A broken record is reported on stderr with its place; on_error="refuse" raises it instead.
+    A broken record is reported on stderr with its place.
     """
     conversations, dropped = [], Counter()
     for path in files:
@@ -146,11 +142,8 @@ def read(files: Iterable[Path], format: str = "auto", on_error: str = "skip"
             try:
                 if isinstance(record, ValueError):
                     raise record
-                conversations.append({"messages": convert(record, format)})
+                conversations.append({"messages": convert(record)})
             except ValueError as error:
-                if on_error == "refuse":
-                    raise ValueError(f"{place}: {error}; correct it, or leave out broken records "
-                                     f"with --on_error=skip") from None
                 dropped[str(error).partition(":")[0]] += 1
                 if sum(dropped.values()) <= SHOWN:
                     print(f"{place}: {error}; skipped", file=sys.stderr)

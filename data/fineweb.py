@@ -112,10 +112,8 @@ def survey(files: list[Path], shard_tokens: int) -> tuple[int | None, float]:
         size += len(text.encode())
         if size > enough:
             return None, float("inf")
-    if number == 0:
-        raise ValueError(f"{', '.join(map(str, files))}: no text in there")
-    if number == 1:
-        raise ValueError(f"{', '.join(map(str, files))} is a single document, and none is cut here "
+    if number < 2:
+        raise ValueError(f"{', '.join(map(str, files))}: {number} documents, and none is cut here "
                          f"to train and to validate; give a document a line (.jsonl), or use "
                          f"python -m data.corpus --from=PATH, which cuts")
     return number, size * VALIDATION

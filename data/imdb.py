@@ -35,12 +35,10 @@ REVIEW = re.compile(r"(?:aclImdb/)?(train|test)/(pos|neg)/\w+\.txt")
 @dataclass(frozen=True)
 class ImdbConfig:
     from_: str = ""  # folder aclImdb, a .jsonl file or a folder of them; empty: download it once
-    task: Literal["text", "sentiment", "classes"] = "text"  # token shards, conversations, or texts
-        # with their class
+    task: Literal["text", "sentiment", "classes"] = "text"  # shards, conversations, or classes
     tokenizer: str = "gpt2"  # of the shards: gpt2, bytes, or a tokenizer's path
     validation: float = 0.05  # share that validates, where the source has no test reviews
-    out: str = ""  # folder of the data set; empty: data/imdb, data/imdb_sentiment or
-        # data/imdb_classes
+    out: str = ""  # folder of the data set; empty: data/imdb, data/imdb_sentiment, ...
 
 
 class Review(NamedTuple):

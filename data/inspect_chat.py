@@ -3,8 +3,7 @@
 Prints one rendered example with what has a label in colour, how many turns and system messages
 there are, the lengths of prompts and answers, which answers repeat, and what a block_size would
 cut. NAME is a prepared data set (data/NAME or a folder); a FILE may be of any format that
-data/conversations.py reads. Without --tokenizer a token is a byte; with that of a run, its
-block_size counts.
+data/conversations.py reads. Without --tokenizer a token is a byte.
 """
 import re
 import sys
@@ -19,7 +18,6 @@ from data import conversations
 from data.corpus import named_tokenizer
 from data.prepared import DATA, read_meta, read_split
 from data.templates import cut, encode, extend_tokenizer, find_template, render
-from formats.files import read_json
 from model import IGNORE
 from run.config import parse
 
@@ -30,26 +28,17 @@ GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 class InspectConfig:
     tokenizer: str = "bytes"  # bytes, gpt2, a tokenizer's path, or a run
     template: str = "chatml"  # how conversations are written: alpaca, plain, chatml, llama3, none
-    block_size: int = 0  # what is longer counts as truncated; 0: that of the run, or 1024
+    block_size: int = 1024  # of the model; what is longer counts as truncated
     split: Literal["train", "val"] = "train"  # of a prepared data set
     example: int = 0  # which conversation is shown; the first is 0
-    format: Literal["auto", "messages", "alpaca", "conversation", "sharegpt"] = "auto"
-        # of a file's records
 
 
-def load(name: str, split: str, format: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def load(name: str, split: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The conversations of a file or of a prepared data set, and what was dropped why."""
     if Path(name).is_file():
-        return conversations.read([Path(name)], format)
+        return conversations.read([Path(name)])
     folder = Path(name) if Path(name).is_dir() else DATA / name
     return list(read_split(folder, "chat", split)), read_meta(folder, "chat")["dropped"]
-
-
-def block_size_of(name: str) -> int:
-    """The block_size of a run, whose folder has a config.json; 1024 where there is none."""
-    path = Path(name) / "config.json"
-    model = read_json(path).get("model") if path.is_file() else None
-    return model.get("block_size", 1024) if isinstance(model, dict) else 1024
 
 
 def printable(text: str) -> str:
@@ -99,18 +88,17 @@ def main(names: list[str], words: list[str]) -> None:
     if len(names) != 1:
         raise ValueError("name a file or a data set to inspect: python -m data.chat inspect pydocs")
     find_template(config.template)
-    talks, dropped = load(names[0], config.split, config.format)
+    talks, dropped = load(names[0], config.split)
     if not 0 <= config.example < len(talks):
         raise ValueError(f"example={config.example}, but {names[0]} has {len(talks):,} "
                          f"conversations; the first is 0")
     tokenizer = named_tokenizer(config.tokenizer)
-    block_size = config.block_size or block_size_of(config.tokenizer)
     colour = sys.stdout.isatty()
     print(f"--- conversation {config.example}, template {config.template}; "
           f"{'green' if colour else '[[ ]]'} has a label")
     print(coloured(talks[config.example]["messages"], tokenizer, config.template, colour))
     print("---")
-    report = examine(talks, tokenizer, config.template, block_size)
+    report = examine(talks, tokenizer, config.template, config.block_size)
     n = report["conversations"]
     print(f"{n:,} conversations, {report['answers']:,} answers; {report['several turns']:,} of "
           f"several turns, {report['system message']:,} with a system message")
@@ -123,5 +111,5 @@ def main(names: list[str], words: list[str]) -> None:
     print(f"repeated answers: {report['repeated answers']:,}"
           + "".join(f"\n  {count:,} times {text[:60]!r}" for text, count in report["common"]
                     if count > 1))
-    print(f"block_size={block_size}: {report['truncated'] / n:.1%} truncated, "
+    print(f"block_size={config.block_size}: {report['truncated'] / n:.1%} truncated, "
           f"{report['unlabelled'] / n:.1%} without a label left, which training leaves out")

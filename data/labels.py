@@ -48,18 +48,17 @@ def read_examples(path: str | Path) -> Iterator[tuple[str, str, str | int]]:
 
 def write_examples(folder: str | Path, train: Sequence[Example], val: Sequence[Example],
                    labels: Sequence[str], source: str) -> dict[str, Any]:
-    """Write a data set and return its meta.json, which counts the texts of each class."""
+    """Write a data set and return its meta.json."""
     if len(labels) < 2:
         raise ValueError(f"{source} has {len(labels)} different labels; at least 2 are needed")
-    splits, counts = {}, {}
+    splits = {}
     for name, part in (("train", train), ("val", val)):
         if not part:
             raise ValueError(f"{source} leaves no text for {name}.jsonl; give it more")
         splits[name] = [{"text": text, "label": label} for text, label in part]
-        counts[name] = np.bincount([label for _, label in part], minlength=len(labels)).tolist()
-    meta = write_dataset(folder, "classes", splits, source, labels=list(labels), counts=counts)
-    found = ", ".join(f"{label} {n:,}" for label, n in zip(labels, counts["val"]))
-    print(f"{folder}: {len(train):,} texts to train on, {len(val):,} to validate ({found})")
+    meta = write_dataset(folder, "classes", splits, source, labels=list(labels))
+    print(f"{folder}: {len(train):,} texts to train on, {len(val):,} to validate, {len(labels)} "
+          f"classes")
     return meta
 
 

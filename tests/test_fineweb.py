@@ -194,7 +194,7 @@ def test_bad_sources_say_what_to_do(tmp_path, texts):
     empty.write_text(" \n")
     single.write_text("only one")
     for source, kind, said in [
-            (empty, ValueError, "no text"), (single, ValueError, "data.corpus"),
+            (empty, ValueError, "0 documents"), (single, ValueError, "data.corpus"),
             (tmp_path / "none.jsonl", FileNotFoundError, "none.jsonl")]:
         with pytest.raises(kind, match=said):
             prepare(config(source, "bytes", tmp_path / "out"))
