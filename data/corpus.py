@@ -6,10 +6,9 @@
     python -m data.corpus --from=PATH --tokenizer=gpt2 --out=data/mine
 
 Documents: each module's docstrings together (and its source, with --code) and each help topic of
-pydoc; of your text, each .txt file and each line of a .jsonl file ({"text": ...}). They are split
-into training and validation whole: documents are ordered by the hash of their text, and those that
-come first, up to `validation` of the bytes, validate. A single document is cut at a line end.
-Everything is in memory here; for many gigabytes, use data/fineweb.py --from.
+pydoc; of your text, each .txt file and each line of a .jsonl file ({"text": ...}). The hash of a
+document says whether it trains or validates; a single document is cut at a line end. Everything is
+in memory here; for many gigabytes, use data/fineweb.py --from.
 """
 import ast
 import functools
@@ -27,6 +26,7 @@ from data.writer import ShardWriter
 from run.config import parse, run_command
 
 BATCH = 256             # documents encoded at once
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def library_docstrings() -> list[tuple[str, list[str]]]:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):       # templates, and files that are wrong on purpose
             continue
-        name = ".".join(path.relative_to(library()).with_suffix("").parts)
+        name = ".".join(path.relative_to(LIBRARY).with_suffix("").parts)
         name = name.removesuffix(".__init__")
         if texts := list(docstrings(tree, name)):
             found.append((name, texts))
@@ -80,15 +80,11 @@ def docstrings(tree: ast.Module, name: str) -> Iterator[str]:
         name, node = nodes.pop()
         text = ast.get_docstring(node)
         if text and text.strip():
-            yield f"{name}{signature(node)}\n\n{text}"
+            signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
+            yield f"{name}{signature}\n\n{text}"
         inner = [(f"{name}.{child.name}", child) for child in ast.iter_child_nodes(node)
                  if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
         nodes.extend(reversed(inner))
-
-
-def signature(node: ast.AST) -> str:
-    """"(a, b=1)" of a function, nothing of a class or module."""
-    return f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
 
 
 def sources() -> list[str]:
@@ -97,16 +93,11 @@ def sources() -> list[str]:
             if (text := path.read_text(encoding="utf-8", errors="replace")).strip()]
 
 
-def library() -> Path:
-    """The folder of Python's standard library."""
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
 def library_files() -> list[Path]:
     """The .py files of the standard library in a fixed order; no tests, no installed packages."""
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [path for path in library().rglob("*.py")
-             if not skipped & set(path.relative_to(library()).parts)]
+    files = [path for path in LIBRARY.rglob("*.py")
+             if not skipped & set(path.relative_to(LIBRARY).parts)]
     return sorted(files, key=lambda path: path.as_posix())
 
 

@@ -36,7 +36,7 @@ HUB = "HuggingFaceFW/fineweb-edu"
 VALIDATION = 0.05       # of local text, at most
 TOKEN_BYTES = 8         # more than a token spells on average, with any tokenizer (GPT-2's: 4 to 5)
 GROUP = 1 << 16         # characters that a thread encodes at once
-AHEAD = 1 << 22         # characters that are read ahead of the writer, for each thread
+AHEAD = 64              # such groups that are read ahead of the writer, for each thread
 
 
 @dataclass(frozen=True)
@@ -163,30 +163,26 @@ def encode_all(tokenizer: Tokenizer, documents: Iterable[str],
         return rows
 
     pending: deque = deque()
-    ahead = 0
     with ThreadPoolExecutor(num_threads) as pool:
-        for size, texts in in_groups(documents):
-            pending.append((size, pool.submit(encode, texts)))
-            ahead += size
-            while ahead > num_threads * AHEAD:
-                size, result = pending.popleft()
-                yield from result.result()
-                ahead -= size
+        for texts in in_groups(documents):
+            pending.append(pool.submit(encode, texts))
+            if len(pending) > num_threads * AHEAD:
+                yield from pending.popleft().result()
         while pending:
-            yield from pending.popleft()[1].result()
+            yield from pending.popleft().result()
 
 
-def in_groups(documents: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Documents by the handful, with their characters: a task for each would cost more."""
+def in_groups(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Documents by the handful: a task for each would cost more."""
     size, texts = 0, []
     for text in documents:
         texts.append(text)
         size += len(text)
         if size >= GROUP:
-            yield size, texts
+            yield texts
             size, texts = 0, []
     if texts:
-        yield size, texts
+        yield texts
 
 
 def write(writer: ShardWriter, encoded: Iterable[tuple[int, np.ndarray]], val_bytes: float,

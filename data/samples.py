@@ -10,11 +10,10 @@ ones depends on (data, seed, step) only, not on ranks or micro-batches. y[t] is 
 token after x[t], IGNORE where it has none.
 
 Padded: the epoch's permutation is cut into groups of GROUP steps, each sorted by length, so that
-the rows of a step are about equally long; then the steps are shuffled. A step's rows are sorted,
-so that a micro-batch pads little: to its longest row, rounded up to a multiple of MULTIPLE.
-Packed: samples are put into rows of block_size by best fit, the longest first, once and for every
-epoch and seed; each epoch serves the rows in a new order. Positions restart with each sample, which
-is how the model keeps samples apart; the padding behind the last is a sample of its own.
+the rows of a step are about equally long; then the steps are shuffled. A micro-batch is padded to
+its longest row, rounded up to a multiple of MULTIPLE. Packed: samples are put into rows of
+block_size by best fit, once; positions restart with each sample, which is how the model keeps
+samples apart; the padding behind the last is a sample of its own.
 """
 from typing import Iterator
 

@@ -139,9 +139,7 @@ def verify(folder: Path, cached: bool = False) -> dict[str, str]:
     meta.json's, or where an id is beyond the vocabulary.
 
     What was read is noted in a stamp beside the shards. With `cached`, a file whose size, time of
-    change, checksum in meta.json and vocabulary are as in the stamp is not read again. So a changed
-    file is found as long as its change left a trace in size or time; one that was put back to both
-    (`touch -r`, `rsync -t` of a file of the same length) is found without `cached` only.
+    change, checksum in meta.json and vocabulary are as in the stamp is not read again.
     """
     meta, stamp = read_meta(folder), _read_stamp(folder)
     shards, noted, unread = files_of(folder, meta), {}, []

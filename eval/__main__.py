@@ -4,9 +4,9 @@
     python -m eval out/a out/b gpt2 --limit=0 --tokens=0        every item and token
     python -m eval FOLDER --data=book.txt --imdb_file=test.jsonl --lambada_file=test.jsonl
 
-What has no file here is left out, and said so. A classifier has a loss, an accuracy and IMDB; it
-says nothing to the others. Of a run the figures are also kept, in its eval.json. Losses of models
-with different tokenizers do not compare; bits per byte do.
+What has no file here is left out, and said so. A classifier has a loss and an accuracy only. Of a
+run the figures are also kept, in its eval.json. Losses of models with different tokenizers do not
+compare; bits per byte do.
 """
 import itertools
 import sys
@@ -70,10 +70,10 @@ def evaluate(name: str, model: Any, tokenizer: Any, tasks: dict[str, list[Any]],
             if config.data:
                 raise
             print(f"{name}: its loss is left out: {error}", file=sys.stderr)
-    if tasks["imdb"]:
-        found["imdb"] = imdb.evaluate(model, tokenizer, tasks["imdb"], dtype=dtype)
     if getattr(model, "classes", 0):                                # it has no words
         return found
+    if tasks["imdb"]:
+        found["imdb"] = imdb.evaluate(model, tokenizer, tasks["imdb"], dtype=dtype)
     for style in get_args(hellaswag.Style) if tasks["hellaswag"] else ():
         found[f"hellaswag_{style}"] = hellaswag.evaluate(
             model, tokenizer, tasks["hellaswag"], style, dtype=dtype, progress=True)

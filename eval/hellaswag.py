@@ -5,22 +5,18 @@
     items = load_items()                           # the 10,042 official validation items
     result = evaluate(model, tokenizer, items)     # acc, acc_norm, acc_bytes, n, 95% intervals
 
-Every ending is scored by the sum of its tokens' log-probabilities after the context. A style is a
-preparation of the text (eval/hellaswag_items.py) and what acc_norm divides the sum by; figures of
-two styles do not compare:
+acc takes the ending whose tokens have the largest sum of log-probabilities after the context,
+acc_bytes that per UTF-8 byte. A style is a preparation of the text (eval/hellaswag_items.py) and
+what acc_norm divides the sum by; figures of two styles do not compare:
 
     completion   ctx, then " " + ending, as in the file; acc_norm: per token
     harness      "activity_label: ctx_a Ctx_b" without WikiHow's [marks]; acc_norm: per character
 
-acc takes the largest sum, acc_bytes the largest sum per UTF-8 byte of the ending, in both styles.
-GPT-2 (124M) has acc 0.2859, acc_norm 0.2955 by completion and 0.2892, 0.3114 in the harness.
-
-An item's context is computed once for its four endings. Items that are longer than the model's
-context lose tokens on the left; `cut` counts them.
+GPT-2 (124M) has acc 0.2859, acc_norm 0.2955 by completion and 0.2892, 0.3114 in the harness. Items
+that are longer than the model's context lose tokens on the left; `cut` counts them.
 
 References: Zellers et al. 2019, "HellaSwag" (1905.07830); completion as in llm.c and build-nanogpt;
-harness as in EleutherAI's lm-evaluation-harness (lm_eval/tasks/hellaswag), whose acc_norm divides
-by len(ending), that is characters, without the space before it.
+harness as in EleutherAI's lm-evaluation-harness (lm_eval/tasks/hellaswag).
 """
 import math
 from dataclasses import dataclass

@@ -1,8 +1,5 @@
 """HellaSwag's items: from a file to the tokens that are scored (eval/hellaswag.py).
 
-    items = load_items()                           # the 10,042 official validation items
-    context, endings, texts = prepare(tokenizer, items[0], "completion")
-
 In: JSONL of official records {activity_label, ctx, ctx_a, ctx_b, endings, label}, or the text form
 {query, endings, label}. Styles and references: eval/hellaswag.py.
 """

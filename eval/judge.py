@@ -159,21 +159,17 @@ def judge_item(item: dict[str, Any], config: JudgeConfig) -> str:
             reason = f"HTTP {error.code}"
             if error.code < 400 or error.code in (400, 401, 403, 404):  # it would do so again
                 raise ValueError(f"{config.judge} refuses to judge: {reason} "
-                                 f"{printable(error.reason)}; check --judge, --judge_model and "
+                                 f"{ascii(error.reason)[1:-1]}; check --judge, --judge_model and "
                                  f"--key") from None
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
-            reason = printable(str(error)) or type(error).__name__      # stalled, cut, or nonsense
+            # Stalled, cut, or nonsense; escaped, so that none of it acts on a terminal.
+            reason = ascii(str(error) or type(error).__name__)[1:-1][:200]
         else:
             item["points"] = {place: {name: judgement[place][name] for name in RUBRIC}
                               for place in ("first", "second")}
             item["reason"] = str(judgement.get("reason", ""))
             return ""
     return reason
-
-
-def printable(text: str) -> str:
-    """What a server says, without what would move the terminal's cursor or colour it."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)[:200]
 
 
 def judge_sheet(sheet: dict[str, Any], config: JudgeConfig, out: Path) -> None:

@@ -4,17 +4,15 @@
     python -m eval.loss --model=gpt2 --data=book.txt --stride=512
     python -m eval.loss --model=out/chat --data=chat [--fit]
 
-Bits per byte = sum of token losses / (ln 2 x bytes that those tokens spell). It does not depend on
-the tokenizer, so runs with different vocabularies can be compared; special tokens spell no bytes.
+Bits per byte = sum of token losses / (ln 2 x bytes that those tokens spell): runs with different
+vocabularies can be compared. Special tokens spell no bytes.
 
-A text longer than the context is read in windows, side by side: the first token of each has no
-context. With --stride=N a window begins every N tokens and scores its last N only, so that each
-token is scored once, after at least block_size - N others; both figures are shown. N = 1 is the
-definition of perplexity with this context, block_size times the work.
+A text longer than the context is read in windows, side by side. With --stride=N a window begins
+every N tokens and scores its last N only, so that each token is scored once, after at least
+block_size - N others; both figures are shown.
 
 Of conversations the answers are scored (data/chat.py); --fit says what the model has learned of
-them (eval/fit.py). Of texts with classes (data/labels.py) a classifier's loss is that of the class,
-with its accuracy: the share of texts whose class is the likeliest.
+them (eval/fit.py). Of texts with classes (data/labels.py) a classifier's accuracy is shown too.
 
 Reference: "Perplexity of fixed-length models", Hugging Face's documentation of transformers.
 """
@@ -132,26 +130,20 @@ def text_tokens(source: str, tokenizer: Any) -> shards.Tokens:
     return shards.Tokens([np.concatenate(documents)])
 
 
-def is_text(data: str) -> bool:
-    """Whether `data` names text files rather than a data set."""
-    return any(Path(name).is_file() for name in data.split(","))
+def kind_of(data: str) -> str:
+    """What --data names: "text" (files), "tokens", "chat" or "classes"."""
+    is_text = any(Path(name).is_file() for name in data.split(","))
+    return "text" if is_text else sets.kind(shards.find(data))
 
 
 def open_tokens(config: LossConfig, tokenizer: Any) -> shards.Tokens:
-    """What --data and --split name; a ValueError if it is not for this tokenizer."""
-    if is_text(config.data):
-        return text_tokens(config.data, tokenizer)
+    """The shards that --data and --split name; ValueError if they are not for this tokenizer."""
     folder = shards.find(config.data)
     shards.verify(folder, cached=True)
     made_with = shards.read_meta(folder)["tokenizer_hash"]
     if made_with is not None and (tokenizer is None or made_with != tokenizer.hash):
         raise ValueError(f"{folder} was made with another tokenizer than {config.model}'s")
     return shards.open_split(folder, config.split)
-
-
-def kind_of(data: str) -> str:
-    """What --data names: "text", "tokens", "chat" or "classes"."""
-    return "text" if is_text(data) else sets.kind(shards.find(data))
 
 
 def open_chat(config: LossConfig, split: str, tokenizer: Any, block_size: int) -> Any:
@@ -194,7 +186,8 @@ def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, A
         samples = open_chat(config, config.split, tokenizer, block_size)
         batches = samples.evaluation_batches(size, limit)
     else:
-        tokens = open_tokens(config, tokenizer)
+        tokens = (text_tokens(config.data, tokenizer) if kind == "text" else
+                  open_tokens(config, tokenizer))
         batches = loader.evaluation_batches(tokens, block_size, size, limit)
     lengths = token_lengths(tokenizer) if tokenizer else None
     result: dict[str, Any] = evaluate_loss(model, batches, device, lengths, dtype)
@@ -212,7 +205,7 @@ def main(words: list[str]) -> None:
     model, tokenizer = load_model(config.model, pick_device(config.device))
     result = measure(model, tokenizer, config)
     strided, fit = result.pop("strided", None), result.pop("fit", None)
-    part = "" if is_text(config.data) else f"/{config.split}"
+    part = "" if kind_of(config.data) == "text" else f"/{config.split}"
     print(f"{config.model} on {config.data}{part}: {line(result)}")
     if strided:
         print(f"with {model.config.block_size - config.stride} tokens of context or more "

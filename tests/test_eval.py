@@ -176,33 +176,26 @@ def test_a_classifier_learns_reviews_from_the_loader_of_conversations(tokenizer,
             (model(x, y, *positions, reduction="sum")[1] / labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = imdb.evaluate_classifier(model, samples, batch_size=3)
-    assert found["confusion"] == [[4, 0], [0, 4]] and found["acc"] == 1 and found["n"] == 8
+    found = loss.evaluate_loss(model, samples.evaluation_batches(3), torch.device("cpu"))
+    assert found["accuracy"] == 1 and found["tokens"] == 8
     assert found["loss"] < 0.2 and model.training
 
 
-def test_loss_and_confusion_of_a_classifier_by_hand(tokenizer, reviews):
+def test_loss_and_accuracy_of_a_classifier_by_hand(tokenizer, reviews):
     items = imdb.load_reviews(reviews)[:5]
     model = Classifier(small(tokenizer, 32)).eval()
     torch.nn.init.normal_(model.head.weight)            # a new one finds both equally likely
-    found = imdb.evaluate(model, tokenizer, items)
     rows = [tokenizer.encode(item.text) for item in items]
     logits = torch.cat([model(torch.tensor([row[-32:]]))[0] for row in rows])
     labels = torch.tensor([item.label for item in items])
-    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
-    expected = [[0, 0], [0, 0]]
-    for label, answer in zip(labels, logits.argmax(1)):
-        expected[label][answer] += 1
-    assert found["confusion"] == expected and found["acc"] not in (0, 1)
-    assert found["cut"] == sum(len(row) > 32 for row in rows) > 0
-    batches = class_samples(items, tokenizer, 32).evaluation_batches(2)
-    assert loss.evaluate_loss(model, batches, torch.device("cpu"), loss.token_lengths(tokenizer)) \
-        == {"loss": pytest.approx(found["loss"], rel=1e-6), "accuracy": found["acc"], "tokens": 5}
-
-
-def test_a_classifier_of_other_classes_is_refused(tokenizer, reviews):
-    with pytest.raises(ValueError, match="chooses among 3 classes; reviews are negative or posi"):
-        imdb.evaluate(Classifier(small(tokenizer), 3), tokenizer, imdb.load_reviews(reviews))
+    right = (logits.argmax(1) == labels).float().mean().item()
+    samples = class_samples(items, tokenizer, 32)
+    assert samples.counts["truncated"] == sum(len(row) > 32 for row in rows) > 0
+    expected = F.cross_entropy(logits, labels).item()
+    assert right not in (0, 1)
+    assert loss.evaluate_loss(model, samples.evaluation_batches(2), torch.device("cpu"),
+                              loss.token_lengths(tokenizer)) == {
+        "loss": pytest.approx(expected, rel=1e-4), "accuracy": pytest.approx(right), "tokens": 5}
 
 
 # ---- files and commands

@@ -77,7 +77,7 @@ def test_every_document_is_there_once_and_in_order(tmp_path, texts, tokenizer):
 def test_documents_keep_their_order_whatever_the_threads_and_the_groups(
         monkeypatch, texts, tokenizer, threads):
     monkeypatch.setattr(fineweb, "GROUP", 50)       # characters: many tasks
-    monkeypatch.setattr(fineweb, "AHEAD", 200)      # and few of them at once
+    monkeypatch.setattr(fineweb, "AHEAD", 4)        # and few of them at once
     tok = Tokenizer.load(tokenizer)
     rows = list(fineweb.encode_all(tok, iter(texts), threads))
     assert [ids.tolist() for _, ids in rows] == [[tok.eot] + tok.encode(text) for text in texts]
@@ -86,7 +86,7 @@ def test_documents_keep_their_order_whatever_the_threads_and_the_groups(
 
 def test_reading_stays_a_bounded_way_ahead_of_writing(monkeypatch, tokenizer):
     monkeypatch.setattr(fineweb, "GROUP", 100)
-    monkeypatch.setattr(fineweb, "AHEAD", 1000)
+    monkeypatch.setattr(fineweb, "AHEAD", 10)
     read = 0
 
     def long_source():
