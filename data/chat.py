@@ -72,11 +72,7 @@ class ChatConfig:
 def prepare(config: ChatConfig) -> Path:
     """Conversations from files of any known format into a data set."""
     folder = Path(config.out or DATA / "chat")
-    if not config.from_:
-        raise ValueError("no source given; name files of conversations: python -m data.chat "
-                         "prepare FILE... (pairs that need no file: python -m data.pydocs)")
-    files = find_files(config.from_, RECORDS)
-    found, dropped = conversations.read(files)
+    found, dropped = conversations.read(find_files(config.from_, RECORDS))
     if not found:
         raise ValueError(f"{config.from_} holds no conversation that can be used; nothing was "
                          f"written")

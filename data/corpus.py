@@ -39,10 +39,6 @@ class CorpusConfig:
     shard_tokens: int = 100_000_000  # tokens of a shard
     out: str = ""  # folder of the shards; empty: data/corpus
 
-    def __post_init__(self):
-        if not 0 < self.validation < 1:
-            raise ValueError(f"validation={self.validation} is not in (0, 1)")
-
 
 def documentation() -> list[str]:
     """Docstrings of the standard library, a document a module, and pydoc's help topics.
@@ -107,9 +103,9 @@ def split_documents(documents: list[str], validation: float) -> tuple[list[str],
         return split_by_hash(documents, validation, str, len)
     text = documents[0]
     cut = text.rfind("\n", 0, int(len(text) * (1 - validation))) + 1
-    if not cut:
-        raise ValueError("the only document has no line end to cut it into training and "
-                         "validation; give more text, or text with line ends")
+    if not 0 < cut < len(text):
+        raise ValueError(f"the only document has no line end to cut it at validation={validation}; "
+                         f"give more text, or text with line ends")
     return [text[:cut]], [text[cut:]]
 
 

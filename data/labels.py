@@ -17,7 +17,7 @@ from typing import Any, Iterable, Iterator, Sequence
 import numpy as np
 
 from bpe import Tokenizer
-from data.prepared import read_split, split_by_hash, write_dataset
+from data.prepared import DATA, read_split, split_by_hash, write_dataset
 from data.samples import Samples
 from data.texts import RECORDS, find_files, read_objects, text_of
 from run.config import parse, run_command
@@ -28,13 +28,8 @@ Example = tuple[str, int]               # a text and the number of its class
 @dataclass(frozen=True)
 class LabelsConfig:
     from_: str = ""  # a .json or .jsonl file, or a folder of them; several by comma
-    out: str = ""  # folder of the data set
+    out: str = ""  # folder of the data set; empty: data/labels
     validation: float = 0.05  # share that validates, where no file's name has "test"
-
-    def __post_init__(self):
-        for flag, value in (("from", self.from_), ("out", self.out)):
-            if not value:
-                raise ValueError(f"{flag} is missing; give --{flag}=PATH")
 
 
 def read_examples(path: str | Path) -> Iterator[tuple[str, str, str | int]]:
@@ -100,8 +95,9 @@ def prepare(config: LabelsConfig) -> Path:
     train, val = parts if all(parts) else split_by_hash(
         parts[0] + parts[1], config.validation, lambda example: example[0],
         lambda example: len(example[0]))
-    write_examples(config.out, train, val, [str(label) for label in numbers], config.from_)
-    return Path(config.out)
+    folder = Path(config.out or DATA / "labels")
+    write_examples(folder, train, val, [str(label) for label in numbers], config.from_)
+    return folder
 
 
 def main(words: list[str]) -> None:

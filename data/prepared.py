@@ -5,9 +5,8 @@
     train_0000.npy, ...             or token shards ("tokens", data/shards.py)
     meta.json                       version, kind, source, and the checksum of every file
 
-    meta = write_dataset(folder, "chat", {"train": records, "val": records}, source="...")
-    meta = read_meta(folder, "chat"); records = list(read_split(folder, "chat", "train"))
     train, val = split_by_hash(records, validation=0.05, text=json.dumps)
+    meta = write_dataset(folder, "chat", {"train": train, "val": val}, source="...")
 """
 import hashlib
 import json

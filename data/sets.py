@@ -143,8 +143,8 @@ def open_data(folder: Path, config: Any, tokenizer: Tokenizer | None, block_size
                        block_size, config.labels)
     data = TokenSet(folder)
     if tokenizer and data.tokenizer and tokenizer.hash != data.tokenizer.hash:
-        raise ValueError(f"{config.data} was made with another tokenizer than {config.init_from}'s; "
-                         f"prepare it with --tokenizer={config.init_from}")
+        raise ValueError(f"{config.data} was made with another tokenizer than that of "
+                         f"{config.init_from}; prepare it with --tokenizer={config.init_from}")
     return data
 
 

@@ -14,6 +14,8 @@ RECORDS = (".json", ".jsonl")
 
 def find_files(source: str | Path, endings: tuple[str, ...] = DOCUMENTS) -> list[Path]:
     """The files that `source` names: a file, a folder (searched below), several by comma."""
+    if not source:
+        raise ValueError("no source given; name files or folders, several by comma: --from=PATH")
     files: list[Path] = []
     for name in str(source).split(","):
         path = Path(name)

@@ -4,9 +4,8 @@
 
 Three figures say it: the loss on training data, the loss on validation data, and the share of
 training samples that the model answers word for word. Greedy decoding says an answer exactly when
-each of its tokens, and the one that ends it, is the likeliest after what is before; so one forward
-pass a sample tells, and nothing is generated. In a conversation of several turns all answers count,
-each after the true ones before it.
+each of its tokens, and the one that ends it, is the likeliest after what is before; so nothing is
+generated. Of several turns all answers count, each after the true ones before it.
 """
 from typing import Any, Iterable
 

@@ -467,7 +467,7 @@ def test_the_commands_prepare_and_inspect(tmp_path, capsys):
         chat.main(["inspect", str(name), "--block_size=16"])
         shown = capsys.readouterr().out
         assert "prompts" in shown and "answers" in shown and "1 with a system message" in shown
-    for words, message in ((["prepare"], "name files of conversations"),
+    for words, message in ((["prepare"], "no source given; name files"),
                            ([str(tmp_path / "no.json")], "there is no file"),
                            (["inspect"], "name a file")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
