@@ -35,7 +35,6 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import multiprocessing.connection
 import os
 import shlex
@@ -148,7 +147,9 @@ def read(words: list[str]) -> Plan:
     tuned = grid([values_of(text, "tune") for text in config.tune])
     sides = [values_of(text, "set") for text in config.set_]
     if config.variant:
-        sides.append([changes_of(text) for text in config.variant])
+        if wrong := [word for text in config.variant for word in text.split() if "=" not in word]:
+            raise ValueError(f"variant: {wrong[0]!r} is no NAME=VALUE")
+        sides.append([dict(word.split("=", 1) for word in text.split()) for text in config.variant])
     patches = [path for text in config.patch for path in text.split(",")]
     found, seen = [Variant("base", {})], [base]
     for changes, path in itertools.product(grid(sides), patches or ["none"]) \
@@ -174,13 +175,6 @@ def values_of(text: str, flag: str) -> list[dict[str, str]]:
         raise ValueError(f"{flag}={text} cannot be done; write NAME=VALUE,VALUE, and compare "
                          f"max_steps and epochs, but do not tune them")
     return [{name: value} for value in values.split(",")]
-
-
-def changes_of(text: str) -> dict[str, str]:
-    """"lora.init=loftq lora.quantize=nf4" as a dict."""
-    if wrong := [word for word in text.split() if "=" not in word]:
-        raise ValueError(f"variant={text}: {wrong[0]!r} is no NAME=VALUE")
-    return dict(word.split("=", 1) for word in text.split())
 
 
 def grid(sides: list[list[dict[str, str]]]) -> list[dict[str, str]]:
@@ -266,9 +260,9 @@ def in_processes(function: Callable, tasks: list[tuple], jobs: int
     """(number of the task, function(*task)), each in a process of its own, so that its memory is
     its own and a patch ends with it; `jobs` at once. A task begins with its trial. The first error
     ends all: the others save, and can go on later."""
-    # PyTorch is loaded once for all, also what its optimizers import late: 6 s a run here, then 0.5.
+    # PyTorch is loaded once for all, also what its optimizers import late: 0.5 s a run, not 6.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.compare", "torch._dynamo"])
+    context.set_forkserver_preload(["train", "experiments.plots", "torch._dynamo"])
     waiting, running = list(enumerate(tasks)), {}
     try:
         while waiting or running:
@@ -408,9 +402,9 @@ def compare(plan: Plan) -> dict[str, Any]:
                     settings["batch_tokens"] * cost[variant.name])
                 steps = max(1, round(usual * share))
             steps = length or steps
-            warmup = settings["warmup_steps"]       # the same share of the run, if nothing is said
-            warmup = warmup if "warmup_steps" in changes else round(warmup * steps / usual)
-            settings.update(seed=seed, max_steps=steps, epochs=0.0, warmup_steps=warmup)
+            settings.update(seed=seed, max_steps=steps, epochs=0.0)
+            if "warmup_steps" not in changes:       # the same share of the run
+                settings["warmup_steps"] = round(settings["warmup_steps"] * steps / usual)
             words = [variant.name, *(f"{name}={value}" for name, value in tuned.items())]
             found.append(Trial(" ".join([*words, f"seed {seed}"]), settings, variant.patch))
         return found
@@ -442,7 +436,8 @@ def choose(variants: list[Variant], tuned: list[dict[str, str]], losses: list[fl
     for variant in variants:
         rows = [{"values": values, "losses": list(itertools.islice(rest, seeds)), "best": False}
                 for values in tuned]
-        best = min(rows, key=lambda row: math.inf if None in row["losses"] else mean(row["losses"]))
+        best = min(rows, key=lambda row: math.inf if None in row["losses"] else
+                   statistics.fmean(row["losses"]))
         if None in best["losses"]:
             raise ValueError(f"{variant.name} diverges with every value of --tune; try others")
         best["best"], best["at_the_edge"] = True, []
@@ -462,12 +457,13 @@ def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
            runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """All figures and sentences of a comparison, as JSON holds them."""
     losses = {name: [result["loss"] for result in found] for name, found in runs.items()}
-    tests = {name: paired([a - b for a, b in zip(values, losses["base"])])
-             for name, values in losses.items() if name != "base" and len(values) > 1
-             and None not in values + losses["base"]}
+    lost = {name for name, values in losses.items() if None in values}
+    tests = {name: paired([a - b for a, b in zip(values, losses["base"])]) for name, values in
+             losses.items() if name != "base" and not lost & {name, "base"} and values[1:]}
     corrected = dict(zip(tests, holm([test.p for test in tests.values()])))
-    deviation = spread(losses["base"])
-    floor = math.sqrt(2) * deviation if deviation else None
+    spreads = {name: statistics.stdev(values) for name, values in losses.items()
+               if name not in lost and values[1:]}
+    floor = math.sqrt(2) * spreads.get("base", 0.0) or None
     rows, timed = {}, all(result["jobs"] == 1 for found in runs.values() for result in found)
     for variant in plan.variants:
         name, found, test = variant.name, runs[variant.name], tests.get(variant.name)
@@ -475,7 +471,8 @@ def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
         rows[name] = {
             "changes": variant.changes, "patch": variant.patch,
             "tuned": next((row for row in tuning.get(name, ()) if row["best"]), None),
-            "losses": losses[name], "mean": mean(losses[name]), "spread": spread(losses[name]),
+            "losses": losses[name], "spread": spreads.get(name),
+            "mean": None if name in lost else statistics.fmean(losses[name]),
             "difference": dataclasses.asdict(test) if test else None,
             "p_corrected": corrected.get(name), "seeds_for_half_the_floor": needed,
             "steps": found[0]["steps"], "tokens": found[0]["tokens"],
@@ -505,25 +502,11 @@ def verdict(name: str, losses: list[float | None], base: list[float | None], tes
         f"{'lower' if test.mean < 0 else 'higher'} loss than the base"
     more = f"; half the noise floor would take about {needed} seeds" if needed and p >= 0.05 else ""
     return (f"{name}: {found}, {test.mean:+.4f} (95% {test.low:+.4f} to {test.high:+.4f}), "
-            f"p {spell_p(p)}, {test.n} seeds{more}")
+            f"p {p:.2g}, {test.n} seeds{more}")
 
 
 def spell(loss: float | None) -> str:
     return "diverged" if loss is None else f"{loss:.4f}"
-
-
-def spell_p(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
-
-
-def mean(losses: list[float | None]) -> float | None:
-    """None where a run diverged."""
-    return None if None in losses else statistics.fmean(losses)
-
-
-def spread(losses: list[float | None]) -> float | None:
-    """Standard deviation over seeds; None where there is one, or a run diverged."""
-    return None if None in losses or len(losses) < 2 else statistics.stdev(losses)
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -540,12 +523,12 @@ def markdown(found: dict[str, Any]) -> str:
                     if tuned else []),
             spell(row["mean"]) + (f" ± {row['spread']:.4f}" if row["spread"] is not None else ""),
             f"{test['mean']:+.4f}, {test['low']:+.4f} to {test['high']:+.4f}" if test else "",
-            spell_p(row["p_corrected"]) if test else "", str(row["seeds_for_half_the_floor"] or ""),
+            f"{row['p_corrected']:.2g}" if test else "", str(row["seeds_for_half_the_floor"] or ""),
             f"{row['steps']:,}", "" if row["seconds"] is None else f"{row['seconds']:.1f} s",
             f"{row['memory_mib']:,} MiB"]) + " |")
     lines += ["", *(f"- {row['verdict']}" for row in rows.values() if row["verdict"])]
     if floor:
-        lines.append(f"- noise floor {floor:.4f}: the deviation of the difference between two runs "
+        lines.append(f"- noise floor {floor:.2g}: the deviation of the difference between two runs "
                      f"of the base that differ in the seed alone")
     if found["comparisons"] > 1:
         lines.append(f"- {found['comparisons']} comparisons with the base: p is corrected for that "
@@ -577,9 +560,8 @@ def draw(figure: Any, found: dict[str, Any]) -> None:
         right.axvspan(-floor, floor, color=plots.GREY, alpha=0.12, linewidth=0)
     for ax, names, title in ((left, list(rows), "validation loss: seeds, mean, deviation"),
                              (right, [""] * len(rows), "difference, 95%; grey: noise floor")):
+        ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="nats per token")
         ax.set_yticks(range(len(rows)), names)
-        ax.set_ylim(len(rows) - 0.5, -0.5)
-        ax.set_xlabel("nats per token")
         ax.set_title(title, loc="left", fontweight="bold")
 
 
@@ -587,17 +569,15 @@ def main(words: list[str]) -> None:
     plan = read(words)
     out, name = Path(plan.config.out), plan.config.name
     out.mkdir(parents=True, exist_ok=True)
-    if plan.config.jobs > 1:
-        print(f"{plan.config.jobs} runs at once with one thread each: their times are worthless")
     with locked(out):
         found = compare(plan)
         write_json(out / f"{name}.json", found)
         write_text(out / f"{name}.md", markdown(found) + "\n")
-        print(f"\n{markdown(found)}\n\nwritten: {out / name}.json, {out / name}.md", flush=True)
+        print(f"\n{markdown(found)}\n", flush=True)
         write_bytes(out / f"{name}.png", plots.picture(
             lambda figure: draw(figure, found),
             (11, max(3, 1.5 + 0.35 * len(found["variants"]))), dpi=130))
-        print(f"drawn: {out / name}.png")
+        print(f"written: {out / name}.json, .md, .png")
 
 
 if __name__ == "__main__":

@@ -22,21 +22,18 @@ MOST_SEEDS = 10_000
 
 @dataclass(frozen=True)
 class Paired:
-    """What the differences of n pairs say of their mean: 95% interval, p that it is none. With one
-    pair nothing is known of the noise: spread, low, high and p are None."""
+    """What the differences of n pairs say of their mean: 95% interval, p that it is none."""
     n: int
     mean: float
-    spread: float | None                            # standard deviation of a difference
-    low: float | None
-    high: float | None
-    p: float | None
+    spread: float                                   # standard deviation of a difference
+    low: float
+    high: float
+    p: float
 
 
 def paired(differences: Sequence[float]) -> Paired:
-    """The paired t-test of finite differences, one a pair."""
+    """The paired t-test of finite differences, one a pair, of two or more."""
     n, mean = len(differences), statistics.fmean(differences)
-    if n < 2:
-        return Paired(n, mean, None, None, None, None)
     spread = statistics.stdev(differences)
     error = spread / math.sqrt(n)
     half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * error

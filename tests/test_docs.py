@@ -11,6 +11,7 @@ import pytest
 import bpe
 import train
 from run.config import parse, settings_of
+from experiments import compare
 from eval.hellaswag import HellaSwagConfig
 from eval.judge import JudgeConfig
 from eval.loss import LossConfig
@@ -106,6 +107,9 @@ def check_module(name, words):
         base = PRESETS[names[0] if names else DEFAULT_PRESET].settings
         parse(train.TrainConfig, names[1:] + flags, "train.py", base)
         return
+    if name == "experiments.compare":
+        compare.read(words)
+        return
     if name == "bpe":
         bpe.parse(words)                                    # exits where a word is wrong
         return
@@ -177,6 +181,7 @@ def test_commands_can_be_parsed(command):
     "python -m data.chat inspect FILE --templates=chatml", "python -m eval out/demo --model=gpt2",
     "python -m run.export out/demo --to=x", "python -m eval.nothing",
     "python -m tests.test_fuzz --input=3",
+    "python -m experiments.compare demo --set=optim.optimiser=muon",
     "FOO=1 torchrun --nproc_per_node=8 train.py gpt2-124m --shards=fsdp"])
 def test_the_check_of_commands_finds_what_is_wrong(command):
     with pytest.raises((AssertionError, KeyError, ValueError, SyntaxError, ImportError,

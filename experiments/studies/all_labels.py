@@ -1,5 +1,4 @@
-"""A patch for experiments.compare: a loss on the questions too, not on the answers only. Training
-alone changes; the validation loss stays that of the answers."""
+"""A patch for experiments.compare: in training, a loss on the questions too; validation stays."""
 from data import chat
 
 load_samples = chat.load_samples
@@ -9,8 +8,7 @@ def with_all_labels(folder, split, *rest):
     """data.chat.load_samples, with a label on every token of the training split."""
     samples = load_samples(folder, split, *rest)
     if split == "train":
-        samples.labelled = samples.labelled | True
-        samples.label_counts = samples.lengths
+        samples.labelled, samples.label_counts = samples.labelled | True, samples.lengths
     return samples
 
 

@@ -2,11 +2,10 @@
 
     python -m experiments.studies.chat --init_from=out/demo --seeds=3
 
-Writes out/chat/data/ARM.TEST, conversations of an arm with the validation split of a test, from
-questions about functions of Python's library (data/pydocs.py), and has experiments.compare train on
-them; its settings may follow. Every run makes the same number of steps. No run is judged by
-anything that it, or a run compared with it, was trained on, nor by the same answer. The study is
-docs/LOG.md, "chat data: which advice shows in the loss?".
+Writes out/chat/data/STUDY-ARM.TEST, an arm's conversations about Python's library with the
+validation split of a test, and has experiments.compare train on them for equal steps; its settings
+may follow. No arm is judged by anything that one was trained on, nor by the same answer. The
+question is that of docs/LOG.md, "chat data: which advice shows in the loss?".
 """
 import re
 import statistics
@@ -44,8 +43,10 @@ def studies(seen: list[tuple[str, str]], unseen: list[tuple[str, str]], count: i
             ) -> Iterator[tuple[str, dict[str, list[Talk]], dict[str, list[Talk]]]]:
     """(name, arms, tests): functions with answers to train on, and others to validate on. The first
     arm is the base."""
-    talks, checks, first = [pair(*f) for f in seen[:count]], [pair(*f) for f in unseen], \
-        pydocs.FUNCTION[0]
+    first = pydocs.FUNCTION[0]
+    talks, checks = [pair(*f) for f in seen[:count]], [pair(*f) for f in unseen]
+    told, asked = ([[{"role": "system", "content": SYSTEM}, *talk] for talk in part]
+                   for part in (talks, checks))
     yield "repeats", {"once": talks, **{f"times{n}": talks[:count // n] for n in (4, 16, 64)}}, \
         {"answers": checks}
     yield "same", {"none": talks, **{f"one-in-{n}": [
@@ -61,10 +62,9 @@ def studies(seen: list[tuple[str, str]], unseen: list[tuple[str, str]], count: i
         ("both", seen), ("short", short), ("long", long))}, \
         {"short": [pair(*f) for f in unseen if len(f[1]) <= middle],
          "long": [pair(*f) for f in unseen if len(f[1]) > middle]}
-    told = [[{"role": "system", "content": SYSTEM}, *talk] for talk in talks]
     yield "system", {"never": talks, "always": told, "half": [
-        (talk, with_it)[i % 2] for i, (talk, with_it) in enumerate(zip(talks, told))]}, \
-        {"without": checks, "with": [[{"role": "system", "content": SYSTEM}, *t] for t in checks]}
+        both[i % 2] for i, both in enumerate(zip(talks, told))]}, \
+        {"without": checks, "with": asked}
     yield "topics", {"single": talks, "pairs": [a + b for a, b in zip(talks[::2], talks[1::2])]}, \
         {"alone": checks, "after": [a + b for a, b in zip(checks[::2], checks[1::2])]}
 
@@ -81,13 +81,12 @@ def main(words: list[str]) -> None:
                     conversations.write_conversations(
                         folder, [{"messages": talk} for talk in talks], "data/pydocs.py",
                         val=[{"messages": talk} for talk in val])
-            others = ",".join(map(str, folders[1:]))
             compare.main([*common, f"--name={study}-{test}", f"--data={folders[0]}",
-                          f"--set=data={others}", *words])
-    compare.main([*common, "--name=labels", f"--data={OUT / 'data' / 'repeats-once.answers'}",
+                          f"--set=data={','.join(map(str, folders[1:]))}", *words])
+    common.append(f"--data={OUT / 'data' / 'repeats-once.answers'}")
+    compare.main([*common, "--name=labels",
                   f"--patch={Path(__file__).parent / 'all_labels.py'}", *words])
-    compare.main([*common, "--name=rates", f"--data={OUT / 'data' / 'repeats-once.answers'}",
-                  "--variant=lora.r=8 lora.target_modules=all-linear",
+    compare.main([*common, "--name=rates", "--variant=lora.r=8 lora.target_modules=all-linear",
                   "--tune=learning_rate=1e-4,5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2", *words])
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Rank, alpha, dropout, variants and targets of LoRA, and what is only a learning rate: what was asked
-# in docs/LOG.md, "LoRA: is a high alpha best, or only a larger step?". Any setting may follow:
+# Rank, alpha, dropout, variants and targets of LoRA, and what is only a learning rate: the question
+# of docs/LOG.md, "LoRA: is a high alpha best, or only a larger step?". Any setting may follow:
 #
 #     sh experiments/studies/lora.sh --init_from=out/base --data=imdb --seeds=3
 #

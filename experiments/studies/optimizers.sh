@@ -1,6 +1,6 @@
 #!/bin/sh
-# Muon and GaLore against AdamW at equal tokens, each at its own best learning rate: what was asked in
-# docs/LOG.md, "Muon against AdamW at equal tokens". Any setting may follow:
+# Muon and GaLore against AdamW, each at its own best learning rate: the question of docs/LOG.md,
+# "Muon against AdamW at equal tokens". Any setting may follow:
 #
 #     sh experiments/studies/optimizers.sh --data=novels --seeds=3
 set -e
