@@ -5,7 +5,6 @@ there are, the lengths of prompts and answers, which answers repeat, and what a 
 cut. NAME is a prepared data set (data/NAME or a folder); a FILE may be of any format that
 data/conversations.py reads. Without --tokenizer a token is a byte.
 """
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from data.prepared import DATA, read_meta, read_split
 from data.templates import cut, encode, extend_tokenizer, find_template, render
 from model import IGNORE
 from run.config import parse
+from run.load import run_settings
+from run.log import printable
 
 GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 
@@ -28,7 +29,7 @@ GREEN, GREY, PLAIN = "\033[32m", "\033[90m", "\033[0m"
 class InspectConfig:
     tokenizer: str = "bytes"  # bytes, gpt2, a tokenizer's path, or a run
     template: str = "chatml"  # how conversations are written: alpaca, plain, chatml, llama3, none
-    block_size: int = 1024  # of the model; what is longer counts as truncated
+    block_size: int = 0  # what is longer counts as truncated; 0: that of the run, or 1024
     split: Literal["train", "val"] = "train"  # of a prepared data set
     example: int = 0  # which conversation is shown; the first is 0
 
@@ -39,12 +40,6 @@ def load(name: str, split: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
         return conversations.read([Path(name)])
     folder = Path(name) if Path(name).is_dir() else DATA / name
     return list(read_split(folder, "chat", split)), read_meta(folder, "chat")["dropped"]
-
-
-def printable(text: str) -> str:
-    """A text with its control characters spelled, so that none of them acts on a terminal: the
-    escape that begins a colour comes as "\\x1b". Line ends and tabs stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def examine(talks: list[dict[str, Any]], tokenizer: Tokenizer, template: str,
@@ -98,7 +93,9 @@ def main(names: list[str], words: list[str]) -> None:
           f"{'green' if colour else '[[ ]]'} has a label")
     print(coloured(talks[config.example]["messages"], tokenizer, config.template, colour))
     print("---")
-    report = examine(talks, tokenizer, config.template, config.block_size)
+    block_size = config.block_size or run_settings(config.tokenizer).get("model", {}).get(
+        "block_size", 1024)
+    report = examine(talks, tokenizer, config.template, block_size)
     n = report["conversations"]
     print(f"{n:,} conversations, {report['answers']:,} answers; {report['several turns']:,} of "
           f"several turns, {report['system message']:,} with a system message")
@@ -111,5 +108,5 @@ def main(names: list[str], words: list[str]) -> None:
     print(f"repeated answers: {report['repeated answers']:,}"
           + "".join(f"\n  {count:,} times {text[:60]!r}" for text, count in report["common"]
                     if count > 1))
-    print(f"block_size={config.block_size}: {report['truncated'] / n:.1%} truncated, "
+    print(f"block_size={block_size}: {report['truncated'] / n:.1%} truncated, "
           f"{report['unlabelled'] / n:.1%} without a label left, which training leaves out")

@@ -486,6 +486,21 @@ def test_inspection_counts_what_it_says():
     assert tiny["unlabelled"] == 5
 
 
+def test_inspection_takes_the_block_size_of_the_run_whose_tokenizer_it_is_given(tmp_path, capsys):
+    file, run = tmp_path / "a.jsonl", tmp_path / "run"
+    talk = [*user("q"), {"role": "assistant", "content": "a" * 200}]
+    file.write_text(json.dumps({"messages": talk}))
+    run.mkdir()
+    TOKENIZER.save(run / "tokenizer.json")
+    (run / "run.json").write_text("{}")
+    (run / "config.json").write_text('{"model": {"block_size": 128}, "data": "x"}')
+    for words, said in ((["--tokenizer=bytes"], "block_size=1024: 0.0% truncated"),
+                        ([f"--tokenizer={run}"], "block_size=128: 100.0% truncated"),
+                        ([f"--tokenizer={run}", "--block_size=999"], "block_size=999: 0.0% trunc")):
+        chat.main(["inspect", str(file), *words])
+        assert said in capsys.readouterr().out
+
+
 def test_no_control_character_of_the_data_reaches_the_terminal(tmp_path, capsys):
     file, bad = tmp_path / "a.jsonl", "\x1b[31m red \x9b2J\x07\r\x00\x7f"
     talk = [*user(f"{bad}?\n\ttab 🙂"), {"role": "assistant", "content": bad}]
