@@ -127,33 +127,32 @@ def campaign(folder: Path, settings: dict[str, Any], ranks: int, kills: int,
     span = time.monotonic() - began
     while counts["kills"] < kills:
         out = folder / f"run{counts['runs']}"
-        in_run = newest = 0
+        killed = newest = 0
         while True:
             phase.value = 0
             processes = start(run, ranks, {**settings, "out": str(out)}, phase)
-            enough = counts["kills"] + in_run >= kills
+            enough = counts["kills"] + killed >= kills
             processes[0].join(None if enough else rng.uniform(0, span))
-            if not processes[0].is_alive():
-                break
-            for process in rng.sample(processes, ranks):
+            done = not processes[0].is_alive()
+            for process in [] if done else rng.sample(processes, ranks):
                 process.kill()
-            counts[PHASES[phase.value]] += 1
             for process in processes:
                 process.join()
-            in_run += 1
+            if done:
+                break
+            killed += 1
+            counts[PHASES[phase.value]] += 1
             counts["in a save"] += any(out.glob("*.tmp"))
             saved = (checkpoint.load_last(out) or {"step": 0})["step"] if out.exists() else 0
             counts["lost"] += saved < newest
             newest = max(newest, saved)
-        for process in processes:
-            process.join()
         wrong = differences(reference, out) if not any(p.exitcode for p in processes) else [
             out.with_suffix(".txt").read_text()[-1000:]]
         if wrong:
-            print(f"{out.name}, killed {in_run} times, differs: {wrong[:5]}", file=sys.stderr)
+            print(f"{out.name}, killed {killed} times, differs: {wrong[:5]}", file=sys.stderr)
         counts["runs"] += 1
-        counts["kills"] += in_run
-        counts["exact"] += 0 if wrong else in_run
+        counts["kills"] += killed
+        counts["exact"] += 0 if wrong else killed
         shutil.rmtree(out)
     return counts
 

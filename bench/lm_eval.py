@@ -21,7 +21,6 @@ from bench.machine import publish, table, where
 from run.config import parse, run_command
 from run.device import pick_device
 from eval.hellaswag import Scores, load_items, score
-from eval.scoring import wilson_interval
 from run.export import export
 from run.load import load_writer
 
@@ -74,7 +73,6 @@ def compare(sums: torch.Tensor, theirs: dict[str, torch.Tensor], ours: Scores,
     for name, right in theirs.items():
         mine = choices[name] == labels
         row[name] = {"harness": right.double().mean().item(), "ours": mine.double().mean().item(),
-                     "interval": wilson_interval(int(mine.sum()), len(labels)),
                      "items_that_differ": int((mine != right).sum())}
     row["largest_difference_of_sums"] = float((sums - ours.sums).abs().max())
     return row

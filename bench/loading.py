@@ -19,6 +19,7 @@ import json
 import os
 import tempfile
 import time
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,20 +54,10 @@ class LoadingConfig:
     save: bool = False  # write bench/results/loading.json
 
 
-class Numbers:
-    """A tokenizer as far as ShardWriter asks: there are ids, and no text behind them."""
-    hash = None
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def save(self, path: Path) -> None:
-        pass
-
-
 def generated(folder: Path, train: int, val: int = 2, vocab_size: int = 50257) -> Path:
     """A data set of random ids: so many tokens in each split. Returns its folder."""
-    writer = ShardWriter(folder, Numbers(vocab_size), "random numbers")
+    tokenizer = types.SimpleNamespace(vocab_size=vocab_size, hash=None, save=lambda path: None)
+    writer = ShardWriter(folder, tokenizer, "random numbers")
     rng = np.random.default_rng(0)
     for split, tokens in (("train", train), ("val", val)):
         writer.add(split, rng.integers(0, vocab_size, tokens, dtype=writer.dtype))

@@ -38,7 +38,6 @@ SIDES = ("ours", "peft")
 class LoRABenchConfig:
     shape: Literal[tuple(SHAPES)] = "124M"  # the network
     variants: tuple[Literal[tuple(VARIANTS)], ...] = tuple(VARIANTS)  # what is trained
-    sides: tuple[Literal[SIDES], ...] = SIDES  # who trains
     targets: tuple[str, ...] = ("c_attn",)  # layers with adapters: names, or all-linear
     r: int = 8  # rank
     batch: int = 4  # sequences of a step
@@ -117,7 +116,7 @@ def main(words: list[str]) -> None:
     config = parse(LoRABenchConfig, words, "python -m bench.lora", about=__doc__)
     device = pick_device(config.device)
     config = replace(config, device=device.type)
-    turns = take_turns([(variant, side) for variant in config.variants for side in config.sides],
+    turns = take_turns([(variant, side) for variant in config.variants for side in SIDES],
                        lambda key, _: in_process(measure, *key, config), config.rounds, device)
     rows = [median_row(rounds, "ms", "mib") for rounds in turns.rows.values()]
     publish(report, f"lora-{device.type}", config.save, device, rows, turns.states,

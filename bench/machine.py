@@ -126,12 +126,6 @@ def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
             raise RuntimeError(f"{type(error).__name__}: {str(error)[:300]}") from error
 
 
-def with_spread(rows: list[Row]) -> list[Row]:
-    """Rows with the range of their rounds' speeds over the median."""
-    return [{**row, "spread": (max(row["tokens_per_s_rounds"]) - min(row["tokens_per_s_rounds"]))
-             / row["tokens_per_s"]} for row in rows]
-
-
 def median_row(rows: list[Row], *keys: str) -> Row:
     """One row of several rounds': medians of the named figures, to a tenth."""
     return {**rows[0], **{key: round(statistics.median(row[key] for row in rows), 1)
@@ -148,12 +142,16 @@ def median_step(rounds: list[Row]) -> Row:
 def with_shares(rows: list[Row]) -> list[Row]:
     """Rows with their share of the machine's limit, the best that any of them measured: their
     processes ran at different moments."""
-    limits: dict[str, float] = {}
-    for row in rows:
-        limits[row["limit_of"]] = max(limits.get(row["limit_of"], 0.0), row["limit"])
+    limits = {row["limit_of"]: row["limit"] for row in sorted(rows, key=lambda row: row["limit"])}
     return [{**row, "limit": limits[row["limit_of"]],
              "share": round(row["tokens_per_s"] * row["work"] / limits[row["limit_of"]], 3)}
             for row in rows]
+
+
+def with_spread(rows: list[Row]) -> list[Row]:
+    """Rows with the range of their rounds' speeds over the median."""
+    return [{**row, "spread": (max(row["tokens_per_s_rounds"]) - min(row["tokens_per_s_rounds"]))
+             / row["tokens_per_s"]} for row in rows]
 
 
 # --------------------------------------------------------------------------------------- output
@@ -203,8 +201,9 @@ def held(whether: bool) -> str:
 
 def where(found: dict[str, Any]) -> str:
     """Date, machine and versions of a result, in a line."""
-    states = found.get("matmul_gflops_before_after")
-    return ", ".join([found["date"], found["processor"], found["device"],
-                      *([f"PyTorch {found['torch']}"] if "torch" in found else []),
-                      *([f"a product ran at {states[0]:,} GFLOP/s before and {states[-1]:,} after"]
-                        if states else [])])
+    parts = [found["date"], found["processor"], found["device"]]
+    if "torch" in found:
+        parts.append(f"PyTorch {found['torch']}")
+    if states := found.get("matmul_gflops_before_after"):
+        parts.append(f"a product ran at {states[0]:,} GFLOP/s before and {states[-1]:,} after")
+    return ", ".join(parts)

@@ -70,22 +70,22 @@ def measure(what: str, who: str, dtype: str, mode: str, kind: str, repeats: int,
 
 def plan(config: PeersConfig, what: str, device: torch.device) -> list[tuple[str, str, str]]:
     """Who is measured in which precision and mode, in the order of a round."""
+    def fits(who: str, dtype: str, mode: str) -> bool:
+        if mode == "compiled" and not has_compiler(device):
+            return False
+        if what in GENERATE:                # build-nanogpt has no function for it
+            return who == OURS and (mode, dtype) != ("autocast", "float32") or \
+                   who in ("nanoGPT", "transformers") and mode == "eager"
+        return mode != "autocast" and (who, mode) != (LOOSE, "eager")
+
+    here = {OURS: True, LOOSE: True, "nanoGPT": config.nanogpt,
+            "build-nanogpt": config.build_nanogpt,
+            "transformers": importlib.util.find_spec("transformers")}
     on_gpu = device.type == "cuda"
-    here = [who for who in config.who or WHO
-            if not (who == "nanoGPT" and not config.nanogpt)
-            and not (who == "build-nanogpt" and not config.build_nanogpt)
-            and not (who == "transformers" and not importlib.util.find_spec("transformers"))]
     dtypes = config.dtypes or (("bfloat16",) if on_gpu else ("float32", "bfloat16"))
-    if what in GENERATE:                # build-nanogpt has no function for it
-        return [(who, dtype, mode) for dtype in dtypes
-                for mode in config.modes or MODES
-                for who in here if who in (OURS, "nanoGPT", "transformers")
-                and (mode == "eager" or who == OURS)
-                and (mode != "compiled" or has_compiler(device))
-                and (mode != "autocast" or dtype != "float32")]
-    modes = config.modes or (("compiled",) if on_gpu else ("eager", "compiled"))
-    return [(who, dtype, mode) for dtype in dtypes for mode in modes for who in here
-            if (mode == "eager" and who != LOOSE) or (mode == "compiled" and has_compiler(device))]
+    modes = config.modes or (("compiled",) if on_gpu and what in SHAPES else MODES)
+    return [(who, dtype, mode) for dtype in dtypes for mode in modes for who in config.who or WHO
+            if here[who] and fits(who, dtype, mode)]
 
 
 def ratios(rows: list[Row]) -> list[Row]:
@@ -108,10 +108,9 @@ def ratios(rows: list[Row]) -> list[Row]:
 
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
-    limits = {row["limit_of"]: row["limit"] for row in found["rows"]}
     lines = [f"limit of {name}: {limit / 1e9:,.1f} "
              f"{'GB/s' if name == 'reading memory' else 'GFLOP/s'}"
-             for name, limit in limits.items()]
+             for name, limit in {row["limit_of"]: row["limit"] for row in found["rows"]}.items()]
     lines += [f"{one['what']}, {one['dtype']}: ours ({one['mode']}) has {one['speed']:.2f} of the "
               f"tokens/s of the best peer ({one['best_peer']}), and {one['memory']:.2f} of the "
               f"least memory" for one in found["ratios"]]

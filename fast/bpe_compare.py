@@ -1,8 +1,9 @@
 """How well tokenizers compress files, counted in numpy: tokens, and characters that they cut."""
+import itertools
 import unicodedata
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 import numpy as np
 
@@ -10,27 +11,22 @@ from fast.bpe_counts import SAFE_PATTERNS, read_blocks
 
 
 def compare_tokenizers(paths: Iterable[str | Path], toks: dict[str, Any], errors: str = "strict"
-                       ) -> list[list[str]]:
+                       ) -> Iterator[list[str]]:
     """The rows of a table: for each file, and for all files of a script together, its bytes, and
     of each of the named tokenizers tokens, bytes per token and the share of split characters."""
-    rows, totals = [], {}
+    rows, totals = [], Counter()
     for path in dict.fromkeys(paths):   # each file once
         script, counts = count_file(path, toks.values(), errors)
         rows.append((str(path), script, counts))
-        totals[script] = totals.get(script, 0) + counts
+        totals[script] += counts
     if len(rows) > 1:
         rows += [(f"all {script}", script, counts) for script, counts in totals.items()]
-    head = ["file", "language (script)", "bytes"]
-    for name in toks:
-        head += [f"{name}: tokens", "bytes/token", "split characters"]
-    table = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
-    for name, script, counts in rows:
-        (size, characters), *figures = counts.tolist()
-        table.append([name, script, f"{size:,}"])
-        for tokens, characters_split in figures:
-            table[-1] += [f"{tokens:,}", f"{size / tokens:.2f}",
-                          f"{characters_split / characters:.1%}"]
-    return table
+    figures = [f"{name}: tokens | bytes/token | split characters".split(" | ") for name in toks]
+    yield ["file", "language (script)", "bytes", *itertools.chain(*figures)]
+    yield ["---"] * 3 + ["---:"] * 3 * len(toks)
+    for name, script, ((size, characters), *counts) in rows:
+        yield [name, script, f"{size:,}", *(cell for tokens, cut in counts for cell in (
+            f"{tokens:,}", f"{size / tokens:.2f}", f"{cut / characters:.1%}"))]
 
 
 def count_file(path: str | Path, toks: Iterable[Any], errors: str) -> tuple[str, np.ndarray]:

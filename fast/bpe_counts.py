@@ -9,6 +9,7 @@ in UTF-8. What makes it fast:
 
 In: texts, or files by `read_blocks`, and a pattern. Out: {piece in bytes: count}.
 """
+import codecs
 import functools
 import itertools
 import multiprocessing
@@ -100,22 +101,17 @@ def file_sizes(paths: Iterable[str | Path]) -> list[int]:
 
 def decode_stream(file: BinaryIO, path: str | Path, errors: str, block: int) -> Iterator[str]:
     """Decode UTF-8 block by block; an error names the byte offset in the file."""
-    offset, tail, data = 0, b"", b"start"
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)     # keeps a character that is cut
+    size, data = 0, b"start"
     while data:
         data = file.read(block)
-        raw = tail + data
-        keep = len(raw)
-        if data:   # do not cut inside a character: stop before the last byte that starts one
-            for back in range(1, min(4, keep) + 1):
-                if raw[-back] & 0xC0 != 0x80:
-                    keep -= back
-                    break
+        size += len(data)
         try:
-            yield raw[:keep].decode("utf-8", errors)
+            yield decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset "
-                             f"{offset + error.start}; --errors=replace goes on") from None
-        offset, tail = offset + keep, raw[keep:]
+            raise ValueError(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at "
+                             f"offset {size - len(error.object) + error.start}; --errors=replace "
+                             f"goes on") from None
 
 
 # ------------------------------------------------------------------------------- texts to counts

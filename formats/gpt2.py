@@ -147,19 +147,29 @@ def check_heads(config: Config, path: Path) -> Config:
 
 
 def read_tensors(folder: Path) -> Tensors:
-    """All tensors of a folder's .safetensors files. FileNotFoundError without one, ValueError for a
-    damaged one."""
+    """All tensors of a folder's .safetensors files; FileNotFoundError without one."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no .safetensors file")
-    tensors: Tensors = {}
-    for file in files:                                              # a large model has several
-        try:
-            tensors.update(safetensors().torch.load_file(file))
-        except (safetensors().SafetensorError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]             # it quotes what it finds
-            raise ValueError(f"{file} is truncated or no safetensors file: {reason}") from None
-    return tensors
+    return {name: tensor for file in files for name, tensor in load_tensors(file)[0].items()}
+
+
+def load_tensors(file: Path) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of a .safetensors file, and its notes; ValueError for a damaged one."""
+    package = safetensors()
+    try:
+        with package.safe_open(file, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+            return tensors, opened.metadata() or {}
+    except (package.SafetensorError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]                 # it quotes what it finds
+        raise ValueError(f"{file} is truncated or damaged: {reason}; copy it again") from None
+
+
+def save_tensors(file: Path, tensors: Tensors, **notes: str) -> None:
+    """Write a .safetensors file, whole or not at all."""
+    with atomic_write(file) as temporary:
+        safetensors().torch.save_file(tensors, temporary, metadata={"format": "pt", **notes})
 
 
 def check_tensors(tensors: Tensors, config: Config, folder: Path) -> None:
@@ -200,7 +210,8 @@ def write(folder: str | Path, config: Config, tensors: Tensors, end: int | None,
     """
     if end is None and config["vocab_size"] == GPT2_VOCAB:
         end = GPT2_VOCAB - 1
-    save_file, folder = safetensors().torch.save_file, Path(folder)
+    safetensors()                                                   # or nothing is written
+    folder = Path(folder)
     found = {name: tensor for name, tensor in tensors.items() if name != HEAD}
     found[WTE] = tensors[WTE][:config["vocab_size"]]
     wanted = shapes(config)
@@ -227,9 +238,9 @@ def write(folder: str | Path, config: Config, tensors: Tensors, end: int | None,
         resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, tie_word_embeddings=True,
         **ends))
     write_json(folder / "generation_config.json", dict(do_sample=False, pad_token_id=end, **ends))
-    with atomic_write(folder / "model.safetensors") as temporary:
-        save_file({name: (tensor.t() if is_conv1d(name) else tensor).contiguous().cpu()
-                   for name, tensor in found.items()}, temporary, metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", {
+        name: (tensor.t() if is_conv1d(name) else tensor).contiguous().cpu()
+        for name, tensor in found.items()})
 
 
 def safetensors():
@@ -237,7 +248,7 @@ def safetensors():
     try:
         import safetensors.torch
     except ModuleNotFoundError:
-        raise ModuleNotFoundError('Hugging Face folders need the extra "hf": '
+        raise ModuleNotFoundError('files of Hugging Face need the extra "hf": '
                                   'pip install -c constraints.txt -e ".[hf]"') from None
     return safetensors
 

@@ -22,10 +22,10 @@ from typing import Any, Iterable
 
 import torch
 
-from formats.files import atomic_write, read_json, write_json
+from formats.files import read_json, write_json
+from formats.gpt2 import is_conv1d, load_tensors, safetensors, save_tensors
 
 PREFIX = "base_model.model."
-CONV1D = ("c_attn", "c_fc", "c_proj")
 KINDS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
 UNSUPPORTED = ("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
                "megatron_config", "use_qalora", "use_bdlora", "alora_invocation_tokens",
@@ -63,7 +63,8 @@ def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, 
     A file has one A and B for a layer, so the sum becomes one product of a larger rank. `others`
     are trained tensors by name, `settings` go to adapter_config.json as they are.
     """
-    safetensors, folder = _safetensors(), Path(folder)
+    safetensors()                           # or nothing is written
+    folder = Path(folder)
     tensors, ranks, alphas = {}, {}, {}
     for layer, terms in layers.items():
         scale = terms[0][0]
@@ -81,7 +82,7 @@ def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, 
                    for found in (ranks, alphas))
     ends = sorted({name.rpartition(".")[2] for name in layers})
     simple = {name for name in linear if name.rpartition(".")[2] in ends} == set(layers)
-    conv1d = any(end in CONV1D for end in ends)
+    conv1d = any(is_conv1d(f"{layer}.weight") for layer in layers)
     for key, value in others.items():
         owner, _, last = key.rpartition(".")
         name = f"{owner}.base_layer.{last}" if owner in layers else key
@@ -93,11 +94,9 @@ def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, 
         "rank_pattern": {name: found for name, found in ranks.items() if found != rank},
         "alpha_pattern": {name: found for name, found in alphas.items() if found != alpha},
         "fan_in_fan_out": conv1d, "init_lora_weights": True, **settings})
-    tensors = {PREFIX + name: tensor.detach().cpu().contiguous().clone()
-               for name, tensor in tensors.items()}
-    with atomic_write(folder / "adapter_model.safetensors") as temporary:
-        safetensors.torch.save_file(tensors, temporary,
-                                    metadata={"format": "pt", "oneloop": json.dumps(notes)})
+    save_tensors(folder / "adapter_model.safetensors", {
+        PREFIX + name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in tensors.items()}, oneloop=json.dumps(notes))
 
 
 def read(folder: str | Path, sizes: dict[str, tuple[int, int]]):
@@ -169,13 +168,11 @@ def _fields(file: Path, settings: Any) -> dict[str, Any]:
 
 
 def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    safetensors = _safetensors()
+    tensors, header = load_tensors(file)
     try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            notes = json.loads((opened.metadata() or {}).get("oneloop", "{}"))
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(f"{file} is truncated or damaged: {error}; copy it again") from None
+        notes = json.loads(header.get("oneloop", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged in its header: {error}; copy it again") from None
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{file}: {key} holds values that are not finite; its training "
@@ -207,17 +204,3 @@ def base_hash(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def is_conv1d(name: str) -> bool:
-    """Whether a tensor of our GPT-2 is the transpose of transformers'."""
-    return name.endswith(tuple(f"{layer}.weight" for layer in CONV1D))
-
-
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError('adapter files need the extra "hf": '
-                                  'pip install -c constraints.txt -e ".[hf]"') from None
-    return safetensors

@@ -197,7 +197,7 @@ def test_truncated_safetensors_are_named(tmp_path, keep):
     tiny().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="model.safetensors is truncated or no safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors is truncated or damaged"):
         GPT.from_pretrained(tmp_path)
 
 
