@@ -279,7 +279,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     def flops_per_token(self) -> int:
-        """Operations to train on a token, forward and backward: 6 per weight of a matrix product and
+        """Operations to train on a token, forward and backward: 6 a weight of a matrix product and
         12·n_layer·C·T for attention, not halved for being causal (PaLM, 2204.02311, appendix B)."""
         matmul = self.num_params() - self.transformer.wpe.weight.numel()
         return 6 * matmul + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size

@@ -25,12 +25,12 @@ from typing import Any, Iterator, Literal
 import torch
 
 from bpe import Tokenizer
-from run.config import parse, run_command
 from data import conversations
 from data.chat import extend_tokenizer, find_template, render_prompt
 from data.conversations import Message
-from run.device import autocast, pick_device, pick_dtype
 from model import GPT, sample_token
+from run.config import parse, run_command
+from run.device import autocast, pick_device, pick_dtype
 from run.load import load_model  # noqa: F401 (for users of sample)
 from run.load import load_writer, needs_tokenizer, run_template
 from run.log import printable

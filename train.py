@@ -10,9 +10,9 @@
 
 The same command run again goes on where it stopped. The settings come first, then `train`, whose
 loop is the core of the project; notebooks/03_training.ipynb has it in 20 lines (`fit`). What stands
-around the loop is in run/, batches in data/, the network in model.py. Two things are exact here that
-are usually approximate: the batch of step s depends on (data, seed, s) only, and a step's loss is
-the sum of its token losses over its number of labelled tokens, over all micro-batches and ranks.
+around the loop is in run/, batches in data/, the network in model.py. Two things are exact here
+that are usually approximate: the batch of step s depends on (data, seed, s) only, and a step's loss
+is the sum of its token losses over its number of labelled tokens, over all micro-batches and ranks.
 """
 import contextlib
 import dataclasses

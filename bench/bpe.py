@@ -101,7 +101,8 @@ def train_ours(path: str, vocab_size: int) -> None:
 
 
 def train_hugging_face(path: str, vocab_size: int) -> None:
-    from tokenizers import Tokenizer as HF, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HF
+    from tokenizers import models, pre_tokenizers, trainers
     level = pre_tokenizers.ByteLevel
     tok = HF(models.BPE())
     tok.pre_tokenizer = level(add_prefix_space=False, use_regex=True)

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from bench.machine import lasting, publish, table, take_turns, where
 from bpe import Tokenizer
-from run.config import parse, run_command
-from run.device import autocast, pick_device, pick_dtype
 from eval.hellaswag import Item, Scores, load_items, score
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
+from run.config import parse, run_command
+from run.device import autocast, pick_device, pick_dtype
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 from tqdm import tqdm
 
-from run import checkpoint
 import train
 from bench.machine import CPU, publish, table, where
-from run.config import build, parse, run_command
 from data.conversations import write_conversations
-from run.watch import PHASES, Watch
+from run import checkpoint
+from run.config import build, parse, run_command
 from run.log import read_log
+from run.watch import PHASES, Watch
 
 SLOW_DISK = 0.02            # seconds that each flush to the disk takes longer
 MODEL = dict(block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)

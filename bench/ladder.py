@@ -30,11 +30,11 @@ from bench.machine import (Row, in_process, matmul_peak, median_step, publish, t
                            where, with_shares, with_spread)
 from bench.peers import (BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, measure_contestant,
                          peer_step, random_batch)
-from run.config import parse, run_command
-from run.device import DTYPES, has_compiler, pick_device
 from fast.linear import MKL_IS_SLOW, use_fast_products
 from model import GPT, IGNORE, CausalSelfAttention, GPTConfig
 from optim import parameter_groups
+from run.config import parse, run_command
+from run.device import DTYPES, has_compiler, pick_device
 
 SHAPES = {          # name: shape, its micro-batch on a CPU, on a GPU
     "tiny": (GPTConfig(64, 250, n_layer=2, n_head=2, n_embd=32), 2, 2),     # to try the benchmark

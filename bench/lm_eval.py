@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from bench.machine import publish, table, where
+from eval.hellaswag import Scores, load_items, score
 from run.config import parse, run_command
 from run.device import pick_device
-from eval.hellaswag import Scores, load_items, score
 from run.export import export
 from run.load import load_writer
 

@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Callable
 
-from bench import (bpe, hellaswag, kills, ladder, lm_eval, loading, lora, machine, ranks,
-                   saves, shakespeare, step, versus_peers)
+from bench import (bpe, hellaswag, kills, ladder, lm_eval, loading, lora, machine, ranks, saves,
+                   shakespeare, step, versus_peers)
 from bench.machine import REPOSITORY, table
 from run.config import parse, run_command
 

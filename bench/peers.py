@@ -22,9 +22,9 @@ import torch
 import torch.nn as nn
 
 from bench.machine import Row, lasting, matmul_peak, memory_bandwidth, seconds
-from run.device import DTYPES, autocast, peak_memory
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
+from run.device import DTYPES, autocast, peak_memory
 
 SHAPES = {          # name: shape, its micro-batch on a CPU, on a GPU; all have biases
     "tiny": (GPTConfig(64, 256, n_layer=2, n_head=2, n_embd=32), 2, 2),     # to try the benchmark

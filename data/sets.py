@@ -132,7 +132,8 @@ def open_data(folder: Path, config: Any, tokenizer: Tokenizer | None, block_size
     what = kind(folder)
     if what != "tokens" and config.init_from == "scratch":
         raise ValueError(f"data={config.data} holds {prepared.KINDS[what][0]}, and "
-                         f"init_from=scratch has no words yet; name a model that writes, --init_from=RUN or gpt2")
+                         f"init_from=scratch has no words yet; name a model that writes, "
+                         f"--init_from=RUN or gpt2")
     if what != "tokens" and tokenizer is None:
         raise ValueError(f"{config.init_from} has no tokenizer to read {config.data} with; put its "
                          f"tokenizer.json there")

@@ -12,8 +12,8 @@ from typing import Any, Iterable
 import torch
 import torch.nn as nn
 
-from model import IGNORE
 from eval.scoring import evaluating, score_rows
+from model import IGNORE
 
 LEARNED = 0.5           # the share of training samples that are answered word for word, at least
 GAP = 0.5               # nats that validation may be above training: 1.65 times the perplexity

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from formats.download import download
 from data.texts import check_characters, read_objects
+from formats.download import download
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"

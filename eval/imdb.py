@@ -22,7 +22,7 @@ from typing import Any, Sequence
 import torch
 import torch.nn as nn
 
-from data.imdb import Review, load_reviews      # noqa: F401 (for users of eval.imdb)
+from data.imdb import Review, load_reviews  # noqa: F401 (for users of eval.imdb)
 from eval.hellaswag import Question, score_questions
 from eval.scoring import accuracy
 

@@ -70,7 +70,7 @@ def picture(draw: Callable[[Any], None], size: tuple[float, float], dpi: int,
     """The content of a picture file; draw(figure) fills its figure, of `size` inches."""
     try:
         import matplotlib
-        from matplotlib.figure import Figure                        # pyplot would open windows
+        from matplotlib.figure import Figure  # pyplot would open windows
     except ModuleNotFoundError:
         raise ModuleNotFoundError('pictures need the extra "plots": pip install -c constraints.txt '
                                   '-e ".[plots]"; --follow without --out does without') from None

@@ -15,10 +15,10 @@ import os
 from pathlib import Path
 
 from bpe import Tokenizer
-from run.config import build, flatten
 from model import GPT
-from run.presets import PRESETS
+from run.config import build, flatten
 from run.load import load_writer
+from run.presets import PRESETS
 from train import TrainConfig, train
 
 # From where the notebook runs, so that nothing printed has a path of this machine in it.

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import IGNORE, GPT
+from model import GPT, IGNORE
 
 Pooling = Literal["last", "mean"]
 

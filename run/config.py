@@ -40,8 +40,7 @@ BOOLS = {"true": True, "yes": True, "on": True, "1": True,
 
 
 def settings_of(cls: type, prefix: str = "") -> dict[str, tuple[Any, Any, str]]:
-    """Every setting of a config class, nested ones dotted: {"model.n_layer": (type, default, help)}.
-    """
+    """Every setting of a config class: {"model.n_layer": (type, default, help)}, nested dotted."""
     found = {}
     hints, texts = typing.get_type_hints(cls), comments(cls)
     for field in dataclasses.fields(cls):

@@ -92,7 +92,7 @@ def autocast(device: torch.device, dtype: torch.dtype):
 def has_compiler(device: torch.device) -> bool:
     """Whether torch.compile can work here: it writes C++ for the CPU, Triton for the GPU."""
     if device.type == "cuda":
-        from torch.utils._triton import has_triton      # `import torch` does not bring it
+        from torch.utils._triton import has_triton  # `import torch` does not bring it
         return has_triton()
     return device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is not None
 

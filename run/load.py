@@ -91,8 +91,8 @@ def model_for(data: Any, start: GPT | None, config: Any) -> GPT | Classifier:
     if data.classes:
         return Classifier(start, data.classes, config.pooling)
     if not data.template and start.config.vocab_size != data.vocab_size:
-        raise ValueError(f"{config.data} was made with another tokenizer than {config.init_from}'s: "
-                         f"it has {data.vocab_size} tokens, not {start.config.vocab_size}; prepare "
+        raise ValueError(f"{config.data} was made with another tokenizer than "
+                         f"{config.init_from}'s: it has {data.vocab_size} tokens, not {start.config.vocab_size}; prepare "
                          f"it with --tokenizer={config.init_from}")
     return grow_embedding(start, data.vocab_size)
 

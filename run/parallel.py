@@ -84,7 +84,7 @@ class Parallel:
         return plain
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Weights (of an adapter's run only those that it trains) and optimizer state, whole, in the
+        """Weights (of an adapter's run those that it trains) and optimizer state, whole, in the
         format of one rank. All ranks call it, rank 0 has the result; what is split passes through
         its device a tensor at a time."""
         gathered: dict[int, torch.Tensor] = {}

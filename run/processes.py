@@ -143,7 +143,8 @@ def stop_signals() -> Iterator[StopRequest]:
             stop.number = number
             stop.set()
             with suppress(OSError):                     # nobody may be there to read
-                print("\nstopping after this step; Ctrl-C once more to stop at once", file=sys.stderr)
+                print("\nstopping after this step; Ctrl-C once more to stop at once",
+                      file=sys.stderr)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

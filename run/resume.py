@@ -17,8 +17,7 @@ import torch
 from formats.files import read_json, write_json
 from run import checkpoint
 from run.config import flatten
-from run.log import (RunLog, final_figures, in_words, provenance, read_log, this_command,
-                     this_python)
+from run.log import RunLog, final_figures, in_words, provenance, read_log, this_command, this_python
 from run.processes import Processes
 from run.watch import locked
 

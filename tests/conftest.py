@@ -4,8 +4,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # of what tests start, too: before PyTorch
 
-import pytest                                           # noqa: E402
-import torch                                            # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.hookimpl(optionalhook=True)             # pytest-xdist may not be here

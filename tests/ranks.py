@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
+from model import GPT
 from run import checkpoint
 from run import watch as faults
 from run.config import build
-from model import GPT
 from train import TrainConfig, train
+
 
 def quiet(out):
     """Both streams to a file beside the run, as one text."""

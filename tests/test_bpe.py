@@ -18,7 +18,8 @@ from fast.bpe_merges import learn_merges
 from fast.bpe_pieces import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, split
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is a development extra")
-from hypothesis import given, settings, strategies as st  # noqa: E402
+from hypothesis import given, settings
+from hypothesis import strategies as st  # noqa: E402
 
 examples = settings(max_examples=100, deadline=None)
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 import bpe
-from formats import tokenizer as bpe_files
 from bpe import Tokenizer
+from formats import tokenizer as bpe_files
 
 TEXT = ("It's 2024, isn't it? We'll see: naïve café 中文中文 \U0001f600\U0001f600  \n\t x  = 10\n"
         "the cat and the hat and the bat <|endoftext|> 12345 ") * 3

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from bpe import Tokenizer
-from run.config import build
 from data import alpaca, chat, conversations, imdb, inspect_chat, prepared, pydocs, shards
 from data.chat import load_samples, render, render_prompt
 from data.conversations import convert, read, write_conversations
@@ -16,6 +15,7 @@ from data.sets import ChatSet
 from data.templates import TEMPLATES, extend_tokenizer
 from data.texts import read_records
 from model import GPT, IGNORE, GPTConfig
+from run.config import build
 from run.load import grow_embedding
 
 TOKENIZER = Tokenizer.train(["What is this? It is a test of the thing.\n\n### Response: a b c "

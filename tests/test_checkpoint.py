@@ -94,7 +94,7 @@ def test_a_save_that_was_killed_before_its_renames_is_settled(tmp_path, keep):
     checkpoint.complete_renames(tmp_path, keep)
     found = [checkpoint.load(path)["step"] for path in checkpoint._last_files(tmp_path, keep)]
     assert found == [4, 3, 2][:keep] and not (tmp_path / "last.new.pt").exists()
-    checkpoint.complete_renames(tmp_path, keep)                                   # nothing is left to do
+    checkpoint.complete_renames(tmp_path, keep)         # nothing is left to do
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
 
 

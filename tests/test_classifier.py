@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from run import checkpoint
 import ranks
-from run import log as report
 import sample
 from bench.kills import start
-from run.classifier import Classifier
-from run.config import build
-from run.export import export
 from data import labels
 from eval import __main__ as every_eval
 from eval import loss
-from model import IGNORE, GPT, GPTConfig
+from model import GPT, IGNORE, GPTConfig
+from run import checkpoint
+from run import log as report
+from run.classifier import Classifier
+from run.config import build
+from run.export import export
 from run.load import load_model
 from train import TrainConfig, train
 
@@ -240,7 +240,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, reviews, tmp_path, chan
         assert torch.equal(tensor, parts["model"][name]), name
 
 
-# While B is near zero, A's gradients are as small as rounding; Adam would make a whole step of that.
+# While B is near zero, A's gradients are as small as rounding; Adam would make whole steps of it.
 @pytest.mark.parametrize("changes", [dict(), dict(packing=True, pooling="mean"),
                                      {"lora": LORA, "optim.eps": 1e-5}])
 def test_the_loss_of_a_step_is_the_same_for_any_ranks_and_accumulation(base, reviews, tmp_path,

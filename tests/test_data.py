@@ -12,7 +12,7 @@ import torch
 
 from bpe import Tokenizer
 from data import conversations, corpus, loader, shards
-from data.corpus import (CorpusConfig, documentation, docstrings, prepare, split_documents,
+from data.corpus import (CorpusConfig, docstrings, documentation, prepare, split_documents,
                          write_shards)
 from data.sets import TokenSet
 from data.shakespeare import ShakespeareConfig

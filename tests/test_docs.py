@@ -10,11 +10,11 @@ import pytest
 
 import bpe
 import train
-from run.config import parse, settings_of
-from experiments import compare
 from eval.hellaswag import HellaSwagConfig
 from eval.judge import JudgeConfig
 from eval.loss import LossConfig
+from experiments import compare
+from run.config import parse, settings_of
 from run.presets import DEFAULT_PRESET, PRESETS
 
 REPOSITORY = Path(__file__).parent.parent

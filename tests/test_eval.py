@@ -7,14 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from bpe import Tokenizer
-from run.classifier import Classifier
-from run.config import build
 from data.labels import class_samples
 from data.samples import SampleLoader
 from eval import __main__ as command
 from eval import hellaswag, imdb, lambada, loss
 from eval.scoring import wilson_interval
-from model import IGNORE, GPT, GPTConfig
+from model import GPT, IGNORE, GPTConfig
+from run.classifier import Classifier
+from run.config import build
 from run.load import load_base, load_model
 from train import TrainConfig, train
 

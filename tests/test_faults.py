@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from run import checkpoint
-from run import watch as faults
 import ranks
-from run import log as report
 from bench.kills import campaign, differences, settings_of, start
+from run import checkpoint
+from run import log as report
+from run import watch as faults
 from run.config import build
 from train import TrainConfig, train
 

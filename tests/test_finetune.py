@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from run import checkpoint
 import lora
 import ranks
-from run import log as report
 from bench.kills import start
-from run.config import build, parse
 from data.conversations import write_conversations
-from run.presets import PRESETS
+from run import checkpoint
+from run import log as report
+from run.config import build, parse
 from run.load import load_model
+from run.presets import PRESETS
 from sample import chat_reply
 from train import TrainConfig, train
 

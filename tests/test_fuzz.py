@@ -44,8 +44,9 @@ def npy(header):
 
 class Checkpoint:
     def write(self, folder):
-        from run import checkpoint
         import torch
+
+        from run import checkpoint
         torch.manual_seed(0)
         checkpoint.save(folder / "last.pt", {
             "step": 3, "model": {"w": torch.randn(8, 4), "b": torch.arange(3)}, "best_loss": 1.5,
@@ -121,6 +122,7 @@ class Shards:
     """meta.json, .npy, the tokenizer, the stamp."""
     def write(self, folder):
         import numpy as np
+
         from bpe import Tokenizer
         from data import shards
         from data.writer import ShardWriter
@@ -190,6 +192,7 @@ class Model:
     """A Hugging Face folder; no checksum."""
     def write(self, folder):
         import torch
+
         from model import GPT, GPTConfig
         torch.manual_seed(0)
         GPT(GPTConfig(8, 16, 2, 2, 8)).save_pretrained(folder)

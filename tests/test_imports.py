@@ -8,8 +8,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent
 # From the bottom up. A module imports from rows below its own, and within its row where no circle
 # comes of it; nothing of `fast` or `formats` knows a row above.
-HOUSE = [("fast", "formats"), ("model", "bpe", "lora", "optim"), ("run",), ("sample", "eval", "data"),
-         ("train",), ("bench", "experiments", "learn", "notebooks")]
+HOUSE = [("fast", "formats"), ("model", "bpe", "lora", "optim"), ("run",),
+         ("sample", "eval", "data"), ("train",), ("bench", "experiments", "learn", "notebooks")]
 ROW = {room: number for number, rooms in enumerate(HOUSE) for room in rooms}
 LESSONS = ("model", "bpe", "lora", "optim")     # each stands alone: none imports another
 

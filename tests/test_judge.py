@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from eval import judge
-from eval.scoring import wilson_interval
 from eval.judge import JudgeConfig, make_sheet, tally, verdict
+from eval.scoring import wilson_interval
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 import lora
-from run.config import build, parse
+from fast.nf4 import NF4Linear, nf4_rounded
 from lora import (LoRAConfig, adapted_layers, add_lora, base_parameters, describe, disable_lora,
                   initial_factors, merge_lora, row_lengths, set_adapter, unload_lora, unmerge_lora,
                   weight_of)
 from model import GPT, GPTConfig
-from fast.nf4 import NF4Linear, nf4_rounded
 from run.checkpoint import load_trainable_state, trainable_state
+from run.config import build, parse
 
 SHAPE = GPTConfig(block_size=16, vocab_size=53, n_layer=3, n_head=2, n_embd=32)
 VARIANTS = {

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from bpe import Tokenizer
-from lora import (LoRAConfig, add_lora, load_lora, merge_lora, save_lora, set_adapter,
-                  unload_lora)
+from lora import LoRAConfig, add_lora, load_lora, merge_lora, save_lora, set_adapter, unload_lora
 from model import GPT, GPTConfig
 from run import checkpoint, export
 from run.checkpoint import trainable_state
 from run.load import add_adapter_of
 
 pytest.importorskip("safetensors")
-from safetensors.torch import load_file, save_file             # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 SHAPE = GPTConfig(block_size=16, vocab_size=53, n_layer=3, n_head=2, n_embd=32)
 BOTH = {                    # what PEFT and we have under the same names

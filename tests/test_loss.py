@@ -10,7 +10,7 @@ from bpe import Tokenizer
 from data.shards import Tokens
 from eval import loss
 from eval.loss import LossConfig, evaluate_loss, measure, strided_batches, text_tokens
-from model import IGNORE, GPT, GPTConfig
+from model import GPT, IGNORE, GPTConfig
 
 CPU = torch.device("cpu")
 TEXT = "Every token of a long text is scored once, naïvely or not. " * 3

@@ -13,12 +13,12 @@ from bench import kills, ladder, loading, machine, measured, peers, ranks, step
 from bench.ladder import FUSED, HEAD, PADDED, RUNGS, TF32, LadderConfig, WrittenOutAttention
 from bench.loading import LoadingConfig
 from bench.ranks import RanksConfig
-from run.config import parse
-from run.watch import PHASES
 from data.loader import WindowLoader
 from data.sets import TokenSet
 from fast.linear import FastLinear
 from model import GPT, GPTConfig
+from run.config import parse
+from run.watch import PHASES
 
 CPU = torch.device("cpu")
 TINY = GPTConfig(block_size=32, vocab_size=101, n_layer=2, n_head=2, n_embd=16)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from fast.linear import use_fast_products
-from model import IGNORE, GPT, GPTConfig, SIZES, sample_token
+from model import GPT, IGNORE, SIZES, GPTConfig, sample_token
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
 

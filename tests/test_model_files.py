@@ -7,9 +7,9 @@ import torch
 
 from bpe import Tokenizer
 from lora import LoRAConfig, add_lora, merge_lora, unload_lora
+from model import GPT, MLP, GPTConfig
 from run import export
 from run.config import build
-from model import GPT, MLP, GPTConfig
 from run.load import load_model
 from sample import continue_text
 from train import TrainConfig, train

@@ -8,8 +8,7 @@ import torch
 
 from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
-from optim import (RULES, SCHEDULES, OptimConfig, learning_rate, make_optimizer,
-                   parameter_groups)
+from optim import RULES, SCHEDULES, OptimConfig, learning_rate, make_optimizer, parameter_groups
 from run.config import parse
 from train import TrainConfig
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-
 REPOSITORY = Path(__file__).parent.parent
 README, CHINESE, PROMISES, CONTRIBUTING = (
     (REPOSITORY / name).read_text(encoding="utf-8")

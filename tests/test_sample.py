@@ -7,16 +7,16 @@ import sys
 import pytest
 import torch
 
-from run import checkpoint
 import sample
 from bpe import Tokenizer
-from run.config import build
 from data.chat import extend_tokenizer, load_samples, render_prompt
 from data.conversations import write_conversations
 from data.corpus import CorpusConfig, prepare
 from data.samples import SampleLoader
 from eval import loss
 from model import GPT, GPTConfig
+from run import checkpoint
+from run.config import build
 from run.load import load_model, run_template
 from sample import Chat, chat_reply, continue_text
 from train import TrainConfig, train

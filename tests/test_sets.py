@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from bpe import Tokenizer
-from run.config import build
 from data import imdb, labels, prepared, sets
 from data.conversations import write_conversations as write_chats
 from model import IGNORE
+from run.config import build
 
 BYTES = Tokenizer([], special_tokens=())
 CONFIG = SimpleNamespace(model=SimpleNamespace(block_size=16), batch_tokens=4 * 16, micro_batch=2,

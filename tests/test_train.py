@@ -13,16 +13,15 @@ from unittest import mock
 import pytest
 import torch
 
-from run import checkpoint
-from run import processes as launch
-from run import parallel
-from run import log as report
-from run import plan
-from run.config import build
 from data import loader, shards
-from model import IGNORE, GPT
-from run.presets import PRESETS
+from model import GPT, IGNORE
+from run import checkpoint
+from run import log as report
+from run import parallel, plan
+from run import processes as launch
+from run.config import build
 from run.load import load_model
+from run.presets import PRESETS
 from sample import continue_text
 from train import TrainConfig, train
 
@@ -283,8 +282,8 @@ def test_another_run_in_the_same_folder_is_refused(dataset, tmp_path, changes, m
 
 
 def test_other_data_in_the_same_folder_is_refused(dataset, tmp_path):
-    from data.corpus import write_shards
     from bpe import Tokenizer
+    from data.corpus import write_shards
     train(settings(dataset, tmp_path / "run", max_steps=2))
     write_shards(tmp_path / "other", ["other text\n" * 300], ["other text\n" * 30],
                  Tokenizer([], special_tokens=()), "other")

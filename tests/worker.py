@@ -12,9 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from run import config
-from run import parallel
 import train
+from run import config, parallel
 
 torch.set_num_threads(1)
 clip, gradients, reductions = torch.nn.utils.clip_grad_norm_, [], []
