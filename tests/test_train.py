@@ -362,7 +362,7 @@ def test_hellaswag_is_evaluated_in_the_loop_and_its_file_is_opened_before_the_fi
                    hellaswag_file=str(tmp_path / "items.jsonl")))
     lines = [line for line in report.read_log(tmp_path / "run" / "log.jsonl") if "acc_norm" in line]
     assert [line["step"] for line in lines] == [2, 4] and lines[0]["n"] == 3
-    with pytest.raises(FileNotFoundError, match="there is no HellaSwag file"):
+    with pytest.raises(FileNotFoundError, match="there is no file none.jsonl"):
         train(settings(dataset, tmp_path / "other", hellaswag_every=2, hellaswag_file="none.jsonl"))
     assert not (tmp_path / "other").exists()
 
