@@ -18,6 +18,8 @@ from torch.nn import functional as F
 IGNORE = -100                       # the target of a position that has no label
 # A CPU wants logits that stay near its caches, a GPU enough rows to fill it.
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
+COLUMNS = {"cuda": 64}              # logits of a row are a multiple: tensor cores read 128 bytes
+SCATTERS = {"cpu"}                  # where an index is faster than a comparison, see with_target
 
 
 def head_memory(tokens: int, channels: int, rows: int, device: str) -> int:
@@ -53,6 +55,19 @@ def linear_cross_entropy(x: torch.Tensor, head: nn.Module, targets: torch.Tensor
     return _LinearCrossEntropy.apply(x, head.weight, targets, vocab_size, dtype, product, *wants)
 
 
+def with_target(softmax: torch.Tensor, targets: torch.Tensor, value: torch.Tensor,
+                dtype: torch.dtype) -> torch.Tensor:
+    """softmax (N, V) in dtype, with value (N,) in the column of each row's target.
+
+    A scatter is an operation of its own, for which the softmax is written in float32; a comparison
+    is fused with the softmax by torch.compile. On a CPU, near its caches, the scatter is faster.
+    """
+    if softmax.device.type in SCATTERS:
+        return softmax.scatter_(1, targets.clamp(min=0)[:, None], value[:, None]).to(dtype)
+    columns = torch.arange(softmax.size(1), device=softmax.device)
+    return torch.where(columns == targets[:, None], value[:, None].to(dtype), softmax.to(dtype))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradients, but for their common factor, are made by the forward pass."""
 
@@ -63,16 +78,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total, dx, dweight = torch.zeros((), device=device), [], None
         with torch.autocast(device.type, enabled=False):
             w = weight.to(dtype)
+            if missing := -V % COLUMNS.get(device.type, 1):
+                w = F.pad(w, (0, 0, 0, missing))                     # more rows that are no tokens
             for rows, target in zip(x.to(dtype).chunk(pieces), targets.chunk(pieces)):
                 logits = product(rows, w).float()                    # (n, V)
-                if vocab_size < V:
+                if vocab_size < len(w):
                     logits[:, vocab_size:] = -math.inf
                 nats = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
                 total = total + nats.sum()
                 if want_dx or want_dweight:
                     # p - 1 at the target, by expm1: of a p near 1, bfloat16 would leave nothing.
-                    grad = logits.softmax(dim=1).scatter_(
-                        1, target.clamp(min=0)[:, None], torch.expm1(-nats)[:, None]).to(dtype)
+                    grad = with_target(logits.softmax(dim=1), target, torch.expm1(-nats), dtype)
                     labelled = (target != IGNORE)[:, None]
                 if want_dx:
                     dx.append(product(grad, w.T) * labelled)         # (n, C)
@@ -80,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     part = product(grad.T, (rows * labelled).T)      # (V, C)
                     dweight = part.float() if dweight is None else dweight + part
         ctx.save_for_backward(torch.cat(dx).to(x.dtype) if want_dx else None,
-                              dweight.to(weight.dtype) if want_dweight else None)
+                              dweight[:V].to(weight.dtype) if want_dweight else None)
         return total
 
     @staticmethod

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fast import cross_entropy
 from fast.cross_entropy import IGNORE, linear_cross_entropy, plain
@@ -49,6 +50,47 @@ def test_loss_and_gradients_equal_the_formula(at_once, compiled, monkeypatch):
     function = torch.compile(linear_cross_entropy) if compiled else linear_cross_entropy
     for found, reference in zip(results(function, *case()), written_out(*case())):
         assert error(found, reference) < 2e-6           # float32 sums of 96 x 65 terms
+
+
+def test_the_gpu_s_form_computes_the_same(monkeypatch):
+    """Its comparison instead of a scatter, its columns padded; here on the CPU."""
+    expected = results(linear_cross_entropy, *case())
+    monkeypatch.setattr(cross_entropy, "SCATTERS", set())
+    assert all(map(torch.equal, results(linear_cross_entropy, *case()), expected))
+    monkeypatch.setitem(cross_entropy.COLUMNS, "cpu", 64)
+    for found, reference in zip(results(linear_cross_entropy, *case()), written_out(*case())):
+        assert error(found, reference) < 2e-6           # as above: other sums, as exact
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The CPU computes the head's loss by the GPU's form."""
+    monkeypatch.setitem(cross_entropy.COLUMNS, "cpu", cross_entropy.COLUMNS["cuda"])
+    monkeypatch.setattr(cross_entropy, "SCATTERS",
+                        {"cpu"} if "cuda" in cross_entropy.SCATTERS else set())
+
+
+def test_the_gpus_form_is_as_exact(as_on_a_gpu):
+    for found, reference in zip(results(linear_cross_entropy, *case()), written_out(*case())):
+        assert error(found, reference) < 2e-6           # as above
+
+
+@pytest.mark.parametrize("rows", [50257, 50304])
+def test_the_gpus_products_are_aligned_and_nothing_is_scattered(rows, as_on_a_gpu):
+    """Tensor cores want strides that are multiples of 8 numbers; GPT-2 has 50,257 tokens."""
+    strides, names = [], []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.__name__)
+            if function is torch.ops.aten.mm.default:
+                strides.extend(max(factor.stride()) for factor in args)
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        results(linear_cross_entropy, *case(rows=32, channels=8, width=rows, vocab_size=50257))
+    assert len(strides) == 6 and not any(stride % 8 for stride in strides)  # 3 products
+    assert not [name for name in names if "scatter" in name]
 
 
 @pytest.mark.parametrize("at_once", [2**25, 3000], ids=["one piece", "three pieces"])
