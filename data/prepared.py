@@ -24,14 +24,6 @@ KINDS = {"tokens": ("token shards", "data.corpus --from=PATH"),     # in words, 
 Item = TypeVar("Item")
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a data set; ValueError says that it is damaged."""
-    content = read_json(path, fix=AGAIN)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it is no JSON object; {AGAIN}")
-    return content
-
-
 def read_meta(folder: Path, kind: str) -> dict[str, Any]:
     """meta.json of a data set of this kind; any other folder is an error that says what to do."""
     path, (what, command) = folder / "meta.json", KINDS[kind]
@@ -39,7 +31,7 @@ def read_meta(folder: Path, kind: str) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"there is no data set of {what} in {folder}; make it with: "
                                 f"{command}")
-    meta = read_object(path)
+    meta = read_json(path, AGAIN)
     if meta.get("kind", "tokens") != kind:
         raise ValueError(f"{folder} holds {meta.get('kind', 'tokens')!r:.20} data, not {what}; "
                          f"those are made with: {command}")

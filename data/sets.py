@@ -20,6 +20,7 @@ from typing import Any, Iterator
 from bpe import Tokenizer
 from data import chat, labels, loader, prepared, samples, shards
 from data.conversations import first_question
+from formats.files import read_json
 
 EVALUATION_TOKENS = 4096        # at once, at least: small micro-batches would be slow
 SMALL_DATA = ("corpus", "shakespeare", "pydocs")    # made within a minute when a run asks for them
@@ -152,7 +153,7 @@ def open_data(folder: Path, config: Any, tokenizer: Tokenizer | None, block_size
 def kind(folder: Path) -> str:
     """What a prepared folder holds: "tokens", "chat" or "classes"."""
     meta = folder / "meta.json"
-    return meta.exists() and prepared.read_object(meta).get("kind") or "tokens"
+    return meta.exists() and read_json(meta, prepared.AGAIN).get("kind") or "tokens"
 
 
 def _at_once(config: Any) -> int:

@@ -24,8 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data import prepared
-from data.prepared import AGAIN, DATA, FORMAT_VERSION, hash_facts, read_object
-from formats.files import write_json
+from data.prepared import AGAIN, DATA, FORMAT_VERSION, hash_facts
+from formats.files import read_json, write_json
 
 CHUNK = 1 << 22                 # ids that verify holds at once, for each thread
 STAMP = ".verified.json"        # which files verify has read, so that it need not do so again
@@ -232,6 +232,6 @@ def _map_bin(path: Path) -> np.memmap:
 def _read_stamp(folder: Path) -> dict[str, Any]:
     """What verify noted; nothing where there is no stamp, or none that can be read."""
     try:
-        return read_object(folder / STAMP)
+        return read_json(folder / STAMP)
     except (ValueError, OSError):       # a stamp only saves time
         return {}

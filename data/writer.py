@@ -12,9 +12,9 @@ from typing import Any, Iterable
 
 import numpy as np
 
-from data.prepared import AGAIN, FORMAT_VERSION, read_object
+from data.prepared import AGAIN, FORMAT_VERSION
 from data.shards import STAMP, check_meta, files_of, open_shard, shard_name
-from formats.files import atomic_write, write_json
+from formats.files import atomic_write, read_json, write_json
 
 
 class ShardWriter:
@@ -116,7 +116,7 @@ def _remove(*files: Path) -> None:
 def read_progress(folder: Path) -> tuple[dict[str, Any], int]:
     """What an interrupted ShardWriter has noted: meta.json so far, and documents that are done."""
     path = folder / "progress.json"
-    saved = read_object(path)
+    saved = read_json(path, AGAIN)
     meta, documents = saved.get("meta"), saved.get("documents")
     if not isinstance(meta, dict) or type(documents) is not int or documents < 0:
         raise ValueError(f"{path} is damaged; {AGAIN}")

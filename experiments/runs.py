@@ -180,7 +180,6 @@ def _character(cell: np.ndarray, color: bool) -> str:
 def _json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty where there is none, or one that is being written."""
     try:
-        content = read_json(path)
+        return read_json(path)
     except (FileNotFoundError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -47,15 +47,18 @@ def write_json(path: str | Path, content: Any, indent: int = 2, **options: Any) 
     write_text(path, json.dumps(content, indent=indent, **options) + "\n")
 
 
-def read_json(path: str | Path, fix: str = "") -> Any:
-    """What a JSON file holds. FileNotFoundError, or ValueError if it is not JSON.
+def read_json(path: str | Path, fix: str = "") -> dict[str, Any]:
+    """The object in a JSON file. FileNotFoundError, or ValueError if it holds none.
 
     fix: what to do about it, the end of the message.
     """
     fix = f"; {fix}" if fix else ""
+    if not Path(path).is_file():                            # a pipe would be waited for
+        raise FileNotFoundError(f"no such file: {path}{fix}")
     try:
-        return json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no such file: {path}{fix}") from None
+        content = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:           # nested too deep is no JSON of ours
         raise ValueError(f"{path} is truncated or not JSON: {error}{fix}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object{fix}")
+    return content

@@ -27,6 +27,7 @@ from formats.files import atomic_write, read_json, write_json
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")           # the hub: openai-community/...
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"              # one tensor under two names
 LAYER_NORM_EPS = 1e-5
+LARGEST = 2**31 - 1                                                 # of the sizes in a file
 GPT2_VOCAB = 50257                                                  # the last: <|endoftext|>
 LLMC_MAGIC, LLMC_HEADER = 20240326, 1024                            # the header's size in bytes
 LLMC_DTYPES = {3: torch.float32, 5: torch.bfloat16}                 # by version
@@ -52,6 +53,13 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
               for name, shape in block_shapes(C).items()}
     return {WTE: (config["vocab_size"], C), "transformer.wpe.weight": (config["block_size"], C),
             **blocks, "transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
+
+
+def count_weights(config: Config) -> int:
+    """The numbers in these tensors, without making a list of them."""
+    C = config["n_embd"]
+    block = sum(math.prod(shape) for shape in block_shapes(C).values())
+    return (config["vocab_size"] + config["block_size"] + 2) * C + config["n_layer"] * block
 
 
 def read(name: str | Path) -> tuple[Config, Tensors]:
@@ -119,8 +127,6 @@ def read_folder(folder: Path) -> tuple[Config, Tensors]:
 def read_config(path: Path) -> Config:
     """The sizes that a config.json describes; ValueError if it is not that of a GPT-2."""
     settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is no JSON object")
     expected = dict(model_type="gpt2", activation_function="gelu_new",
                     layer_norm_epsilon=LAYER_NORM_EPS, scale_attn_weights=True,
                     scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
@@ -130,9 +136,9 @@ def read_config(path: Path) -> Config:
     names = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer",
                  n_head="n_head", n_embd="n_embd")
     for key in names.values():
-        if type(settings.get(key)) is not int or not 1 <= settings[key] < 2**31:
+        if type(settings.get(key)) is not int or not 1 <= settings[key] <= LARGEST:
             raise ValueError(f"{path}: {key} is {settings.get(key)!r:.80}, no whole number from 1 "
-                             f"to 2147483647")
+                             f"to {LARGEST}")
     if settings.get("n_inner") not in (None, 4 * settings["n_embd"]):
         raise ValueError(f"{path}: n_inner is {settings['n_inner']!r:.80}; GPT-2 has 4 * n_embd")
     return check_heads({ours: settings[theirs] for ours, theirs in names.items()}, path)

@@ -109,7 +109,7 @@ def read(folder: str | Path, sizes: dict[str, tuple[int, int]]):
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).exists():
             raise FileNotFoundError(f"{folder} has no {file}; it is no adapter in PEFT's format")
-    settings = read_json(folder / "adapter_config.json")
+    settings = read_json(folder / "adapter_config.json", "save the adapter anew")
     fields = _fields(folder / "adapter_config.json", settings)
     tensors, notes = _tensors(folder / "adapter_model.safetensors")
     layers: dict[str, dict[str, torch.Tensor]] = {}
@@ -141,10 +141,7 @@ def read(folder: str | Path, sizes: dict[str, tuple[int, int]]):
     return fields, layers, others, {"base": settings.get("base_model_name_or_path"), **notes}
 
 
-def _fields(file: Path, settings: Any) -> dict[str, Any]:
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} holds a {type(settings).__name__}, not an object of settings; "
-                         f"save the adapter anew")
+def _fields(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{file.parent} holds a {settings.get('peft_type')} adapter; only LORA is "
                          f"read")

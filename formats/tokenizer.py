@@ -51,9 +51,9 @@ def read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         return read_gpt2(path)
     data = read_json(path)
-    if isinstance(data, dict) and "model" in data:
+    if "model" in data:
         return from_hugging_face(data)
-    if not isinstance(data, dict) or "format" not in data:
+    if "format" not in data:
         raise ValueError(f"{path} is neither our tok.json nor a Hugging Face tokenizer.json")
     return data
 

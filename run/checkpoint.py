@@ -9,6 +9,7 @@ that can be read. Files are read with weights_only=True, so a stranger's cannot 
     saver.save(state)           # returns as soon as the state is copied to host memory
     saver.close()               # waits for the file, raises if the last one could not be written
 """
+import dataclasses
 import math
 import os
 import pickle
@@ -23,9 +24,15 @@ import torch.nn as nn
 
 import lora
 from formats.files import atomic_write
+from formats.gpt2 import count_weights
+from model import GPTConfig
+from run.config import build
 
 FORMAT_VERSION = 1
-BEST = ("step", "model", "config", "base", "best_loss")     # what best.pt holds of a whole state
+BEST = {"step": int, "model": dict, "config": dict, "base": str, "best_loss": float}    # best.pt's
+REST = {"optimizer": dict, "scaler": dict, "stale": int, "recent": list, "data": str}   # last.pt's
+SETTINGS = {"model": dict, "lora": dict, "init_from": str, "data": str, "template": str,
+            "pooling": str}             # of train.py, those that a reader of a run asks for
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -40,23 +47,96 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     _sync_folder(path.parent)
 
 
-def load(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; ValueError says if it is damaged or of another version."""
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint; ValueError says if it is damaged, of another version, or none of a run."""
     path = Path(path)
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         _check_parts(path)
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check_state(state, path.stat().st_size)
     except Exception as error:      # whatever a damaged file makes the reader raise
         if isinstance(error, pickle.UnpicklingError):   # whose own words say how to let it run
             reason = "it holds more than tensors and plain values, and such a file can run code"
         else:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"checkpoint {path} cannot be read: {reason}") from error
-    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"checkpoint {path} is not of format {FORMAT_VERSION}")
     return state
+
+
+def check_state(state: Any, size: int) -> None:
+    """ValueError for what no run saves into a file of this size. What a stranger's file claims is
+    compared with the tensors that are there before anything of a claimed size is made."""
+    if not isinstance(state, dict) or state.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"it is not of format {FORMAT_VERSION}")
+    for name, kind in {**BEST, **(REST if REST.keys() & state else {})}.items():
+        if not isinstance(state.get(name), kind) or isinstance(state[name], bool):
+            raise ValueError(f"its {name} is {state.get(name)!r:.80}, no {kind.__name__}")
+    tensors, config = state["model"], state["config"]
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided \
+                or tensor.device.type != "cpu" or not isinstance(name, str):
+            raise ValueError(f"its weight {name!r:.80} is no tensor of numbers")
+    if sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:    # a tied one counts twice
+        raise ValueError("its tensors are larger than the file")
+    check_settings(config)
+    shape = build(GPTConfig, config.get("model") or {})
+    if config.get("lora"):              # whose shapes are compared where its base is known
+        build(lora.LoRAConfig, config["lora"])
+    elif shape.n_layer > len(tensors) or count_weights(dataclasses.asdict(shape)) > 4 * sum(
+            tensor.numel() for tensor in tensors.values()):
+        raise ValueError(f"its settings ask for {shape}, which is more than its tensors hold")
+    elif "head.weight" in tensors and tensors["head.weight"].dim() != 2:
+        raise ValueError("its head.weight is no matrix")
+    losses = [state["best_loss"], *state.get("recent", ())]
+    if state["step"] < 0 or type(state.get("threads", 1)) is not int or not all(
+            isinstance(loss, float) and loss == loss for loss in losses):
+        raise ValueError("its step, threads or losses are no numbers of a run")
+
+
+def check_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """ValueError where a saved state is not of this optimizer and its parameters. PyTorch's own
+    check compares numbers of parameters only, and its fused kernels trust the shapes."""
+    groups, moments, parameters = saved.get("param_groups"), saved.get("state"), {}
+    right = isinstance(moments, dict) and isinstance(groups, list) \
+        and len(groups) == len(optimizer.param_groups)
+    for ours, theirs in zip(optimizer.param_groups, groups if right else ()):
+        right &= isinstance(theirs, dict) and ours.keys() == theirs.keys() \
+            and len(theirs["params"]) == len(ours["params"]) \
+            and ours.get("rule") == theirs.get("rule")
+        if right:
+            parameters.update(zip(theirs["params"], ((ours, p) for p in ours["params"])))
+    for i, entry in moments.items() if right else ():
+        group, p = parameters.get(i, ({}, None))
+        right &= p is not None and isinstance(entry, dict) and (
+            "rule" in group or entry.keys() == {"step", "exp_avg", "exp_avg_sq"}) and all(
+            getattr(value, "shape", ()) in ((), p.shape) for value in entry.values()
+            if group.get("rule", "adamw") == "adamw")
+    if not right:
+        raise ValueError("the optimizer's state in the checkpoint is not that of this run; move "
+                         "the run's folder away to start anew")
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """ValueError for what are no settings of a run: other types, or more than plain values."""
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"its setting {key!r:.80} is no name")
+                check(f"{name}.{key}", item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                check(name, item)
+        elif not (value is None or isinstance(value, (str, bool, float))
+                  or isinstance(value, int) and abs(value) < 2**63):
+            raise ValueError(f"its setting {name:.80} is {value!r:.80}")
+
+    check("config", settings)
+    for name, kind in SETTINGS.items():
+        if not isinstance(settings.get(name), (kind, type(None))):
+            raise ValueError(f"its setting {name} is {settings[name]!r:.80}, no {kind.__name__}")
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -79,17 +159,15 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put a `trainable_state` back into such a model, which may have the same adapter."""
-    if not hasattr(model, "adapters"):
-        model.load_state_dict(state)
-        return
+    """Put a `trainable_state` back into such a model, which may have the same adapter. ValueError
+    where it is that of another."""
     ours = trainable_state(model)
     for key in (*ours, *state):
-        here, there = (tuple(tensors[key].shape) if key in tensors else "no tensor"
-                       for tensors in (ours, state))
+        here, there = (f"{tuple(tensors[key].shape)} {tensors[key].dtype}" if key in tensors
+                       else "no tensor" for tensors in (ours, state))
         if here != there:
-            raise ValueError(f"{key}: the checkpoint has {there}, this model's adapter has {here}; "
-                             f"the run has other lora settings")
+            raise ValueError(f"{key:.200}: the checkpoint has {there}, this model has {here}; the "
+                             f"run has other model or lora settings")
     for key, tensor in ours.items():
         tensor.copy_(state[key])
 
@@ -143,7 +221,7 @@ def complete_renames(folder: str | Path, keep: int = 2) -> Path:
     return names[0]
 
 
-def load_last(folder: str | Path, map_location: Any = "cpu") -> dict[str, Any] | None:
+def load_last(folder: str | Path) -> dict[str, Any] | None:
     """The newest readable checkpoint of a run, None if it has none; damaged ones are reported.
 
     Where only milestones are left, a ValueError names the newest: to go on from so far back, or to
@@ -154,7 +232,7 @@ def load_last(folder: str | Path, map_location: Any = "cpu") -> dict[str, Any] |
     found = [path for path in found if path.exists()]
     for path in found:
         try:
-            return load(path, map_location)
+            return load(path)
         except ValueError as error:
             print(f"warning: {error}; trying the one before it", file=sys.stderr)
     if kept := milestones(folder):

@@ -24,6 +24,7 @@ import functools
 import inspect
 import io
 import math
+import numbers
 import os
 import signal
 import sys
@@ -180,6 +181,8 @@ def _assemble(cls: type[Config], values: dict[str, Any], prefix: str = "") -> Co
                 arguments[field.name] = _assemble(group, values, name + ".")
         elif name in values:
             value = values[name]
+            if not _is_of(kind, value):
+                raise ValueError(f"{name}={value!r:.80} is not allowed; give {_type_name(kind)}")
             arguments[field.name] = tuple(value) if isinstance(value, list) else value
             check_finite(name, value)
     return cls(**arguments)
@@ -189,6 +192,24 @@ def check_finite(name: str, value: Any) -> None:
     """ValueError for nan and inf, which pass comparisons such as `x < 0`."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value} is not a finite number; give one")
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value, of Python or of JSON, is of the type of a setting."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(part, value) for part in inner)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is tuple:
+        return isinstance(value, (tuple, list)) and all(_is_of(inner[0], part) for part in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and _is_of(inner[1], part) for key, part in value.items())
+    if kind in (int, float):
+        wanted = numbers.Integral if kind is int else numbers.Real
+        return isinstance(value, wanted) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _group(kind: Any) -> type | None:

@@ -122,11 +122,9 @@ def grow_embedding(model: nn.Module, vocab_size: int) -> nn.Module:
 def add_adapter_of(model: nn.Module, run: str | Path) -> nn.Module:
     """Give a base the adapter of a run's best checkpoint, or its last one; returns the model."""
     state = _checkpoint_of(Path(run))
-    if not any(".lora_adapters." in key for key in state["model"]):
+    if not state["config"].get("lora"):
         raise ValueError(f"the run {run} trained no adapter; it is a model itself")
-    lora.add_lora(model, build(lora.LoRAConfig, state["config"]["lora"]))
-    checkpoint.load_trainable_state(model, state["model"])
-    return model
+    return _with_adapter(model, state, Path(run))
 
 
 def with_head(model: GPT, state: dict[str, Any]) -> GPT | Classifier:
@@ -138,7 +136,14 @@ def with_head(model: GPT, state: dict[str, Any]) -> GPT | Classifier:
 def run_settings(name: str | Path) -> dict[str, Any]:
     """The settings that a run was trained with; none of what is no run."""
     file = Path(name) / "config.json"
-    return read_json(file) if is_run(name) and file.exists() else {}
+    if not is_run(name) or not file.exists():
+        return {}
+    settings = read_json(file)
+    try:
+        checkpoint.check_settings(settings)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged: {error!s:.300}") from None
+    return settings
 
 
 def run_template(name: str | Path) -> str:
@@ -162,16 +167,39 @@ def _load_run(folder: Path, dropout: float, which: str
     shape = build(GPTConfig, {**settings["model"], "dropout": dropout})
     if not settings.get("lora"):
         model = with_head(GPT(shape), state)
-        model.load_state_dict(state["model"])
+        checkpoint.load_trainable_state(model, state["model"])
         return model, tokenizer
-    model, _ = load_base(settings["init_from"], dropout, shape.block_size)      # it has the rest
+    try:
+        model, _ = load_base(settings["init_from"], dropout, shape.block_size)  # it has the rest
+    except RecursionError:
+        raise ValueError(f"{folder} trained an adapter of {settings['init_from']:.200}, which is "
+                         f"an adapter's run too, and so on without end") from None
+    if shape.vocab_size > max(model.config.vocab_size, tokenizer.vocab_size if tokenizer else 0):
+        raise ValueError(f"{folder} has a vocabulary of {shape.vocab_size}, and neither its base "
+                         f"nor its tokenizer has so many tokens; put its tokenizer.json back")
     model = with_head(grow_embedding(model, shape.vocab_size), state)
-    lora.add_lora(model, build(lora.LoRAConfig, settings["lora"]), quiet=True)
+    return _with_adapter(model, state, folder, quiet=True), tokenizer
+
+
+def _with_adapter(model: nn.Module, state: dict[str, Any], run: Path, quiet: bool = False
+                  ) -> nn.Module:
+    """The base with the adapter of a run's checkpoint. Ranks are compared before anything is
+    made."""
+    config = build(lora.LoRAConfig, state["config"]["lora"])
+    for layer, parts in lora.targets(model, config).items():
+        for part in parts:
+            key = f"{layer}.lora_adapters.default.{part}.lora_A"
+            rank, _ = lora.rank_and_scale(config, lora.full_name(layer, part))
+            found = len(state["model"].get(key, ()))
+            if found != rank:
+                raise ValueError(f"{run}: {key} has {found} rows, and its settings ask for rank "
+                                 f"{rank}; the checkpoint is damaged")
+    lora.add_lora(model, config, quiet=quiet)
     if model.adapters.base_hash != state["base"]:
-        raise ValueError(f"{folder} trained an adapter of {settings['init_from']}, which has "
-                         f"changed since; put the old one back")
+        raise ValueError(f"{run} trained an adapter of {state['config']['init_from']:.200}, which "
+                         f"has changed since; put the old one back")
     checkpoint.load_trainable_state(model, state["model"])
-    return model, tokenizer
+    return model
 
 
 def _load_other(folder: Path, name: str | Path, dropout: float) -> tuple[GPT, Tokenizer | None]:

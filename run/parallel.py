@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from run.checkpoint import load_trainable_state, trainable_state
+from run.checkpoint import check_moments, load_trainable_state, trainable_state
 from run.device import autocast, has_compiler
 from run.processes import Processes
 
@@ -115,6 +115,7 @@ class Parallel:
     def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """The inverse of `state`; each rank keeps its part."""
         weights, moments = state["model"], state["optimizer"]
+        check_moments(optimizer, moments)
         if self.shard != "none":
             ours = self.model.state_dict()
             weights = {name: _split(tensor, ours[name]) for name, tensor in weights.items()}

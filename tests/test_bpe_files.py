@@ -98,7 +98,7 @@ def test_truncated_and_foreign_files_and_other_versions_are_refused(small, tmp_p
     for content, message in [(text[:len(text) // 2], "is truncated or not JSON"),
                              ("", "is truncated or not JSON"),
                              (text.replace('"version": 1', '"version": 2'), "has version 2; .* 1"),
-                             ("[1, 2]", "is neither our tok.json nor"),
+                             ("[1, 2]", "holds a list, not an object"),
                              ("{}", "is neither our tok.json nor")]:
         path.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match=message):

@@ -140,7 +140,7 @@ def test_its_state_goes_out_and_in():
 
 @pytest.mark.parametrize("settings,message", [
     (dict(classes=1), "classes=1 must be at least 2"),
-    (dict(pooling="first"), "pooling='first' is unknown; choose last or mean")])
+    (dict(pooling="first"), r"pooling='first' is not allowed; give last.mean")])
 def test_a_wrong_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Classifier(GPT(GPTConfig(16, 50, 1, 1, 8)), **settings)
@@ -320,7 +320,7 @@ def test_what_needs_a_model_that_writes_refuses_a_classifier(run, reviews, tmp_p
 @pytest.mark.parametrize("changes,message", [
     (dict(init_from="scratch"), "holds texts with classes, and init_from=scratch has no words"),
     (dict(hellaswag_every=2), "hellaswag_every=2 asks for a model that writes"),
-    (dict(pooling="first"), "pooling='first' is unknown; choose last or mean")])
+    (dict(pooling="first"), r"pooling='first' is not allowed; give last.mean")])
 def test_a_setting_that_does_not_fit_is_refused_before_anything_is_written(base, reviews, tmp_path,
                                                                            changes, message):
     with pytest.raises(ValueError, match=message):

@@ -47,10 +47,9 @@ class Checkpoint:
         import torch
 
         from run import checkpoint
+        from tests.test_checkpoint import state_of
         torch.manual_seed(0)
-        checkpoint.save(folder / "last.pt", {
-            "step": 3, "model": {"w": torch.randn(8, 4), "b": torch.arange(3)}, "best_loss": 1.5,
-            "config": {"model": {"n_layer": 2}, "out": "x", "names": ("a", "b"), "none": None}})
+        checkpoint.save(folder / "last.pt", state_of())
 
     def read(self, folder):
         from run import checkpoint

@@ -340,7 +340,7 @@ def test_a_checkpoint_of_other_settings_is_refused():
     for other, words in ((LoRAConfig(r=2), "(4, 32)"),
                          (LoRAConfig(r=4, use_dora=True), "magnitude"),
                          (LoRAConfig(r=4, layers=(0,)), "has no tensor")):
-        with pytest.raises(ValueError, match="other lora settings") as error:
+        with pytest.raises(ValueError, match="other model or lora settings") as error:
             load_trainable_state(add_lora(gpt(), other), state)
         assert words in str(error.value)
 

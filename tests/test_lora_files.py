@@ -300,7 +300,7 @@ def test_files_that_do_not_fit_are_refused_in_one_line(change, settings, words, 
 
 
 @pytest.mark.parametrize("settings,words", [
-    ([], "adapter_config.json holds a list, not an object of settings"),
+    ([], "adapter_config.json holds a list, not an object; save"),
     ("", "adapter_config.json holds a str, not an object"),
     (dict(r=None), "adapter_config.json has no r; it must be a whole number above 0"),
     (dict(r=4.0), "r=4.0 must be a whole number above 0"),
@@ -395,11 +395,13 @@ def test_an_exported_base_has_the_adapter_merged_in(tmp_path, capsys):
 
 def test_the_adapter_of_a_run_is_put_on_its_base(tmp_path):
     model = shake(add_lora(gpt(), LoRAConfig(r=4, init="pissa", bias="all")))
+    common = {"step": 1, "best_loss": 1.0, "base": model.adapters.base_hash}
     checkpoint.save(tmp_path / "best.pt", {
-        "model": trainable_state(model), "config": {"lora": dataclasses.asdict(
+        **common, "model": trainable_state(model), "config": {"lora": dataclasses.asdict(
             LoRAConfig(r=4, init="pissa", bias="all"))}})
     assert torch.equal(logits(add_adapter_of(gpt(), tmp_path)), logits(model))
-    checkpoint.save(tmp_path / "best.pt", {"model": gpt().state_dict(), "config": {}})
+    checkpoint.save(tmp_path / "best.pt", {**common, "model": gpt().state_dict(), "config": {
+        "model": dataclasses.asdict(gpt().config)}})
     with pytest.raises(ValueError, match="trained no adapter"):
         add_adapter_of(gpt(), tmp_path)
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
