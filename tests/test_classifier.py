@@ -140,7 +140,7 @@ def test_its_state_goes_out_and_in():
 
 @pytest.mark.parametrize("settings,message", [
     (dict(classes=1), "classes=1 must be at least 2"),
-    (dict(pooling="first"), r"pooling='first' is not allowed; give last.mean")])
+    (dict(pooling="first"), "pooling='first' is unknown; choose last or mean")])
 def test_a_wrong_setting_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Classifier(GPT(GPTConfig(16, 50, 1, 1, 8)), **settings)
