@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -136,7 +137,29 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def post(request: urllib.request.Request, timeout: float) -> bytes:
-    """The server's reply. ValueError or TimeoutError where it is endless."""
+    """The server's reply. ValueError or TimeoutError where it is endless.
+
+    In a thread, which can be left: a server may send even its headers a byte at a time.
+    """
+    found: list[bytes | Exception] = []
+
+    def fetch() -> None:
+        try:
+            found.append(fetch_reply(request, timeout))
+        except Exception as error:                      # raised below, by who waits for it
+            found.append(error)
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not found:
+        raise TimeoutError(f"no whole reply within {timeout:g} s")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def fetch_reply(request: urllib.request.Request, timeout: float) -> bytes:
+    """`post`, but for headers that come slowly."""
     reply, end = b"", time.monotonic() + timeout        # a socket's own begins anew with each byte
     with urllib.request.build_opener(NoRedirects).open(request, timeout=timeout) as answer:
         while part := answer.read1(MOST_BYTES):

@@ -213,9 +213,10 @@ def test_a_redirect_does_not_take_the_key_to_another_server(answers, tmp_path, m
     assert not other.requests
 
 
-def test_a_server_that_says_a_byte_now_and_then_is_not_waited_for(answers, tmp_path):
-    def drip(handler):
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nA: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_a_server_that_says_a_byte_now_and_then_is_not_waited_for(answers, tmp_path, start):
+    def drip(handler):                                  # of the status line, a header, the body
+        handler.wfile.write(start)
         while not server.release.wait(0.1) and time.monotonic() < began + 30:
             handler.wfile.write(b" ")
     began = time.monotonic()
