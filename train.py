@@ -118,7 +118,7 @@ class TrainConfig:
                                  "max_bad_steps"))
             if isinstance(value, (int, float)) and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        for name, most in (("seed", 2**32 - 1), ("keep_last", 100)):
+        for name, most in (("seed", 2**32 - 1), ("keep_last", 100), ("batch_tokens", 2**32)):
             if getattr(self, name) > most:
                 raise ValueError(f"{name}={getattr(self, name)} must be at most {most}")
         if not self.out:

@@ -196,7 +196,7 @@ def files_of(folder: Path, meta: dict[str, Any], split: str = "") -> dict[Path, 
 
 def open_shard(path: Path, facts: dict[str, Any]) -> np.memmap:
     """A shard's ids, after a look at its header and size; no more of it is read."""
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"shard {path} is missing; {AGAIN}")
     try:
         ids = _map_bin(path) if path.suffix == ".bin" else np.lib.format.open_memmap(path, mode="r")

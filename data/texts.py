@@ -20,7 +20,7 @@ def find_files(source: str | Path, endings: tuple[str, ...] = DOCUMENTS) -> list
     for name in str(source).split(","):
         path = Path(name)
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix in endings)
+            files += sorted(p for p in path.rglob("*") if p.suffix in endings and p.is_file())
         elif path.is_file():
             files.append(path)
         else:
@@ -33,7 +33,7 @@ def find_files(source: str | Path, endings: tuple[str, ...] = DOCUMENTS) -> list
 def read_text(path: Path) -> str:
     """A file in UTF-8. ValueError names the first wrong byte."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").removeprefix("\ufeff")      # a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: byte {error.start} is "
                          f"0x{error.object[error.start]:02x}; convert it first") from None
@@ -60,7 +60,7 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:                  # without a byte order mark
         try:
             for place, record in _json_lines(path, file):
                 if isinstance(record, ValueError):
@@ -102,7 +102,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, record) of a JSON array, a single object, or JSONL. A broken line of JSONL comes as a
     ValueError in place of its record; a broken array cannot be read on and raises it."""
-    text = read_text(path).removeprefix("\ufeff")                    # a byte order mark
+    text = read_text(path)
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:                   # nested too deep is no JSON

@@ -163,6 +163,8 @@ def read_tensors(folder: Path) -> Tensors:
 def load_tensors(file: Path) -> tuple[Tensors, dict[str, str]]:
     """The tensors of a .safetensors file, and its notes; ValueError for a damaged one."""
     package = safetensors()
+    if not file.is_file():                                          # a pipe would be waited for
+        raise FileNotFoundError(f"no such file: {file}")
     try:
         with package.safe_open(file, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}

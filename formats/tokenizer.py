@@ -133,6 +133,9 @@ def count_merges(vocab_size: int, special_tokens: Sequence[str], min_frequency: 
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} is under 256 bytes + {len(special_tokens)} "
                          f"special tokens; give at least {least}")
+    if vocab_size > MOST_IDS:
+        raise ValueError(f"vocab_size={vocab_size} is above {MOST_IDS}, the most ids that a "
+                         f"tokenizer's file may have")
     if min_frequency < 1:
         raise ValueError(f"min_frequency={min_frequency} is not allowed; give at least 1")
     return vocab_size - least

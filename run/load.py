@@ -6,6 +6,7 @@
     add_adapter_of(model, "out/lora-demo")              only the adapter that a run trained
 """
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import lora
 from bpe import Tokenizer
 from fast.linear import use_fast_products
 from formats.files import read_json
+from formats.gpt2 import count_weights
 from model import GPT, GPTConfig
 from run import checkpoint
 from run.classifier import Classifier
@@ -38,6 +40,9 @@ def load_model(name: str | Path, device: torch.device | str = "cpu", dropout: fl
     """
     model, tokenizer = (_load_run(Path(name), dropout, which) if is_run(name)
                         else _load_other(Path(name), name, dropout))
+    if tokenizer and tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"the tokenizer in {name} has {tokenizer.vocab_size} tokens, the model "
+                         f"{model.config.vocab_size}: it is another model's; put its own there")
     return use_fast_products(model).to(device).eval(), tokenizer
 
 
@@ -86,8 +91,14 @@ def model_for(data: Any, start: GPT | None, config: Any) -> GPT | Classifier:
             raise ValueError(f"model.vocab_size={config.model.vocab_size}, but the tokenizer of "
                              f"{config.data} has {data.vocab_size}; leave it out, training takes "
                              f"that")
+        shape = dataclasses.replace(config.model, vocab_size=data.vocab_size)
+        need = 8 * count_weights(dataclasses.asdict(shape))
+        here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if need > here and not config.dry_run:
+            raise ValueError(f"{shape} needs {need / 2**30:,.0f} GiB for weights and gradients, "
+                             f"and this machine has {here / 2**30:,.0f}; make it smaller")
         with torch.device("meta" if config.dry_run else "cpu"):
-            return GPT(dataclasses.replace(config.model, vocab_size=data.vocab_size))
+            return GPT(shape)
     if data.classes:
         return Classifier(start, data.classes, config.pooling)
     if not data.template and start.config.vocab_size != data.vocab_size:

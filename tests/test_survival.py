@@ -11,10 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import bpe
 import sample
 import train as train_module
+from bpe import Tokenizer
+from data import shards
+from data.texts import find_files, read_documents
+from formats.gpt2 import load_tensors
 from run import checkpoint, log, processes
 from run.config import build
+from run.load import load_model
 from train import TrainConfig, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -227,3 +233,58 @@ def test_what_a_model_writes_cannot_steer_the_terminal(settings, monkeypatch, ca
     sample.main([settings["out"], "--device=cpu"])
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and shown.count("a\\x1b[31mred\\x07\n\tb") == 2
+
+
+# ---- what cannot be, in one line
+
+@pytest.mark.parametrize("word,message", [
+    ("model.n_embd=1200000", "n_embd=1200000.* needs [0-9,]+ GiB"),
+    ("model.n_layer=10000000", "n_layer=10000000.* needs [0-9,]+ GiB"),
+    ("model.block_size=1000000000000", "block_size=1000000000000.* needs [0-9,]+ GiB"),
+    ("batch_tokens=1000000000000", "batch_tokens=1000000000000 must be at most 4294967296")])
+def test_sizes_beyond_memory_are_refused_before_anything_is_made(settings, word, message):
+    with pytest.raises(ValueError, match=message):
+        train_module.main([f"--data={settings['data']}", f"--out={settings['out']}",
+                           "--device=cpu", f"--{word}"])
+    assert not Path(settings["out"]).exists()
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(settings, tmp_path):
+    for name in ("tok.json", "last.pt", "texts/a.txt", "train_0000.npy", "model.safetensors"):
+        path = tmp_path / "pipes" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(path)
+    folder = tmp_path / "pipes"
+    for read in (lambda: Tokenizer.load(folder / "tok.json"),
+                 lambda: checkpoint.load(folder / "last.pt"),
+                 lambda: find_files(folder / "texts"),
+                 lambda: shards.open_shard(folder / "train_0000.npy", {}),
+                 lambda: load_tensors(folder / "model.safetensors")):
+        with pytest.raises(FileNotFoundError):
+            read()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "text"}\n')
+    assert list(read_documents(find_files(tmp_path))) == ["text", "text"]
+
+
+def test_a_foreign_tokenizer_in_a_run_is_refused(settings):
+    run(settings, max_steps=1)
+    Tokenizer([], special_tokens=("a", "b")).save(Path(settings["out"]) / "tokenizer.json")
+    with pytest.raises(ValueError, match="has 258 tokens, the model 256: it is another model's"):
+        load_model(settings["out"])
+
+
+@pytest.mark.parametrize("content", ["[]", '{"template": 3}', '{"model": []}'])
+def test_settings_of_a_run_that_are_none_are_one_line(settings, content):
+    run(settings, max_steps=1)
+    (Path(settings["out"]) / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json (holds a list|is damaged)"):
+        sample.main([settings["out"], "--device=cpu"])
+
+
+def test_a_vocabulary_beyond_any_tokenizer_is_refused_before_the_text_is_read(capsys):
+    assert bpe.main(["train", "no file", "--vocab-size=99999999999", "--out=tok.json"]) == 2
+    assert capsys.readouterr().err.startswith("bpe.py: vocab_size=99999999999 is above 4194304")
