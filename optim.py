@@ -98,7 +98,9 @@ class ByRule(torch.optim.Optimizer):
     """An optimizer whose groups have a `rule`, one of RULES: gradient to update.
 
     All that a rule remembers is in the state, so saving and loading it continues exactly.
+    `found_inf` is as in PyTorch's fused AdamW: 1, on the device, for a step that changes nothing.
     """
+    found_inf = torch.zeros(())
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig):
         super().__init__(groups, {})
@@ -107,43 +109,63 @@ class ByRule(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """p -= lr * (weight_decay * p + update), for each parameter that has a gradient."""
+        skip = self.found_inf > 0
         for group in self.param_groups:
+            decay = torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"])
             for p in group["params"]:
                 if p.grad is not None:
-                    update = RULES[group["rule"]](p.grad, self.state[p], self.config)
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.sub_(update, alpha=group["lr"])
+                    update = RULES[group["rule"]](p.grad, self.state[p], self.config, skip)
+                    p.mul_(decay)
+                    p.sub_(torch.where(skip, 0.0, update), alpha=group["lr"])
 
 
-def adamw(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig) -> torch.Tensor:
+def follow(mean: torch.Tensor, value: torch.Tensor, decay: float,
+           skip: torch.Tensor) -> torch.Tensor:
+    """Move a running mean, in place, towards a value; a value to `skip` may be NaN."""
+    return mean.lerp_(torch.where(skip, mean, value), 1 - decay)
+
+
+# A rule's arguments: a parameter's gradient, what is remembered of the parameter, the settings, and
+# whether to `skip`, a bool on the device: the state then stays, and the update is not used. To ask
+# for its value would be to wait for the device in each step.
+
+def adamw(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig,
+          skip: torch.Tensor) -> torch.Tensor:
     """The mean of gradients over the root of their mean square, both without bias: an update of
     the gradient's shape, of size 1 or so."""
     if "mean" not in state:
         state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-    state["step"] = step = state.get("step", 0) + 1
-    mean = state["mean"].lerp_(gradient, 1 - config.beta1)
-    square = state["square"].lerp_(gradient.square(), 1 - config.beta2)
-    root = (square / (1 - config.beta2 ** step)).sqrt_().add_(config.eps)
-    return mean / (1 - config.beta1 ** step) / root
+        state["steps"] = torch.zeros((), device=gradient.device)
+    mean = follow(state["mean"], gradient, config.beta1, skip)
+    square = follow(state["square"], gradient.square(), config.beta2, skip)
+    steps = state["steps"].add_(~skip)
+    steps = steps.to(torch.float32 if steps.device.type == "mps" else torch.float64)
+    root = (square / (1 - config.beta2 ** steps)).sqrt_().add_(config.eps)
+    return mean / (1 - config.beta1 ** steps) / root
 
 
-def galore(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig) -> torch.Tensor:
+def galore(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig,
+           skip: torch.Tensor) -> torch.Tensor:
     """AdamW on the gradient's part in its `galore_rank` largest singular directions.
 
-    Those of the shorter side are taken, anew every `galore_every` steps; the means stay.
+    Those of the shorter side are taken, anew every `galore_every` steps; the means stay. Only then
+    is the device waited for, as the decomposition does anyway.
     """
     wide = gradient.size(0) <= gradient.size(1)
-    if state.get("step", 0) % config.galore_every == 0:
+    if state.get("age", 0) % config.galore_every == 0:
+        if skip:
+            return torch.zeros_like(gradient)
         U, _, V = torch.linalg.svd(gradient.float(), full_matrices=False)
         basis = U[:, :config.galore_rank] if wide else V[:config.galore_rank].t()
         state["basis"] = basis.to(gradient.dtype).contiguous()      # (shorter side, R)
-    basis = state["basis"]
+    state["age"], basis = state.get("age", 0) + 1, state["basis"]
     if wide:
-        return config.galore_scale * basis @ adamw(basis.t() @ gradient, state, config)
-    return config.galore_scale * adamw(gradient @ basis, state, config) @ basis.t()
+        return config.galore_scale * basis @ adamw(basis.t() @ gradient, state, config, skip)
+    return config.galore_scale * adamw(gradient @ basis, state, config, skip) @ basis.t()
 
 
-def muon(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig) -> torch.Tensor:
+def muon(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig,
+         skip: torch.Tensor) -> torch.Tensor:
     """The nearest orthogonal matrix to the mean of gradients with Nesterov's step, roughly.
 
     Five Newton-Schulz steps bring every singular value near 1. A matrix (n, m) so has entries of
@@ -151,7 +173,7 @@ def muon(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig) -> 
     """
     if "mean" not in state:
         state["mean"] = torch.zeros_like(gradient)
-    mean = state["mean"].lerp_(gradient, 1 - config.muon_momentum)
+    mean = follow(state["mean"], gradient, config.muon_momentum, skip)
     x = gradient.lerp(mean, config.muon_momentum)
     tall = x.size(0) > x.size(1)
     x = (x.t() if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
@@ -169,12 +191,11 @@ RULES = {"adamw": adamw, "galore": galore, "muon": muon}
 
 def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
               skip: torch.Tensor) -> None:
-    """The optimizer's step, except where `skip` (a bool on the device) says not to."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False) and not scaler.is_enabled():
-        optimizer.found_inf = skip.float()              # read by the fused kernel: no wait for it
+    """The optimizer's step, except where `skip` (a bool on the device) says not to. The gradients
+    are unscaled."""
+    optimizer.found_inf = skip.float()                  # read on the device: no wait for it
+    if skip.device.type != "mps" or not skip:           # PyTorch's kernel there does not read it
         optimizer.step()
-    elif not skip:
-        scaler.step(optimizer)
     scaler.update()                                     # float16: it learns from overflows
 
 

@@ -5,10 +5,12 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
-from optim import RULES, SCHEDULES, OptimConfig, learning_rate, make_optimizer, parameter_groups
+from optim import (RULES, SCHEDULES, OptimConfig, learning_rate, make_optimizer, parameter_groups,
+                   take_step)
 from run.config import parse
 from train import TrainConfig
 
@@ -190,6 +192,94 @@ def test_a_loaded_optimizer_continues_exactly(optimizer):
         assert torch.equal(a, b)
 
 
+class OnDevice:
+    """A bool of an accelerator: whoever asks for its value waits for the device."""
+    waits = 0
+
+    def __init__(self, value, kind="cpu"):
+        self.value, self.device = torch.tensor(value), torch.device(kind)
+
+    def float(self):
+        return self.value.float()
+
+    def __bool__(self):
+        OnDevice.waits += 1
+        return bool(self.value)
+
+
+def skipping_steps(name, gradients, skips, kind="cpu", galore_every=100):
+    """The weights and the optimizer's state after these steps, some of them skipped."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 4)
+    config = OptimConfig(optimizer=name, galore_rank=2, galore_every=galore_every)
+    optimizer = make_optimizer(layer, config, 0.1, 0.5)
+    for gradient, skip in zip(gradients, skips):
+        layer.weight.grad = gradient.clone()
+        layer.bias.grad = gradient[:, 0].clone()
+        take_step(optimizer, torch.amp.GradScaler("cpu", enabled=False), OnDevice(skip, kind))
+    return [p.detach() for p in layer.parameters()], optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "galore", "muon"])
+def test_a_skipped_step_changes_nothing_and_is_not_waited_for(name):
+    """The first, and some among others."""
+    good = [torch.randn(4, 6) for _ in range(4)]
+    bad = torch.full((4, 6), math.nan)
+    OnDevice.waits = 0
+    found = skipping_steps(name, [bad, good[0], bad, good[1], bad, good[2], good[3]],
+                           [True, False, True, False, True, False, False])
+    assert OnDevice.waits == 0
+    found, expected = tree_leaves(found), tree_leaves(skipping_steps(name, good, 4 * [False]))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        if isinstance(one, torch.Tensor):               # of GaLore also a count of all steps
+            assert torch.equal(one, other)
+
+
+def test_galore_takes_no_directions_of_a_gradient_that_is_skipped():
+    """Those of the third step, which is skipped, are taken in the fourth."""
+    good = [torch.randn(4, 6) for _ in range(3)]
+    gradients = [*good[:2], torch.full((4, 6), math.nan), good[2]]
+    found = skipping_steps("galore", gradients, [False, False, True, False], galore_every=2)
+    expected = skipping_steps("galore", good, 3 * [False], galore_every=2)
+    for one, other in zip(tree_leaves(found), tree_leaves(expected)):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+def test_where_the_fused_kernel_ignores_it_a_skipped_step_is_not_taken(monkeypatch):
+    """PyTorch's AdamW for Apple's GPUs does not read found_inf."""
+    fused = torch.optim.AdamW.step
+
+    def deaf(self):
+        self.found_inf.zero_()
+        fused(self)
+    monkeypatch.setattr(torch.optim.AdamW, "step", deaf)
+    good = torch.randn(4, 6)
+    (found, _), (expected, _) = (skipping_steps("adamw", *steps, kind="mps") for steps in (
+        ([good, torch.full((4, 6), math.nan)], [False, True]), ([good], [False])))
+    for one, other in zip(found, expected):
+        assert torch.equal(one, other)
+
+
+def test_a_float16_run_skips_what_overflowed_without_a_wait():
+    """The scaler learns of it by `update`, as it would by its own `step`."""
+    layer = torch.nn.Linear(2, 2)
+    optimizer = make_optimizer(layer, OptimConfig(), 0.1, 0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    scaler.scale(torch.ones(()))                        # as a loss would be
+    before = [p.detach().clone() for p in layer.parameters()]
+    scales = []
+    for value in (math.inf, 1.0, 1.0):
+        for p in layer.parameters():
+            p.grad = torch.full_like(p, value)
+        scaler.unscale_(optimizer)
+        take_step(optimizer, scaler, OnDevice(not math.isfinite(value)))
+        scales.append(scaler.get_scale())
+        changed = not all(map(torch.equal, before, layer.parameters()))
+        assert changed == math.isfinite(value) or len(scales) > 1
+    assert scales == [4.0, 4.0, 8.0]                    # halved, then doubled after two good steps
+
+
 @pytest.mark.parametrize("optimizer", ["galore", "muon"])
 def test_it_learns(optimizer):
     torch.manual_seed(0)
@@ -207,7 +297,8 @@ def test_it_learns(optimizer):
 
 def test_a_new_rule_and_a_new_schedule_are_named_once(monkeypatch):
     """Lion (Chen et al. 2023) in a line, from the command line to the weights."""
-    monkeypatch.setitem(RULES, "lion", lambda gradient, state, config: gradient.sign())
+    monkeypatch.setitem(RULES, "lion",
+                        lambda gradient, state, config, skip: gradient.sign())
     with pytest.raises(ValueError, match="'sgd' is unknown; choose adamw, galore, muon or lion"):
         OptimConfig(optimizer="sgd")
     config = parse(TrainConfig, ["--optim.optimizer=lion", "--max_steps=1"], "train.py")
