@@ -61,10 +61,10 @@ class TrainConfig:
     seed: int = 0  # of weights, batch order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products; auto is
-        # bfloat16 where the hardware has it, else float32
+        # bfloat16 where the hardware has it, else float16 on GPUs, else float32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where there is a compiler
         # and the run is long enough to pay
-    deterministic: bool = True  # the same bits each time, where PyTorch knows a way
+    deterministic: bool = True  # the same bits each time; on a GPU it costs speed
     shard: Literal["none", "fsdp", "zero2"] = "none"  # split over the ranks: nothing; weights,
         # gradients and optimizer state; the last two
     max_steps: int = 0  # optimizer steps
@@ -151,7 +151,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     anything is written. A run that a signal stopped has the signal's number under "stopped_by".
     """
     with (processes(config.device, 1.2 * config.timeout_minutes) as world, stop_signals() as stop,
-          deterministic(config.deterministic), contextlib.ExitStack() as held):
+          deterministic(config.deterministic, world.device), contextlib.ExitStack() as held):
         return _train(config, world, stop, held)
 
 
@@ -195,7 +195,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
         parallel.load(optimizer, state)
-        scaler.load_state_dict(state["scaler"])
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
     state = None                                        # as large as all the above
     # Of the whole run, not of what is left: one that goes on has to compute as it did before.
     work = config.max_steps * config.batch_tokens / world.size * model.flops_per_token()

@@ -89,7 +89,7 @@ def main(words: list[str]) -> None:
     device = pick_device(config.device)
     Path(config.folder).mkdir(parents=True, exist_ok=True)
     states = [machine_state(device)]
-    with tempfile.TemporaryDirectory(dir=config.folder) as folder, deterministic(True):
+    with tempfile.TemporaryDirectory(dir=config.folder) as folder, deterministic(True, device):
         row = measure(config, device, Path(folder))
     states.append(machine_state(device))
     publish(report, f"saves-{device.type}", config.save, device, [row], states,

@@ -62,7 +62,7 @@ def measure(what: str, who: str, dtype: str, mode: str, kind: str, repeats: int,
         row = measure_generation(who, *GENERATE[what], dtype, mode, device, repeats, checkout)
     else:
         shape, *usual = SHAPES[what]
-        with deterministic(who == OURS) if ours else contextlib.nullcontext():
+        with deterministic(who == OURS, device) if ours else contextlib.nullcontext():
             row = measure_step(who, shape, micro_batch or usual[kind == "cuda"], dtype, mode,
                                device, repeats, checkout)
     return {"what": what, "who": who, "dtype": dtype, "mode": mode, **row}

@@ -65,7 +65,13 @@ class RowLoader:
         mine = self.order(step).reshape(self.accumulation, self.world, self.micro_batch)
         for rows in mine[:, self.rank]:
             batch = self.read(rows)
-            yield tuple(part.pin_memory() for part in batch) if self.pin else batch  # copied aside
+            yield tuple(map(self._pinned, batch)) if self.pin else batch
+
+    def _pinned(self, part: torch.Tensor) -> torch.Tensor:
+        # Memory that the GPU copies from by itself. Always as much as the largest batch needs:
+        # shapes that vary would have the allocator look for more, and wait, all the time.
+        room = torch.empty(self.micro_batch * self.block_size, dtype=part.dtype, pin_memory=True)
+        return room[:part.numel()].view(part.shape).copy_(part)
 
 
 class WindowLoader(RowLoader):

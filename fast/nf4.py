@@ -113,7 +113,8 @@ def unpack(codes: torch.Tensor, scale_codes: torch.Tensor, scale_scales: torch.T
     coarse = scale_scales.repeat_interleave(SCALE_BLOCK)[:len(scale_codes)]
     scales = scale_levels.index_select(0, scale_codes.int()) * coarse + scale_mean      # (blocks,)
     # A pair of levels moves as one number of 64 bits: three times as fast as an embedding of two.
-    levels = pairs.view(torch.float64).flatten().index_select(0, codes.int()).view(torch.float32)
+    # An integer, as Apple's GPUs have no float64.
+    levels = pairs.view(torch.int64).flatten().index_select(0, codes.int()).view(torch.float32)
     values = levels.view(-1, BLOCK).mul_(scales[:, None])
     return values.to(dtype).flatten()[:out_features * in_features].view(out_features, in_features)
 

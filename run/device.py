@@ -6,18 +6,21 @@
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Dense bf16 peaks in FLOP/s from NVIDIA's data sheets, for the model FLOPs utilisation (MFU). The
-# first entry whose name occurs in the device's name counts; one that is not here has MFU "?".
+# Dense peaks in FLOP/s from NVIDIA's data sheets, without sparsity, for the model FLOPs utilisation
+# (MFU): bf16 with float32 sums, float16 for cards before Ampere. The first entry that occurs in the
+# device's name, as whole words, counts; one that is not here has MFU "?".
 PEAK_FLOPS = {
-    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12,
-    "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "GB200": 2500e12, "B300": 2250e12, "B200": 2250e12, "GH200": 989e12, "H200 NVL": 835e12,
+    "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX A6000": 155e12,
+    "RTX 5090": 209e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12,
 }
 
 
@@ -33,11 +36,14 @@ def pick_device(name: str = "auto") -> torch.device:
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdigit()):
         raise ValueError(f"device={name} is unknown; choose auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda":
-        number = int(index or os.environ.get("LOCAL_RANK", 0))
-        if number >= torch.cuda.device_count():
-            raise ValueError(f"device={name} needs GPU number {number}; PyTorch sees "
-                             f"{torch.cuda.device_count()} here; use --device=cpu, or start one "
-                             f"process for each GPU")
+        number, here = int(index or os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if not here:
+            raise ValueError(f"device={name} is not available: PyTorch {torch.__version__} sees no "
+                             f"GPU of NVIDIA's here; use --device=cpu, or install a CUDA build")
+        if number >= here:
+            raise ValueError(f"device={name} needs GPU number {number}, and the {here} here are "
+                             f"numbered from 0; start at most {here} processes "
+                             f"(--nproc_per_node={here})")
         torch.cuda.set_device(number)
         return torch.device("cuda", number)
     if kind == "mps" and not torch.backends.mps.is_available():
@@ -71,9 +77,12 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of matrix products: "auto" is bfloat16 where it is native, else float32."""
+    """The precision of matrix products: "auto" is bfloat16 where it is native, float16 on other
+    GPUs with tensor cores (V100, T4), else float32."""
     if name == "auto":
-        name = "bfloat16" if native_bf16(device) else "float32"
+        tensor_cores = device.type == "cuda" and \
+            torch.cuda.get_device_capability(device) >= (7, 0)
+        name = "bfloat16" if native_bf16(device) else "float16" if tensor_cores else "float32"
     if name == "float16" and device.type == "cpu":
         raise ValueError("dtype=float16 is not for training on a CPU; use bfloat16 or float32")
     if name == "bfloat16" and device.type == "cuda" and not native_bf16(device):
@@ -107,7 +116,8 @@ def device_name(device: torch.device) -> str:
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 peak in FLOP/s, None when it is not in the table."""
     name = device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)),
+                None)
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,6 +12,7 @@ References: Li et al. 2020 (2006.15704) for DDP, Zhao et al. 2023 (2304.11277) f
 PyTorch's own.
 """
 import copy
+import inspect
 import sys
 from typing import Any, Callable
 
@@ -58,7 +59,12 @@ class Parallel:
                 fully_shard(block, **options)
             fully_shard(model, **options)
         elif world.size > 1:
-            self.network = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            # The only buffers, NF4's codes, never change. PyTorch 2.13 has a new name for it.
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = "forward_sync_buffers" if "forward_sync_buffers" in known else \
+                "broadcast_buffers"
+            self.network = DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                                   **{name: False})
 
     def sync(self, last: bool) -> None:
         """Gradients are reduced over the ranks with the last micro-batch only."""

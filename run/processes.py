@@ -1,6 +1,7 @@
 """What stands between a command and the loop: processes, stop signals, deterministic arithmetic.
 
-    with processes("auto", minutes=30) as world, stop_signals() as stop, deterministic(True): ...
+    with processes("auto", minutes=30) as world, stop_signals() as stop, \
+            deterministic(True, world.device): ...
 """
 import gc
 import os
@@ -61,6 +62,9 @@ def processes(device_name: str, minutes: float = 30) -> Iterator[Processes]:
         yield Processes(0, 1, device)
         return
     on_gpu = device.type == "cuda"
+    if on_gpu and not dist.is_nccl_available():
+        raise ValueError(f"this PyTorch ({torch.__version__}, {sys.platform}) has no NCCL, which "
+                         f"{size} processes on GPUs need; start one, or use --device=cpu")
     store = _meet(rank, size, timedelta(minutes=minutes))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(minutes=minutes),
                             store=store(), rank=rank, world_size=size,
@@ -155,17 +159,18 @@ def stop_signals() -> Iterator[StopRequest]:
 
 
 @contextmanager
-def deterministic(on: bool) -> Iterator[None]:
-    """Arithmetic that gives the same bits each time, where PyTorch knows a way.
+def deterministic(on: bool, device: torch.device) -> Iterator[None]:
+    """Arithmetic that gives the same bits each time.
 
     Without it torch.compile adds up the embedding's gradient in the order in which threads come to
-    it, and so does attention's backward pass on a GPU.
+    it, and so does attention's backward pass on a GPU. There an operation that knows no such way is
+    a RuntimeError: merely warned, PyTorch keeps attention's usual one. Elsewhere it is a warning.
     """
     before = (torch.are_deterministic_algorithms_enabled(),
               torch.is_deterministic_algorithms_warn_only_enabled(),
               torch.utils.deterministic.fill_uninitialized_memory)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS asks for it
-    torch.use_deterministic_algorithms(on or before[0], warn_only=True)
+    torch.use_deterministic_algorithms(on or before[0], warn_only=device.type != "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False     # we read none
     try:
         yield
