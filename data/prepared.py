@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence, TypeVar
 
 from formats.files import read_json, write_bytes, write_json
+from run.watch import locked
 
 FORMAT_VERSION = 1
 DATA = Path(__file__).parent    # named data sets live beside this file
@@ -50,13 +51,15 @@ def write_dataset(folder: str | Path, kind: str, splits: dict[str, Sequence[Any]
     """Write each split as NAME.jsonl, a record a line, and then meta.json; return the latter."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.json").unlink(missing_ok=True)                  # from here on it is incomplete
     meta = {"version": FORMAT_VERSION, "kind": kind, "source": source, **facts, "splits": {}}
-    for name, records in splits.items():
-        data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
-        write_bytes(folder / f"{name}.jsonl", data)
-        meta["splits"][name] = {"records": len(records), "sha256": hashlib.sha256(data).hexdigest()}
-    write_json(folder / "meta.json", meta)
+    with locked(folder):
+        (folder / "meta.json").unlink(missing_ok=True)              # from here on it is incomplete
+        for name, records in splits.items():
+            data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+            write_bytes(folder / f"{name}.jsonl", data)
+            meta["splits"][name] = {"records": len(records),
+                                    "sha256": hashlib.sha256(data).hexdigest()}
+        write_json(folder / "meta.json", meta)
     return meta
 
 

@@ -6,6 +6,7 @@
 Killed at any moment, it leaves no meta.json, so nobody takes the folder for a data set; the same
 calls make it anew, or with `resume` complete it, to the same bytes.
 """
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any, Iterable
@@ -15,6 +16,7 @@ import numpy as np
 from data.prepared import AGAIN, FORMAT_VERSION
 from data.shards import STAMP, check_meta, files_of, open_shard, shard_name
 from formats.files import atomic_write, read_json, write_json
+from run.watch import locked
 
 
 class ShardWriter:
@@ -36,6 +38,8 @@ class ShardWriter:
         self.pending: dict[str, list[np.ndarray]] = {}
         self.pending_tokens: dict[str, int] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.held = contextlib.ExitStack()              # let go at the end, or with this object
+        self.held.enter_context(locked(self.folder))
         progress = self.folder / "progress.json"
         if resume and progress.exists():
             saved, documents = read_progress(self.folder)
@@ -80,6 +84,7 @@ class ShardWriter:
             open_shard(path, facts) for path, facts in train.items()))
         write_json(self.folder / "meta.json", self.meta)
         (self.folder / "progress.json").unlink(missing_ok=True)
+        self.held.close()
         return self.meta
 
     def _write(self, split: str) -> None:

@@ -16,7 +16,9 @@ import sample
 import train as train_module
 from bpe import Tokenizer
 from data import shards
+from data.prepared import write_dataset
 from data.texts import find_files, read_documents
+from data.writer import ShardWriter
 from formats.gpt2 import load_tensors
 from run import checkpoint, log, processes
 from run.config import build
@@ -288,3 +290,14 @@ def test_settings_of_a_run_that_are_none_are_one_line(settings, content):
 def test_a_vocabulary_beyond_any_tokenizer_is_refused_before_the_text_is_read(capsys):
     assert bpe.main(["train", "no file", "--vocab-size=99999999999", "--out=tok.json"]) == 2
     assert capsys.readouterr().err.startswith("bpe.py: vocab_size=99999999999 is above 4194304")
+
+
+def test_two_preparations_of_one_folder_are_refused(tmp_path):
+    first = ShardWriter(tmp_path, Tokenizer([], special_tokens=()), "first")
+    with pytest.raises(ValueError, match="is in use by process .*; wait for its end"):
+        ShardWriter(tmp_path, Tokenizer([], special_tokens=()), "second")
+    with pytest.raises(ValueError, match="is in use by process"):
+        write_dataset(tmp_path, "chat", {"train": []}, "third")
+    first.add("train", [1, 2, 3])
+    first.finish()
+    assert write_dataset(tmp_path, "chat", {"train": []}, "fourth")["source"] == "fourth"
