@@ -39,7 +39,8 @@ GPT2_VOCAB = 50257                  # losses compare for one tokenizer only
 GPT2_HELLASWAG, CHANCE = 0.2955, 0.25
 COLUMNS, ROWS = 64, 22               # of a sample that is drawn
 ENDINGS = (".png", ".svg", ".html")
-STYLE = {"path.simplify_threshold": 0.3, "svg.fonttype": "none", "svg.hashsalt": "oneloop",
+STYLE = {"text.parse_math": False,         # names of runs may have a $
+         "path.simplify_threshold": 0.3, "svg.fonttype": "none", "svg.hashsalt": "oneloop",
          "font.size": 9, "axes.titlesize": 10,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#DDDDDD", "grid.linewidth": 0.6, "axes.axisbelow": True,

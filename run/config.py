@@ -128,6 +128,8 @@ def run_command(main: Callable[[list[str]], Any]) -> None:
 
     ONELOOP_TRACEBACK=1 shows where it was raised.
     """
+    for stream in (sys.stdout, sys.stderr):             # a terminal that lacks a character
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except Exception as error:

@@ -75,7 +75,8 @@ class RunLog:
             return
         self.path = repaired_log(out / "log.jsonl", start)
         self.file, self.unwritten = open(self.path, "ab", buffering=0), b""
-        self.board = _tensorboard(out) if config.report_to == "tensorboard" else None
+        self.board = (summary_writer()(str(out / "tensorboard"))
+                      if config.report_to == "tensorboard" else None)
         self.bar = tqdm(total=self.max_steps, initial=start, unit="step", dynamic_ncols=True,
                         disable=not self.terminal)
 
@@ -293,10 +294,11 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _tensorboard(folder: Path):
+def summary_writer() -> type:
+    """TensorBoard's, or an error that names the extra."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError:
         raise ModuleNotFoundError('report_to=tensorboard needs the extra "tensorboard": pip '
                                   'install -c constraints.txt -e ".[tensorboard]"') from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter

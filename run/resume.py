@@ -17,7 +17,8 @@ import torch
 from formats.files import read_json, write_json
 from run import checkpoint
 from run.config import flatten
-from run.log import RunLog, final_figures, in_words, provenance, read_log, this_command, this_python
+from run.log import (RunLog, final_figures, in_words, provenance, read_log, summary_writer,
+                     this_command, this_python)
 from run.processes import Processes
 from run.watch import locked
 
@@ -42,6 +43,8 @@ class Progress:
 def with_shape(config: Any, model: Any, data: Any) -> Any:
     """The config of train.py with the shape that the network has and the template of the data. A
     classifier writes nothing; its head is new, so it trains in full beside an adapter."""
+    if config.report_to == "tensorboard":
+        summary_writer()                                # said before anything is written
     config = dataclasses.replace(config, model=model.config, template=data.template)
     if not data.classes:
         return config

@@ -1,4 +1,5 @@
 """Nothing wrong in silence: the best model, numbers that are not finite, signals, the screen."""
+import io
 import json
 import math
 import os
@@ -19,9 +20,10 @@ from data import shards
 from data.prepared import write_dataset
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter
+from experiments.plots import picture
 from formats.gpt2 import load_tensors
 from run import checkpoint, log, processes
-from run.config import build
+from run.config import build, run_command
 from run.load import load_model
 from train import TrainConfig, train
 
@@ -301,3 +303,24 @@ def test_two_preparations_of_one_folder_are_refused(tmp_path):
     first.add("train", [1, 2, 3])
     first.finish()
     assert write_dataset(tmp_path, "chat", {"train": []}, "fourth")["source"] == "fourth"
+
+
+def test_a_missing_tensorboard_is_said_before_anything_is_written(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match='needs the extra "tensorboard"'):
+        run(settings, report_to="tensorboard")
+    assert not Path(settings["out"]).exists()
+
+
+def test_a_screen_without_a_character_gets_its_spelling(monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
+    run_command(lambda words: print("█"))
+    screen.flush()
+    assert screen.buffer.getvalue() == b"\\u2588\n"
+
+
+def test_a_name_that_looks_like_mathematics_is_drawn_as_it_is():
+    pytest.importorskip("matplotlib")
+    assert picture(lambda figure: figure.suptitle(r"a$\bad$"), (2, 1), 50)
