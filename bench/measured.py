@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Callable
 
-from bench import (bpe, hellaswag, kills, ladder, lm_eval, loading, lora, machine, ranks, saves,
+from bench import (bpe, gpu, hellaswag, kills, ladder, lm_eval, loading, lora, machine, ranks, saves,
                    shakespeare, step, versus_peers)
 from bench.machine import REPOSITORY, table
 from run.config import parse, run_command
@@ -20,6 +20,7 @@ in turn; `bench/__main__.py` names the parts of `make bench`. Nothing here was m
 unless a table says so.
 """
 TITLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {     # files: heading, report
+    "gpu-*": ("On a GPU", gpu.report),
     "versus-peers-*": ("Steps and generation beside peers", versus_peers.report),
     "ladder-*": ("What makes a step fast", ladder.report),
     "step-*": ("A step", step.report),

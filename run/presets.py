@@ -83,7 +83,7 @@ PRESETS = {
     "gpt2-124m": Preset(
         "GPT-2 124M on 10 B tokens of FineWeb-Edu",
         "validation loss 3.29 and HellaSwag 29.9% are published for this recipe (build-nanogpt, "
-        "llm.c: 94 minutes on 8 A100-80GB); not measured here",
+        "llm.c: 94 minutes on 8 A100-80GB); predicted, not measured here",
         _pretraining(12, 12, 768, 6e-4, 32)),
     "gpt2-350m": Preset(
         "GPT-2 medium, 350M, likewise", "not measured", _pretraining(24, 16, 1024, 3e-4, 16)),
