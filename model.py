@@ -20,6 +20,7 @@ from typing import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fast.cross_entropy import IGNORE, linear_cross_entropy
@@ -31,8 +32,7 @@ SIZES = {               # parameters: 124,439,808  354,823,168  774,030,080  1,5
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),
-}
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,7 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=INIT_STD)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # Every block adds two branches to the residual stream; scaled so, the sum of all keeps
-        # the variance of one (GPT-2 paper, section 2.3).
+        # The sum of all branches is to have the variance of one (GPT-2 paper, section 2.3).
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=INIT_STD / math.sqrt(2 * config.n_layer))
@@ -245,8 +244,9 @@ class GPT(nn.Module):
         self.train(was_training)
         return out
 
+    @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits of the token that follows idx (B, T), in float32: (B, V)."""
+        """Logits (B, V), in float32, after idx (B, T). No cuDNN: it plans for each new length."""
         x = self.features(idx, cache=cache)[:, -1]                  # (B, C): only the last token
         return self.lm_head(x)[:, :self.config.vocab_size].float()
 

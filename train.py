@@ -29,6 +29,7 @@ from data.sets import find_or_make, open_data
 from eval import hellaswag
 from eval.fit import fit_report
 from eval.loss import evaluate_loss, token_lengths
+from fast.attention import any_shape
 from fast.linear import use_fast_products
 from lora import LoRAConfig, add_lora
 from model import GPTConfig
@@ -51,8 +52,7 @@ FIT_TOKENS = 20_000         # of each split that the fit report reads
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Every setting of a run, as `python train.py --help` lists it. ValueError for what cannot be.
-    """
+    """Every setting of a run, as `train.py --help` lists it. ValueError for what cannot be."""
     out: str = "out/run"  # folder of the run; a run that is there goes on
     data: str = "corpus"  # data set: a name under data/ or a folder, of token shards, conversations
         # or texts with classes
@@ -158,10 +158,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: contextlib.ExitStack
            ) -> dict[str, Any]:
     device, dtype, out = world.device, pick_dtype(config.dtype, world.device), Path(config.out)
-    torch.manual_seed(config.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")      # TF32 for what autocast leaves in float32
-
+    torch.manual_seed(config.seed)                      # below: TF32 for what autocast leaves
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     # Data and base weights -> LoRA, quantised -> DDP or FSDP -> optimizer -> resume -> compile.
     folder = find_or_make(config.data, world)
     start, tokenizer = load_start(config.init_from, config.model)
@@ -199,8 +197,11 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     state = None                                        # as large as all the above
     # Of the whole run, not of what is left: one that goes on has to compute as it did before.
     work = config.max_steps * config.batch_tokens / world.size * model.flops_per_token()
+    held.enter_context(any_shape(not batches.one_shape))
     network = compiled(parallel, config.compile, batches, work, world, dtype)
-
+    # On a GPU windows are evaluated compiled too; FSDP's copy would be compiled each time.
+    fixed = (device.type == "cuda" and network is not parallel.network and batches.one_shape
+             and not config.packing and config.shard == "none")
     step, ended, figures = progress.step, "", {}
     lengths = token_lengths(data.tokenizer) if data.tokenizer else None
     saver = Saver(out, config.keep_last, config.save_total_limit, config.max_failed_saves,
@@ -270,7 +271,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
             whole = parallel.whole()
             if evaluating:
                 figures = evaluate_loss(whole, data.validation(config, world), device, lengths,
-                                        dtype)
+                                        dtype, fixed)
                 log.evaluation(step, figures)
                 saver.wait()                            # is best.pt the one before, or the new one?
                 better = figures["loss"] < world.from_first(saver.best_loss)
@@ -302,7 +303,6 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
             log.lap(training=False)
     saver.close()
     progress.step, progress.best_loss = step, world.from_first(saver.best_loss)
-
     if data.template and ended in ("", "patience"):
         whole = parallel.whole()
         if world.rank == 0:

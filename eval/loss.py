@@ -66,24 +66,36 @@ def token_lengths(tokenizer: Any) -> torch.Tensor:
 
 def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
                   device: torch.device, lengths: torch.Tensor | None = None,
-                  dtype: torch.dtype = torch.float32) -> dict[str, float]:
+                  dtype: torch.dtype = torch.float32,
+                  compile: bool = False) -> dict[str, float]:
     """Evaluate a model on (x, y) batches of this rank; with a process group, of all ranks.
 
-    lengths: from `token_lengths`; without it there are no bits per byte.
+    lengths: from `token_lengths`; without it there are no bits per byte. compile: do so for
+    the shape of the first batch; those of another, the last one perhaps, go without.
     Returns loss (nats per label) and tokens, the number of labels; of a GPT also perplexity and,
     with lengths, bits_per_byte; of a Classifier accuracy.
     """
     classes = getattr(model, "classes", 0)
-    total = torch.zeros(4, dtype=torch.float64)                     # nats, labels, bytes, right
-    with evaluating(model, dtype):
+    compiled = torch.compile(model, dynamic=False) if compile else model
+    shape = None
+    tokens = spelled = 0
+    found: list[torch.Tensor] = []                                  # a batch's nats and right ones
+    with evaluating(model, dtype, one_shape=compile):
         for x, y in batches:
-            logits, nats = model(x.to(device), y.to(device), reduction="sum")
-            targets, spelled, right = y[y >= 0], 0, 0
-            if classes:
-                right = (logits.argmax(1).cpu() == targets).sum()
-            elif lengths is not None:
-                spelled = lengths[targets].sum()
-            total += torch.tensor([nats.item(), len(targets), spelled, right], dtype=torch.float64)
+            if device.type == "cuda":
+                x, y = x.pin_memory(), y.pin_memory()               # the host need not wait
+            shape = shape or x.shape
+            network, targets = compiled if x.shape == shape else model, y[y >= 0]
+            logits, nats = network(x.to(device, non_blocking=True), y.to(device, non_blocking=True),
+                                   reduction="sum")
+            right = (logits.argmax(1) == targets.to(device)).sum() if classes else nats.new_zeros(())
+            found.append(torch.stack([nats, right.to(nats)]))
+            tokens += len(targets)
+            if lengths is not None and not classes:
+                spelled += int(lengths[targets].sum())
+    total = torch.tensor([0, tokens, spelled, 0], dtype=torch.float64)  # nats, labels, bytes, right
+    for nats, right in torch.stack(found).tolist() if found else ():   # the host waits once, here
+        total += torch.tensor([nats, 0, 0, right], dtype=torch.float64)
     if dist.is_initialized():
         total = total.to(device) if device.type == "cuda" else total    # NCCL reduces on the GPU
         dist.all_reduce(total)

@@ -6,17 +6,20 @@ from typing import Any, Iterator
 import torch
 import torch.nn as nn
 
+from fast.attention import any_shape
 from model import IGNORE
 from run.device import autocast
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[torch.device]:
-    """The model's device; inside, dropout is off, no gradient is kept, products are in dtype."""
+def evaluating(model: nn.Module, dtype: torch.dtype = torch.float32,
+               one_shape: bool = False) -> Iterator[torch.device]:
+    """The model's device; inside, dropout is off, no gradient is kept, products are in dtype.
+    one_shape: whether the batches are so alike that attention may be prepared for their shape."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        with torch.no_grad(), autocast(device, dtype):
+        with torch.no_grad(), autocast(device, dtype), any_shape(not one_shape):
             yield device
     finally:
         model.train(was_training)

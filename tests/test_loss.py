@@ -321,3 +321,40 @@ def test_a_run_brings_its_template(conversations, chat_model, tmp_path):
                                                          template=template))
                for model, template in ((str(tmp_path), ""), ("gpt2", "chatml"))]
     assert figures[0] == figures[1]
+
+
+def test_the_host_waits_once_for_an_evaluation_and_compiles_one_shape(monkeypatch):
+    """Told by the reads of tensors on the host, and by what goes through torch.compile."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    ids = torch.randint(20, (7, 9))
+    batches = [(part[:, :-1], part[:, 1:]) for part in ids.split(2)]        # 2, 2, 2 and 1 rows
+    with torch.no_grad():
+        expected = sum(model(x, y, reduction="sum")[1].item() for x, y in batches) / (7 * 8)
+    reads, compiled = [], []
+
+    def counted(name):
+        original = getattr(torch.Tensor, name)
+        return lambda tensor: reads.append(name) or original(tensor)
+    for name in ("item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: lambda x, y, reduction: (
+        compiled.append(len(x)) or network(x, y, reduction=reduction)))
+    for compile in (False, True):
+        reads.clear()
+        assert evaluate_loss(model, batches, CPU, compile=compile)["loss"] == expected
+        assert reads == ["tolist", "tolist"]            # of all batches, and of the ranks' sum
+    assert compiled == [2, 2, 2]
+
+
+def test_attention_of_changing_shapes_leaves_cudnn_out(monkeypatch):
+    seen = []
+    monkeypatch.setattr(GPT, "features", lambda self, *_, **__: seen.append(
+        torch.backends.cuda.cudnn_sdp_enabled()) or torch.zeros(1, 1, 8))
+    model = GPT(GPTConfig(vocab_size=20, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    model.next_logits(torch.zeros(1, 3, dtype=torch.long))
+    x = torch.zeros(1, 4, dtype=torch.long)
+    for compile in (False, True):
+        monkeypatch.setattr(torch, "compile", lambda network, dynamic: network)
+        evaluate_loss(model, [(x, x[:, :1])], CPU, compile=compile)
+    assert seen == [False, False, True] and torch.backends.cuda.cudnn_sdp_enabled()
