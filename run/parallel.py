@@ -49,8 +49,8 @@ class Parallel:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
             self.hollow = _hollow(copy.deepcopy(model))                 # what whole() fills
             mesh = init_device_mesh(world.device.type, (world.size,))
-            # Gathered in the dtype of the products, reduced in float32. Inputs keep their own:
-            # the residual stream stays in float32, as under autocast.
+            # Gathered in the dtype of the products, reduced in float32. Embeddings are gathered in
+            # it too, so the residual stream is in that dtype; under autocast it is in float32.
             options = dict(mesh=mesh, reshard_after_forward=shard == "fsdp",
                            mp_policy=MixedPrecisionPolicy(
                                param_dtype=None if dtype == torch.float32 else dtype,
