@@ -1,5 +1,6 @@
 """Nothing wrong in silence: the best model, numbers that are not finite, signals, the screen."""
 import io
+import itertools
 import json
 import math
 import os
@@ -173,6 +174,22 @@ def command(settings, *words):
     return [sys.executable, "train.py", *(f"--{key}={value}" for key, value in settings.items()
                                           if key != "model"),
             *(f"--model.{key}={value}" for key, value in MODEL.items()), *words]
+
+
+def test_a_signal_is_heard_within_seconds_however_long_the_steps_are(settings, monkeypatch):
+    """Steps of 10 s by the clock of the log, log_every=1000: the step with the signal is the last.
+    torchrun ends a rank 30 s after its signal."""
+    clock, count, real = itertools.count(), itertools.count(1), train_module.take_step
+    monkeypatch.setattr(log.time, "perf_counter", lambda: 10.0 * next(clock))
+
+    def signalled(*arguments):
+        real(*arguments)
+        if next(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(train_module, "take_step", signalled)
+    summary = run(settings, log_every=1000, eval_every=0, max_steps=50)
+    assert (summary["step"], summary["stopped_by"]) == (3, signal.SIGTERM)
+    assert checkpoint.load_last(settings["out"])["step"] == 3
 
 
 def test_two_signals_to_end_a_run_still_save_it(settings):

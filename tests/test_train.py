@@ -248,7 +248,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_exit_code_names_it(dataset, tm
 
 def test_max_minutes_saves_and_stops(dataset, tmp_path):
     summary = train(settings(dataset, tmp_path, max_steps=10**6, max_minutes=1e-6))
-    assert summary["step"] == checkpoint.load(tmp_path / "last.pt")["step"] == 3
+    assert summary["step"] == checkpoint.load(tmp_path / "last.pt")["step"] == 1
 
 
 def test_a_finished_run_is_left_alone(dataset, tmp_path, capsys):
