@@ -96,11 +96,10 @@ class RunLog:
         rank has it.
         """
         seconds, tokens = self.lap(), len(self.pending) * self.tokens_per_step
-        shared = torch.tensor([*votes, seconds / len(self.pending)], device=self.device)
-        sums = self.world.sum(torch.cat([torch.stack([row[2] for row in self.pending]), shared]))
+        *agreed, each = self.world.sum(torch.tensor(
+            [*votes, seconds / len(self.pending)], device=self.device)).tolist()
+        losses = self.world.sum(torch.stack([row[2] for row in self.pending])).tolist()
         norms, skips = (torch.stack(column).tolist() for column in list(zip(*self.pending))[3:])
-        *sums, each = sums.tolist()                                 # waits for the device
-        losses, agreed = sums[:len(self.pending)], sums[len(self.pending):]
         self.every = max(1, min(self.log_every, int(LOOK * self.world.size / max(each, 1e-9))))
         self.trained_tokens += tokens
         speed = tokens / seconds

@@ -80,6 +80,10 @@ class Watch:
     thread that tells a shared store, every `minutes` / 20, that it lives and where its loop is.
     When a rank has been at one place for `minutes`, it prints which rank is behind, or shows no
     sign of life, and exits with EXIT_HANGS; torchrun then ends the others and may restart all.
+
+    A place is the host's. On GPUs hosts run ahead of their devices, to the next look at them: a
+    rank whose host hangs is behind and named; where a device or the network hangs, all hosts come
+    to wait at one place, and all are named.
     """
 
     def __init__(self, world: Processes, minutes: float):
