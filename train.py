@@ -102,7 +102,7 @@ class TrainConfig:
     skip_spikes: float = 0.0  # skip a step whose loss is so many standard deviations above the last
         # 100; 0: never
     timeout_minutes: float = 30.0  # how long ranks wait for one that hangs
-    log_every: int = 10  # steps between looks at the device, or 5 seconds; each step is logged
+    log_every: int = 10  # steps between looks at the device, or 10 seconds; each step is logged
     max_minutes: float = 0.0  # save and stop after this time; 0: no limit
     report_to: Literal["none", "tensorboard"] = "none"  # besides log.jsonl and the screen
     dry_run: bool = False  # say what would happen, in seconds, and train nothing

@@ -28,7 +28,7 @@ from run.processes import Processes
 REPOSITORY = Path(__file__).parent.parent
 NAMES = {"loss": "validation loss", "bits_per_byte": "bits per byte"}
 VALIDATION = ("loss", "perplexity", "accuracy")      # called val_... in the log
-LOOK = 5.0                      # seconds between looks at the device, at most, or one step
+LOOK = 10.0                     # seconds between looks at the device, at most, or one step
 SPIKE = 6.0                     # standard deviations above the last 100 losses: marked in the log
 
 
@@ -65,8 +65,8 @@ class RunLog:
         self.tokens_per_step, self.max_steps = config.batch_tokens, config.max_steps
         peak = peak_flops(device)
         self.mfu_per_token = flops_per_token / (peak * world.size) if peak else None
-        # Steps between looks: one at first, then log_every, fewer where steps are long. A signal is
-        # heard of then, and torchrun ends a rank 30 s after its own.
+        # Steps between looks: one for two steps, then log_every, fewer where steps are long. A
+        # signal is heard of then, and torchrun ends a rank 30 s after its own.
         self.every, self.log_every, self.start = 1, config.log_every, start
         self.pending: list[tuple[int, float, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.last_loss = float("nan")
@@ -100,7 +100,9 @@ class RunLog:
             [*votes, seconds / len(self.pending)], device=self.device)).tolist()
         losses = self.world.sum(torch.stack([row[2] for row in self.pending])).tolist()
         norms, skips = (torch.stack(column).tolist() for column in list(zip(*self.pending))[3:])
-        self.every = max(1, min(self.log_every, int(LOOK * self.world.size / max(each, 1e-9))))
+        step = self.pending[-1][0]
+        if step > self.start + 1:                                   # the first one warms up
+            self.every = max(1, min(self.log_every, int(LOOK * self.world.size / max(each, 1e-9))))
         self.trained_tokens += tokens
         speed = tokens / seconds
         for (step, lr, *_), loss, norm, skipped in zip(self.pending, losses, norms, skips):
@@ -121,8 +123,8 @@ class RunLog:
                 self.last_loss = loss
                 self.spikes.add(loss)
             self.write(line)
-        step = self.pending[-1][0]
-        if self.active and (step > self.start + 1 or step % self.log_every == 0 or self.every == 1
+        step = self.pending[-1][0]                                  # the last one
+        if self.active and (step > self.start + 2 or step % self.log_every == 0
                             or step == self.max_steps):
             self._show(step, losses[-1], self.pending[-1][1], norms[-1], speed)
         self.pending.clear()
