@@ -50,7 +50,7 @@ def prepare(name: str, words: list[str], kill_at: int = 0) -> bool:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())
-            if path.name != shards.STAMP}
+            if path.name not in (shards.STAMP, ".lock")}
 
 
 def is_data_set(folder: Path) -> bool:

@@ -108,7 +108,7 @@ def test_help_shows_type_default_and_meaning_of_every_setting(capsys):
     (["train.py", "--batch_tokens=3000"], "try batch_tokens=2048 or 4096"),
     (["train.py", "--data=nowhere"], "there is no prepared data set"),
     (["train.py", "--dtype=float16", "--device=cpu"], "not for training on a CPU"),
-    (["train.py", "--device=cuda:99"], "needs GPU number 99"),
+    (["train.py", "--device=cuda:99"], "device=cuda:99 is not available"),
     (["train.py", "--max_steps=0"], "give one of them"),
     (["sample.py", "out/nothing-here"], "there is no run"),
     (["-m", "data.corpus", "--from=/no/such/file"], "there is no file or folder /no/such/file"),

@@ -39,9 +39,9 @@ OURS = {                    # what becomes an ordinary LoRA in a file
 }
 
 
-def gpt(seed=0):
+def gpt(seed=0, shape=SHAPE):
     torch.manual_seed(seed)
-    model = GPT(SHAPE)
+    model = GPT(shape)
     for name, p in model.named_parameters():                # no zero biases: they would hide errors
         if p.dim() == 1:
             p.data += 0.1 * torch.randn_like(p)
@@ -380,9 +380,10 @@ def test_a_folder_that_is_no_adapter_is_refused(tmp_path):
 # Exporting, and the adapter of a run
 
 def test_an_exported_base_has_the_adapter_merged_in(tmp_path, capsys):
-    gpt().save_pretrained(tmp_path / "base")
+    shape = dataclasses.replace(SHAPE, vocab_size=256)
+    gpt(shape=shape).save_pretrained(tmp_path / "base")
     Tokenizer([], special_tokens=()).save_pretrained(tmp_path / "base")
-    model = shake(add_lora(gpt(), LoRAConfig(r=4, use_dora=True, bias="all")))
+    model = shake(add_lora(gpt(shape=shape), LoRAConfig(r=4, use_dora=True, bias="all")))
     save_lora(model, tmp_path / "adapter", base="somewhere")
     export.main([str(tmp_path / "base"), f"--adapter={tmp_path / 'adapter'}",
                  f"--out={tmp_path / 'merged'}"])

@@ -125,7 +125,8 @@ def talker(request, tmp_path_factory):
     run = folder / "run"
     run.mkdir()
     settings = {"model": dataclasses.asdict(model.config), "template": template}
-    checkpoint.save(run / "best.pt", {"model": model.state_dict(), "config": settings})
+    checkpoint.save(run / "best.pt", {"model": model.state_dict(), "config": settings,
+                                      "step": 150, "base": "", "best_loss": 1.0})
     (run / "config.json").write_text(json.dumps(settings))
     (run / "run.json").write_text("{}")
     tokenizer.save(run / "tokenizer.json")
