@@ -34,6 +34,8 @@ class OptimConfig:
     muon_momentum: float = 0.95  # Muon: decay of the mean of gradients
     power: float = 1.0  # exponent of the polynomial schedule
     decay_share: float = 0.2  # share of the steps in which the wsd schedule decays
+    decay_to: float = 0.01  # what the exponential schedule ends at, as a share of the way from the
+        # floor to the peak
 
     def __post_init__(self):
         for name in ("beta1", "beta2", "muon_momentum"):
@@ -46,8 +48,9 @@ class OptimConfig:
             *names, last = RULES
             raise ValueError(f"optim.optimizer={self.optimizer!r} is unknown; choose "
                              f"{', '.join(names)} or {last}")
-        if not 0 < self.decay_share <= 1:
-            raise ValueError(f"optim.decay_share={self.decay_share} is not in (0, 1]")
+        for name in ("decay_share", "decay_to"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} is not in (0, 1]")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float,
@@ -208,6 +211,8 @@ SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {
     # warmup-stable-decay (Hu et al. 2024, MiniCPM): constant, then linear in the last decay_share
     "wsd": lambda done, config: min(1.0, (1 - done) / config.decay_share),
     "polynomial": lambda done, config: (1 - done) ** config.power,
+    # the same factor every step, where the floor is 0
+    "exponential": lambda done, config: config.decay_to ** done,
 }
 
 

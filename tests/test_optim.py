@@ -25,11 +25,19 @@ SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
     ("constant", [0.5, 1, 1, 1, 1, 1]),
     ("wsd", [0.5, 1, 1, 1, 1, 0.2 + 0.8 * 0.125 / 0.5]),    # decays in the last half
     ("polynomial", [0.5, 1, 1, 0.2 + 0.8 * 0.75**2, 0.4, 0.2 + 0.8 * 0.125**2]),
+    ("exponential", [0.5, 1, 1, 0.2 + 0.8 * 0.5, 0.2 + 0.8 * 0.25, 0.2 + 0.8 * 0.5 ** 3.5]),
 ])
 def test_schedules_have_their_hand_worked_values(schedule, expected):
-    config = OptimConfig(power=2.0, decay_share=0.5)
+    config = OptimConfig(power=2.0, decay_share=0.5, decay_to=0.5 ** 4)     # halved each 2 steps
     found = [learning_rate(step, schedule, 10, 2, 1.0, 0.2, config) for step in (0, 1, 2, 4, 6, 9)]
     assert found == pytest.approx(expected)
+
+
+def test_the_exponential_schedule_multiplies_by_one_factor_where_the_floor_is_0():
+    rates = [learning_rate(step, "exponential", 8, 0, 1.0, 0.0) for step in range(8)]
+    assert [b / a for a, b in zip(rates, rates[1:])] == pytest.approx(7 * [0.01 ** (1 / 8)])
+    with pytest.raises(ValueError, match="optim.decay_to=0 is not in"):
+        OptimConfig(decay_to=0)
 
 
 def test_only_matrices_and_embeddings_decay_and_each_parameter_is_in_one_group():
