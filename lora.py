@@ -445,12 +445,7 @@ def merge_lora(model: nn.Module, *inputs: Any) -> float:
         changes, base = layer.changes(shares), layer.base_layer
         if not changes:
             continue
-        exact = weight_of(base)
-        for change, share in changes:
-            A, B = (factor.float() for factor in factors(change))
-            exact = exact + share * change.scale * spread(B, change.rows, len(exact)) @ A
-            if change.lora_magnitude is not None:
-                exact = rescaled(exact.t(), change, base).t()
+        exact = merged_weight(base, changes)
         merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
         dtype = torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
         merged.weight = nn.Parameter(exact.to(dtype).contiguous(), requires_grad=False)
@@ -464,6 +459,17 @@ def merge_lora(model: nn.Module, *inputs: Any) -> float:
         say(f"merged onto the dequantised weights of {packed} layers, which are float32 now")
     say(f"merged: {'logits differ' if inputs else 'weights are rounded'} by at most {moved:.3g}")
     return moved
+
+
+def merged_weight(base: nn.Module, changes: list[tuple[LowRank, float]]) -> torch.Tensor:
+    """The weight W + share * s B A + ... of a layer with these changes: (out, in) float32."""
+    weight = weight_of(base)
+    for change, share in changes:
+        A, B = (factor.float() for factor in factors(change))
+        weight = weight + share * change.scale * spread(B, change.rows, len(weight)) @ A
+        if change.lora_magnitude is not None:
+            weight = rescaled(weight.t(), change, base).t()
+    return weight
 
 
 def unmerge_lora(model: nn.Module) -> None:

@@ -182,10 +182,16 @@ def muon(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig,
     x = (x.t() if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
     x = x / x.norm().clamp_min(1e-7)
     for _ in range(5):
-        square = x @ x.t()
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+        x = newton_schulz(x)
     x = (x.t() if tall else x).to(gradient.dtype)
     return 0.2 * math.sqrt(max(x.shape)) * x
+
+
+def newton_schulz(x: torch.Tensor) -> torch.Tensor:
+    """One step towards an orthogonal matrix: x (n, m) keeps its singular directions, and a singular
+    value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which five steps bring near 1."""
+    square = x @ x.t()                                              # (n, n)
+    return 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
 
 
 # What OptimConfig.optimizer may be: one more is a function like these and a name here.
