@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
 from model import GPT
-from run import checkpoint
+from run import checkpoint, parallel
 from run import watch as faults
 from run.config import build
 from train import TrainConfig, train
@@ -28,6 +30,30 @@ def rank():
 def plain(settings):
     quiet(settings["out"])
     train(build(TrainConfig, settings))
+
+
+def recording(settings, path):
+    """Keeps the gradients of the first step, and the number of gradient buckets that were reduced
+    over the ranks."""
+    clip, gradients, reductions = torch.nn.utils.clip_grad_norm_, [], []
+
+    def kept(parameters, max_norm):
+        if not gradients:
+            gradients.extend(p.grad.clone() for p in parameters)
+        return clip(parameters, max_norm)
+
+    def counting(group, bucket):
+        reductions.append(bucket.index())
+        return allreduce_hook(group, bucket)
+
+    class CountingDDP(parallel.DistributedDataParallel):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            self.register_comm_hook(None, counting)
+    torch.nn.utils.clip_grad_norm_, parallel.DistributedDataParallel = kept, CountingDDP
+    plain(settings)
+    if rank() == 0:
+        torch.save({"gradients": gradients, "reductions": len(reductions)}, path)
 
 
 def commanded(settings):

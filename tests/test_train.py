@@ -13,6 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
+import ranks
+from bench import kills
 from data import loader, shards
 from model import GPT, IGNORE
 from run import checkpoint
@@ -78,39 +80,38 @@ def one_batch_run(tmp_path_factory, request):
     (folder / "text.txt").write_text(text)
     data = prepare(CorpusConfig(from_=str(folder / "text.txt"), tokenizer="bytes",
                                 out=str(folder / "data")))
-    return data, run_worker(folder / "run", data, ranks=1, micro_batch=16)
+    return data, recorded_run(folder / "run", data, number=1, micro_batch=16)
 
 
-def run_worker(out, data, ranks, micro_batch, compile="off"):
+def recorded_run(out, data, number, micro_batch, compile="off"):
+    """A run of so many ranks, which leaves its first gradients in out/gradients."""
+    words = dict(data=str(data), out=str(out), max_steps=20, batch_tokens=512, log_every=7,
+                 micro_batch=micro_batch, learning_rate=1e-2, min_learning_rate=1e-3,
+                 eval_every=10, save_every=0, dtype="float32", device="cpu", compile=compile,
+                 sample_tokens=0, model=MODEL)
     out.mkdir(parents=True)
-    command = [sys.executable] if ranks == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    words = ["--max_steps=20", "--batch_tokens=512", f"--micro_batch={micro_batch}",
-             "--learning_rate=1e-2", "--min_learning_rate=1e-3", "--eval_every=10",
-             "--save_every=0", "--dtype=float32", "--device=cpu", f"--compile={compile}",
-             "--sample_tokens=0", "--log_every=7",
-             *(f"--model.{key}={value}" for key, value in MODEL.items()), f"--data={data}",
-             f"--out={out}"]
-    run = subprocess.run([*command, str(REPOSITORY / "tests/worker.py"), str(out / "gradients"),
-                          *words], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
+    processes = kills.start(ranks.recording, number, words, str(out / "gradients"))
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0] * number, (
+        out.with_suffix(".txt").read_text()[-3000:])
     return out
 
 
-@pytest.mark.parametrize("ranks,micro_batch", [(1, 8), (1, 4), (2, 8), (2, 2), (4, 2)])
+@pytest.mark.parametrize("number,micro_batch", [(1, 8), (1, 4), (2, 8), (2, 2), (4, 2)])
 def test_gradients_and_losses_are_the_same_for_any_ranks_and_accumulation(
-        one_batch_run, tmp_path, ranks, micro_batch):
+        one_batch_run, tmp_path, number, micro_batch):
     data, reference = one_batch_run
-    out = run_worker(tmp_path / "run", data, ranks, micro_batch)
+    out = recorded_run(tmp_path / "run", data, number, micro_batch)
     assert_same_steps(reference, out)
     reductions = torch.load(out / "gradients", weights_only=True)["reductions"]
-    assert reductions == (20 if ranks > 1 else 0)       # one bucket a step, however many passes
+    assert reductions == (20 if number > 1 else 0)      # one bucket a step, however many passes
 
 
 @pytest.mark.slow
 def test_compiled_ranks_with_accumulation_reduce_once_a_step(one_batch_run, tmp_path):
     data, reference = one_batch_run
-    out = run_worker(tmp_path / "run", data, ranks=2, micro_batch=2, compile="on")
+    out = recorded_run(tmp_path / "run", data, 2, micro_batch=2, compile="on")
     assert_same_steps(reference, out)
     assert torch.load(out / "gradients", weights_only=True)["reductions"] == 20
 
