@@ -299,10 +299,10 @@ def train_command(args: argparse.Namespace) -> None:
         size = sum(len(text.encode()) for text in held_out)
         tokens = sum(map(len, tok.encode_batch(held_out)))
         print(f"held-out text: {size:,} bytes, {size / tokens:.3f} bytes per token")
-    made = [f"[{readable(token)}]" for token in tok.token_bytes[256:256 + len(tok.merges)]]
-    print("first merges:  ", *made[:10])
-    print("last merges:   ", *made[-10:])
-    print("longest tokens:", *sorted(made, key=len)[:-6:-1])
+    made = tok.token_bytes[256:256 + len(tok.merges)]
+    for title, some in (("first merges:  ", made[:10]), ("last merges:   ", made[-10:]),
+                        ("longest tokens:", sorted(made, key=len)[:-6:-1])):
+        print(title, *(f"[{readable(token)}]" for token in some))
 
 
 def encode_command(args: argparse.Namespace) -> None:

@@ -85,8 +85,11 @@ def preview(model: GPT, data: Any, config: Any) -> str:
     """What a model in training writes: answers to the prompts of its data (data/sets.py), or a
     text. config: settings of train.py."""
     if not data.prompts:
-        return continue_text(model, data.tokenizer, config.sample_prompt, config.sample_tokens,
+        text = continue_text(model, data.tokenizer, config.sample_prompt, config.sample_tokens,
                              seed=config.seed)
+        return text if not data.template else (
+            f"(no question of the validation split leaves half of "
+            f"block_size={config.model.block_size} for its answer; a text instead:)\n{text}")
     return "\n".join(
         f"> {prompt[-1]['content']}\n" + chat_reply(model, data.tokenizer, prompt, data.template,
                                                     config.sample_tokens, temperature=0)

@@ -16,7 +16,6 @@ is the sum of its token losses over its number of labelled tokens, over all micr
 """
 import contextlib
 import dataclasses
-import difflib
 import math
 import time
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from run.device import autocast, device_name, pick_dtype
 from run.load import load_start, model_for
 from run.log import RunLog
 from run.parallel import Parallel, compiled, full
-from run.presets import DEFAULT_PRESET, PRESETS
+from run.presets import chosen_preset, follow
 from run.processes import Processes, StopRequest, deterministic, processes, stop_signals
 from run.watch import Watch, check_same_start, code_hash
 from sample import preview
@@ -72,7 +71,7 @@ class TrainConfig:
     batch_tokens: int = 524288  # tokens of a step, over all ranks and micro-batches
     micro_batch: int = 16  # sequences in memory at once on each rank, at most
     learning_rate: float = 6e-4  # peak learning rate
-    min_learning_rate: float = 6e-5  # floor of the schedule
+    min_learning_rate: float = 6e-5  # floor of the schedule; keeps its share of another peak
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # after warmup; wsd is warmup-stable-decay
     warmup_steps: int = 0  # steps of linear warmup
     warmup_ratio: float = 0.0  # the same as a share of all steps; one of the two
@@ -314,13 +313,9 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
 
 
 def main(words: list[str]) -> None:
-    name = words[0] if words and not words[0].startswith("-") else DEFAULT_PRESET
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"there is no preset {name!r}; {hint}presets: {', '.join(PRESETS)}")
-    config = parse(TrainConfig, words[words[:1] == [name]:], "train.py [PRESET]",
-                   {"out": f"out/{name}", **PRESETS[name].settings}, PRESETS[name].about(__doc__))
+    name, preset, words = chosen_preset(words)
+    config = parse(TrainConfig, words, "train.py [PRESET]",
+                   {"out": f"out/{name}", **preset.settings}, preset.about(__doc__), follow)
     summary = train(config)
     if "stopped_by" in summary:                         # `train.py && next` must not go on
         raise SystemExit(128 + summary["stopped_by"])

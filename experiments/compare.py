@@ -61,7 +61,7 @@ from model import GPT
 from run.config import build, flatten, parse, run_command, settings_of
 from run.device import pick_device
 from run.log import provenance
-from run.presets import DEFAULT_PRESET, PRESETS
+from run.presets import chosen_preset, follow
 from run.watch import code_hash, locked
 from train import TrainConfig, train
 
@@ -121,13 +121,12 @@ class Plan:
 
 def read(words: list[str]) -> Plan:
     """The plan of a command line; ValueError for anything that train.py would refuse."""
-    preset = words[0] if words and not words[0].startswith("-") else DEFAULT_PRESET
-    if preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}; presets: {', '.join(PRESETS)}")
+    command = shlex.join(["python", "-m", "experiments.compare", *words])
+    _, preset, words = chosen_preset(words)
     known = {name.removesuffix("_"): name for name in settings_of(CompareConfig)}
     lists: dict[str, list[str]] = {"set_": [], "variant": [], "patch": [], "tune": []}
     own, others = [], []
-    for word in words[words[:1] == [preset]:]:
+    for word in words:
         flag, separator, value = word.partition("=")
         name = known.get(flag.removeprefix("--").replace("-", "_"), "")
         if flag == "--help":
@@ -141,7 +140,7 @@ def read(words: list[str]) -> Plan:
     config = dataclasses.replace(parse(CompareConfig, own, PROG, about=__doc__), **{
         name: tuple(values) for name, values in lists.items()})
     base = flatten(dataclasses.asdict(parse(TrainConfig, others, PROG, {
-        **PRESETS[preset].settings, **FIXED})))
+        **preset.settings, **FIXED}, follow=follow)))
     if base["seed"] or base["dry_run"]:
         raise ValueError("seed and dry_run cannot be set here; --seeds=N says how many seeds")
     tuned = grid([values_of(text, "tune") for text in config.tune])
@@ -164,7 +163,6 @@ def read(words: list[str]) -> Plan:
             seen.append({} if patch else settings)
     for variant, values in itertools.product(found, tuned):
         changed(base, {**variant.changes, **values})            # ValueError before a run, not after
-    command = shlex.join(["python", "-m", "experiments.compare", *words])
     return Plan(config, base, found, tuned, command)
 
 
@@ -204,14 +202,8 @@ def changed(base: dict[str, Any], changes: dict[str, str]) -> dict[str, Any]:
             base = {key: old for key, old in base.items() if key.partition(".")[0] != name}
         elif name in SETTINGS and typing.get_origin(SETTINGS[name][0]) in (tuple, dict):
             changes[name] = value.replace("+", ",")
-    if "learning_rate" in changes and "min_learning_rate" not in changes and base["learning_rate"]:
-        with contextlib.suppress(ValueError):       # parse says it in more words
-            share = base["min_learning_rate"] / base["learning_rate"]
-            changes["min_learning_rate"] = repr(share * float(changes["learning_rate"]))
-    if "max_steps" in changes:                      # where epochs are given, they would win
-        changes.setdefault("epochs", "0")
     words = [f"--{name}={value}" for name, value in changes.items()]
-    return flatten(dataclasses.asdict(parse(TrainConfig, words, PROG, base)))
+    return flatten(dataclasses.asdict(parse(TrainConfig, words, PROG, base, follow=follow)))
 
 
 # ------------------------------------------------------------------------------------------------

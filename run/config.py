@@ -93,8 +93,9 @@ def build(cls: type[Config], values: dict[str, Any]) -> Config:
 
 
 def parse(cls: type[Config], words: list[str], prog: str, base: dict[str, Any] | None = None,
-          about: str = "") -> Config:
-    """A config from command-line words on top of the settings in `base` (a preset).
+          about: str = "", follow: Callable[[dict, dict], dict] | None = None) -> Config:
+    """A config from command-line words on top of the settings in `base` (a preset), which
+    `follow(base, given)` fits to them.
 
     `--key=value` or `--key value`, `-` and `_` alike; a bool alone means true. `--help` prints
     every setting with type, default and meaning, and exits.
@@ -120,7 +121,7 @@ def parse(cls: type[Config], words: list[str], prog: str, base: dict[str, Any] |
         if word.startswith("--"):
             raise ValueError(_unknown(word[2:].partition("=")[0], known))
         raise ValueError(f"unexpected argument {word!r}: settings are written --key=value")
-    return build(cls, {**base, **vars(given)})
+    return build(cls, {**(follow(base, vars(given)) if follow else base), **vars(given)})
 
 
 def run_command(main: Callable[[list[str]], Any]) -> None:

@@ -171,8 +171,8 @@ class RunLog:
         self.write({"step": step, **{f"val_{key}" if key in VALIDATION else key: value
                                      for key, value in figures.items() if key != "tokens"}})
         self.say(f"step {step}: " + ", ".join(
-            f"{NAMES.get(key, key)} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in figures.items() if key != "tokens"))
+            f"{NAMES.get(key, key)} {in_digits(value)}" for key, value in figures.items()
+            if key != "tokens"))
 
     def sample(self, step: int, text: str) -> None:
         """Log a text of the model, and show it."""
@@ -209,7 +209,15 @@ class RunLog:
         if not self.terminal:
             left = (self.max_steps - step) * self.tokens_per_step / speed
             self.say(f"step {step}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
-                     f"norm {norm:.2f}  {_short(speed)} tok/s  MFU {mfu}  {left:.0f} s left")
+                     f"norm {norm:.2f}  {_short(speed)} tok/s  MFU {mfu}"
+                     + (f"  {left:.0f} s left" if step > self.start + 1 else ""))   # warmed up
+
+
+def in_digits(value: Any) -> str:
+    """A figure for the screen: floats, an interval's too, with four digits behind the point."""
+    if isinstance(value, (tuple, list)):
+        return " to ".join(map(in_digits, value))
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def printable(text: str) -> str:

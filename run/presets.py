@@ -2,6 +2,7 @@
 
 Each states what to expect, on which machine, and "not measured" where nobody has.
 """
+import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,29 @@ class Preset:
         names = "\n".join(f"  {name:18} {preset.what}" for name, preset in PRESETS.items())
         return (f"{usage.strip()}\n\npresets:\n{names}\n\n"
                 f"the one chosen: {self.what}; {self.expect}\n")
+
+
+def chosen_preset(words: list[str]) -> tuple[str, Preset, list[str]]:
+    """The preset that a command line begins with, or the default: its name, it, the words left."""
+    name = words[0] if words and not words[0].startswith("-") else DEFAULT_PRESET
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no preset {name!r}; {hint}presets: {', '.join(PRESETS)}")
+    return name, PRESETS[name], words[words[:1] == [name]:]
+
+
+def follow(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A preset's settings without those that the `given` ones stand for: warmup and length are
+    each said in one way, and the floor of the learning rate keeps its share of another peak."""
+    settings = dict(settings)
+    for pair in (("warmup_steps", "warmup_ratio"), ("max_steps", "epochs")):
+        if given.keys() & set(pair):
+            settings = {name: value for name, value in settings.items() if name not in pair}
+    peak, floor = settings.get("learning_rate"), settings.get("min_learning_rate")
+    if peak and floor and "learning_rate" in given:
+        settings["min_learning_rate"] = float(f"{floor / peak * given['learning_rate']:.6g}")
+    return settings
 
 
 def _pretraining(n_layer: int, n_head: int, n_embd: int, learning_rate: float,

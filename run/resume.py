@@ -17,14 +17,18 @@ import torch
 from formats.files import read_json, write_json
 from run import checkpoint
 from run.config import flatten
-from run.log import (RunLog, final_figures, in_words, provenance, read_log, summary_writer,
-                     this_command, this_python)
+from run.log import (RunLog, final_figures, in_digits, in_words, provenance, read_log,
+                     summary_writer, this_command, this_python)
 from run.processes import Processes
 from run.watch import locked
 
 # What makes it another run; a name with a dot at its end stands for all settings that begin so.
 SAME = ("data", "seed", "batch_tokens", "init_from", "base", "packing", "pooling", "model.",
         "lora.", "optim.optimizer")
+# What moves the figures that a run ends with, so that a finished one with others is not this one.
+FIGURES = ("max_steps", "learning_rate", "min_learning_rate", "schedule", "warmup_steps",
+           "weight_decay", "grad_clip", "dtype", "eval_every", "eval_tokens", "patience",
+           "skip_spikes", "optim.")
 
 
 @dataclass
@@ -99,15 +103,21 @@ def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Process
     there = {**flatten(state["config"]), "data": state["data"], "base": state["base"]}
     here = {**flatten(dataclasses.asdict(config)), "data": data.fingerprint, "base": base}
     changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    progress = progress_of(state)
+    finished = progress.finished(config)
+    more = "max_steps" if progress.step >= config.max_steps else "patience"
     for name in changed:
-        if name in SAME or name.startswith(tuple(part for part in SAME if part.endswith("."))):
-            raise ValueError(f"{out} holds a run with {name}={there.get(name)}, this one has "
-                             f"{name}={here.get(name)}; choose another --out, or delete {out}")
-    said = [f"{name} {there.get(name)} -> {here[name]}" for name in changed
-            if name in here and name != "out"]
-    if world.rank == 0 and not progress_of(state).finished(config):
-        if said:
-            print(f"settings changed since the checkpoint: {', '.join(said)}")
+        differs = f"{name}={there.get(name)}, this one has {name}={here.get(name)}; choose another"
+        if _is_one_of(SAME, name):
+            raise ValueError(f"{out} holds a run with {differs} --out, or delete {out}")
+        if finished and name in there and _is_one_of(FIGURES, name):
+            raise ValueError(f"{out} holds a finished run with {differs} --out, or train on with a "
+                             f"larger --{more}")
+    said = [f"{name} {there[name]} -> {here[name]}" for name in changed
+            if name in here and name in there and name != "out"]
+    if world.rank == 0 and said:
+        print(f"settings changed since the checkpoint: {', '.join(said)}")
+    if world.rank == 0 and not finished:
         threads = state.get("threads", torch.get_num_threads())
         if world.device.type == "cpu" and threads != torch.get_num_threads():
             print(f"warning: {out} was trained with {threads} threads, now there are "
@@ -115,6 +125,10 @@ def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Process
                   f"differ in their last digits; OMP_NUM_THREADS={threads} would go on exactly",
                   file=sys.stderr)
     return state
+
+
+def _is_one_of(names: tuple[str, ...], name: str) -> bool:
+    return name in names or name.startswith(tuple(part for part in names if part.endswith(".")))
 
 
 def progress_of(state: dict[str, Any] | None) -> Progress:
@@ -163,8 +177,8 @@ def finished_summary(out: Path, rank: int) -> dict[str, Any]:
     figures = run.pop("final", None) or _figures_of_log(out)
     if rank == 0:
         write_json(out / "run.json", {**run, "final": figures})
-        print(f"{out} is finished: " + ", ".join(f"{key} {value}" for key, value
-                                                 in figures.items()))
+        print(f"{out} is finished: " + ", ".join(
+            f"{key} {in_digits(value)}" for key, value in figures.items()))
         print("a larger --max_steps trains on; another --out starts anew")
     return {"out": str(out), **run, **figures}
 

@@ -46,6 +46,12 @@ def test_train_reports_what_it_did(corpus, tmp_path, capsys):
     assert tok.special_tokens == {"<|a|>": 278, "<|b|>": 279}
 
 
+def test_the_longest_tokens_are_those_of_most_bytes_however_they_are_spelled(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(" abcdef \x01\x01\x01" * 50)    # \x01 takes four characters
+    bpe.main(["train", str(tmp_path / "text.txt"), "--vocab-size=290", f"--out={tmp_path / 't'}"])
+    assert "longest tokens: [ abcdef] " in capsys.readouterr().out
+
+
 def test_no_held_out_trains_on_everything(corpus, tmp_path, capsys):
     out = tmp_path / "tok.json"
     assert bpe.main(["train", str(corpus), "--vocab-size=300", f"--out={out}", "--pattern=gpt4",

@@ -15,7 +15,7 @@ from eval.judge import JudgeConfig
 from eval.loss import LossConfig
 from experiments import compare
 from run.config import parse, settings_of
-from run.presets import DEFAULT_PRESET, PRESETS
+from run.presets import DEFAULT_PRESET, PRESETS, follow
 
 REPOSITORY = Path(__file__).parent.parent
 PATHS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md",
@@ -105,7 +105,7 @@ def check_module(name, words):
     names, flags = words[:count], [word for word in words[count:] if word != "--help"]
     if name == "train":
         base = PRESETS[names[0] if names else DEFAULT_PRESET].settings
-        parse(train.TrainConfig, names[1:] + flags, "train.py", base)
+        parse(train.TrainConfig, names[1:] + flags, "train.py", base, follow=follow)
         return
     if name == "experiments.compare":
         compare.read(words)

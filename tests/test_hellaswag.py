@@ -1,6 +1,7 @@
 """HellaSwag: sums and decisions against a plain loop over transformers' logits."""
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from eval.hellaswag import evaluate, load_items, score
 from eval.hellaswag_items import without_marks
 from eval.scoring import wilson_interval
 from model import GPT, GPTConfig
+from run.config import settings_of
 from run.load import load_model
+from train import TrainConfig
 
 COUNTS = {"acc": "correct", "acc_norm": "correct_norm", "acc_bytes": "correct_bytes"}
 SUMS = 2e-4     # float32; sums are some hundred nats, of which one unit in the last place is 3e-5
@@ -356,3 +359,11 @@ def test_the_download_is_made_once_and_checked(monkeypatch, tmp_path, file):
     assert load_items() == load_items(file)
     file.unlink()
     assert len(load_items()) == 4
+
+
+def test_the_hint_of_a_download_that_fails_names_flags_that_training_has(monkeypatch):
+    hints = []
+    monkeypatch.setattr(hellaswag_items, "download", lambda *arguments: hints.append(arguments[-1]))
+    hellaswag_items._download()
+    flags = re.findall(r"--(\w+)", hints[0])
+    assert flags == ["hellaswag_file", "hellaswag_every"] and {*flags} <= {*settings_of(TrainConfig)}

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from model import GPT, GPTConfig
 from run import checkpoint
 from run.config import build
 from run.load import load_model, run_template
-from sample import Chat, chat_reply, continue_text
+from sample import Chat, chat_reply, continue_text, preview
 from train import TrainConfig, train
 
 
@@ -151,6 +152,16 @@ def test_a_run_answers_as_it_was_taught_and_stops_at_its_end_token(talker):
     for question, answer in ANSWERS.items():
         messages = [{"role": "user", "content": question}]
         assert chat_reply(model, tokenizer, messages, talker[1], temperature=0) == answer
+
+
+def test_a_sample_of_a_chat_run_without_room_for_an_answer_is_marked_as_a_text():
+    model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=1, n_head=1, n_embd=8))
+    data = SimpleNamespace(prompts=(), template="plain", tokenizer=Tokenizer([], special_tokens=()))
+    config = SimpleNamespace(sample_prompt="a", sample_tokens=2, seed=0, model=model.config)
+    first, rest = preview(model, data, config).split("\n", 1)
+    assert first.startswith("(no question of the validation split leaves half of block_size=32")
+    data.template = ""
+    assert preview(model, data, config) == rest
 
 
 def test_a_chat_gives_the_ids_that_no_cache_gives_and_computes_only_new_ones(talker, monkeypatch):

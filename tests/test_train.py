@@ -261,6 +261,30 @@ def test_a_finished_run_is_left_alone(dataset, tmp_path, capsys):
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
+@pytest.mark.parametrize("changes,message", [
+    ({"learning_rate": 2e-3}, "holds a finished run with learning_rate=0.01, this one has learning"),
+    ({"max_steps": 4}, "max_steps=6, this one has max_steps=4; .* train on with a larger --max_st"),
+    ({"optim": {"beta2": 0.99}}, "finished run with optim.beta2=0.95, this one has"),
+    ({"eval_tokens": 64}, "finished run with eval_tokens=0, this one has"),
+    ({"optim": {"optimizer": "muon"}}, "holds a run with optim.optimizer=adamw, this one has"),
+])
+def test_a_finished_run_does_not_answer_for_another(dataset, tmp_path, changes, message):
+    words = dict(max_steps=6, eval_every=0)
+    train(settings(dataset, tmp_path, **words))
+    with pytest.raises(ValueError, match=message):
+        train(settings(dataset, tmp_path, **{**words, **changes}))
+
+
+def test_a_finished_run_answers_where_no_figure_would_move_and_says_what_differs(
+        dataset, tmp_path, capsys):
+    first = train(settings(dataset, tmp_path, max_steps=6))
+    assert train(settings(dataset, tmp_path, max_steps=6, log_every=1, save_every=2)) == first
+    said = capsys.readouterr().out
+    assert "since the checkpoint: save_every 5 -> 2, log_every 3 -> 1" in said
+    train(settings(dataset, tmp_path, max_steps=8, learning_rate=2e-3))         # trains on
+    assert len(steps(tmp_path)) == 8
+
+
 def test_a_torn_log_is_repaired_and_no_step_appears_twice(dataset, tmp_path):
     train(settings(dataset, tmp_path, max_steps=5))
     with open(tmp_path / "log.jsonl", "a") as file:     # what a killed run may leave
@@ -354,7 +378,7 @@ def test_a_dry_run_tells_everything_and_writes_nothing(dataset, tmp_path, capsys
 
 
 def test_hellaswag_is_evaluated_in_the_loop_and_its_file_is_opened_before_the_first_step(
-        dataset, tmp_path):
+        dataset, tmp_path, capsys):
     item = {"ind": 1, "activity_label": "A", "ctx_a": "line", "ctx_b": "", "ctx": "line 4 of",
             "endings": ["the text", "a text", "xyz", "no"], "label": 0, "split": "val",
             "split_type": "indomain", "source_id": "x"}
@@ -363,9 +387,18 @@ def test_hellaswag_is_evaluated_in_the_loop_and_its_file_is_opened_before_the_fi
                    hellaswag_file=str(tmp_path / "items.jsonl")))
     lines = [line for line in report.read_log(tmp_path / "run" / "log.jsonl") if "acc_norm" in line]
     assert [line["step"] for line in lines] == [2, 4] and lines[0]["n"] == 3
+    low, high = lines[1]["acc_interval"]                # on the screen with four digits
+    assert f"acc_interval {low:.4f} to {high:.4f}, acc_norm" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="there is no file none.jsonl"):
         train(settings(dataset, tmp_path / "other", hellaswag_every=2, hellaswag_file="none.jsonl"))
     assert not (tmp_path / "other").exists()
+
+
+def test_the_time_left_is_not_told_from_the_first_step(dataset, tmp_path, capsys):
+    train(settings(dataset, tmp_path, max_steps=3, log_every=1))        # the first one warms up
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")
+            and " tok/s " in line]
+    assert [" s left" in line for line in told] == [False, True, True]
 
 
 def test_unlabelled_text_of_the_example_stands_in_brackets():
