@@ -4,6 +4,7 @@
     python sample.py gpt2 --temperature=0
     python sample.py out/sft-demo --chat                            talk to it
     python sample.py out/sft-demo --prompts=FILE --out=answers.jsonl
+    python sample.py out/demo --prompt="Return the" --explain=page.html     see how it reads that
 
     model, tokenizer = load_model("out/demo")
     text = continue_text(model, tokenizer, "Return the", max_new_tokens=50)
@@ -49,6 +50,7 @@ class SampleConfig:
     template: str = ""  # alpaca, plain, chatml, llama3 or none; empty: the run's own
     system: str = ""  # the system message of a chat
     prompts: str = ""  # a file of prompts to answer, a line each or records of chat data
+    explain: str = ""  # write a page on how the model reads the prompt, in float32, to this file
     out: str = ""  # where the answers to --prompts go, as JSON lines; empty: the screen
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
@@ -58,6 +60,9 @@ class SampleConfig:
         for name in ("samples", "max_new_tokens", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.explain and (not self.prompt or self.prompts):
+            raise ValueError(f"explain={self.explain} is a page on one prompt; add --prompt=TEXT"
+                             + ", without --prompts" * bool(self.prompts))
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is not in (0, 1]; 1 takes all tokens")
         if self.temperature != 0 and self.temperature < 1e-5:
@@ -308,6 +313,9 @@ def main(words: list[str]) -> None:
     device = pick_device(config.device)
     model, tokenizer = load_writer(words[0], device)
     tokenizer = needs_tokenizer(tokenizer, words[0])
+    if config.explain:
+        from eval.explain import write_page
+        return write_page(model, tokenizer, words[0], template, config)
     if config.compile:
         model.compile_generation()
     with autocast(device, pick_dtype(config.dtype, device)):
