@@ -12,11 +12,12 @@ pieces, so "dog", "dog." and "dog!" share one token for the word, whatever stand
 
 The whole algorithm is `train_slowly` and `encode_slowly` below; the rest of this file is the
 tokenizer around it and its commands. Ids 0..255 are the bytes, 256 + i is what merge i makes,
-special tokens come last. fast/bpe_*.py compute the same in less time: `split` is regex.findall,
+special tokens come last (in one that was extended, before what was added). fast/bpe_*.py compute the same in less time: `split` is regex.findall,
 `count_pieces` a Counter of pieces, `learn_merges` is train_slowly, and tiktoken encodes.
 In: text, as files or strings. Out: a Tokenizer, kept in a readable tok.json.
 
     python bpe.py train FILE... --vocab-size=32000 --out=tok.json [--pattern=gpt2|gpt4|o200k|REGEX]
+    python bpe.py extend FILE... --tokenizer=gpt2 --vocab-size=60000 --out=tok.json
     python bpe.py encode --tokenizer=tok.json < text > ids
     python bpe.py decode --tokenizer=tok.json < ids > text
     python bpe.py compare FILE... --tokenizer=gpt2 --tokenizer=tok.json
@@ -29,7 +30,6 @@ References: Sennrich et al. 2016, arXiv 1508.07909 (BPE for text); Radford et al
 """
 import argparse
 import functools
-import json
 import os
 import re
 import sys
@@ -38,35 +38,36 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Iterable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import tiktoken
 
+from fast.bpe_commands import parse, print_report
 from fast.bpe_compare import compare_tokenizers
 from fast.bpe_counts import count_pieces, read_blocks
-from fast.bpe_encode import encode_with_tiktoken, make_encoding
+from fast.bpe_encode import encode_pieces, encode_with_tiktoken, make_encoding
 from fast.bpe_merges import learn_merges
 from fast.bpe_pieces import GPT2_PATTERN, PATTERNS, split
 from formats import tokenizer as files
-from formats.files import write_text
 from formats.tokenizer import readable
 
 END_OF_TEXT = "<|endoftext|>"
-FORMAT, VERSION = "oneloop-bpe", 1      # of tok.json
 
 
 # --------------------------------------------------------------------------- 1. the definition
 
-def train_slowly(pieces: dict[bytes, int], num_merges: int, min_frequency: int = 1
-                 ) -> list[tuple[int, int]]:
-    """The definition of BPE training. `pieces` maps bytes to counts; `learn_merges` is equal.
+def train_slowly(pieces: dict[Sequence[int], int], num_merges: int, min_frequency: int = 1,
+                 ids: Sequence[int] = range(256, sys.maxsize)) -> list[tuple[int, int]]:
+    """The definition of BPE training; `learn_merges` is equal.
+
+    pieces: how often each occurs, as bytes or as ids; ids: what the merges make, in their order.
 
     >>> train_slowly({b"hug": 10, b"pug": 5, b"hugs": 5}, 2)     # "ug" is in 20 words, then h + ug
     [(117, 103), (104, 256)]
     """
     words = {piece: list(piece) for piece in pieces}
     merges = []
-    for new in range(256, 256 + num_merges):
+    for new in ids[:num_merges]:
         counts = Counter()
         for piece, word in words.items():
             for pair in zip(word, word[1:]):
@@ -98,6 +99,18 @@ def encode_slowly(words: Iterable[Sequence[int]], made: dict[tuple[int, int], in
     return ids
 
 
+def extend_slowly(pieces: dict[Sequence[int], int], made: dict[tuple[int, int], int],
+                  num_merges: int, min_frequency: int, ids: Sequence[int]) -> list[tuple[int, int]]:
+    """The definition of going on after the merges in `made`, on pieces as those leave them. No
+    new merge can make an old one fit again, so together they are one list of merges.
+
+    >>> extend_slowly({b"hugs": 5, b"mugs": 2}, {(117, 103): 256}, 2, 1, [257, 258])
+    [(256, 115), (104, 257)]
+    """
+    left = {tuple(encode_slowly([piece], made)): count for piece, count in pieces.items()}
+    return train_slowly(left, num_merges, min_frequency, ids)
+
+
 def merge(word: Sequence[int], pair: tuple[int, int], new: int) -> list[int]:
     """Replace each `pair` by `new`, left to right: merge([7, 7, 7], (7, 7), 8) is [8, 7]."""
     out, i = [], 0
@@ -123,10 +136,9 @@ class Tokenizer:
     def __init__(self, merges: Iterable[Sequence[int]], pattern: str = GPT2_PATTERN,
                  special_tokens: Iterable[str] | dict[str, int] = (END_OF_TEXT,),
                  byte_ids: Iterable[int] = range(256), first_merge: int = 256):
-        """`special_tokens` is a dict name -> id, or names whose ids follow the merges.
-
-        byte_ids[b] is the id of byte b; merge i makes id first_merge + i. Both are the plain
-        ones unless the tokenizer was made elsewhere (GPT-2's id 0 is "!").
+        """`special_tokens` is a dict name -> id, or names whose ids follow the merges;
+        byte_ids[b] is the id of byte b; merges make the ids from first_merge on that no special
+        token has. Both are plain unless the tokenizer was made elsewhere (GPT-2's id 0 is "!").
         ValueError if pattern, special tokens, byte_ids or merges cannot be those of a BPE.
         """
         split(pattern, "")      # refuses a pattern that cannot serve
@@ -135,7 +147,9 @@ class Tokenizer:
         self.byte_ids, self.first_merge = tuple(byte_ids), first_merge
         after = max(first_merge + len(self.merges), 256)
         self.special_tokens = files.number_specials(special_tokens, after)
-        self.token_bytes = files.spell(self.merges, self.special_tokens, self.byte_ids, first_merge)
+        self.merge_ids = files.number_merges(first_merge, len(self.merges), self.special_tokens)
+        self.token_bytes = files.spell(self.merges, self.merge_ids, self.special_tokens,
+                                       self.byte_ids)
         self.vocab_size = len(self.token_bytes)
         self.eot = self.special_tokens.get(END_OF_TEXT)
         self._encoding = None
@@ -154,13 +168,34 @@ class Tokenizer:
         pattern = PATTERNS.get(pattern, pattern)
         special_tokens = list(files.number_specials(special_tokens, 256))
         num_merges = files.count_merges(vocab_size, special_tokens, min_frequency)
-        pieces = texts if isinstance(texts, dict) else count_pieces(
-            [texts] if isinstance(texts, str) else texts, pattern, num_proc, progress)
-        merges = learn_merges(pieces, num_merges, min_frequency, progress)
-        if len(merges) < num_merges:
-            warnings.warn(f"stopped after {len(merges):,} of {num_merges:,} merges: no pair is "
-                          f"left that occurs {min_frequency} or more times", stacklevel=2)
+        ids = range(256, 256 + num_merges)
+        merges = cls([], pattern, ())._learn(texts, ids, 0, min_frequency, num_proc, progress)
         return cls(merges, pattern, special_tokens)
+
+    def extend(self, texts: Iterable[str] | str | dict[bytes, int], vocab_size: int,
+               min_frequency: int = 1, num_proc: int | None = None, progress: bool = False
+               ) -> "Tokenizer":
+        """A tokenizer with more merges, learned from new texts as the merges here leave them.
+
+        Every id stays what it is, special tokens' too: GPT-2's 50,256 stays <|endoftext|>, and new
+        merges make 50,257 and on. No text costs more tokens than before. Arguments as in `train`;
+        ValueError for what cannot serve, and for texts without a new pair.
+        """
+        ids = files.number_new_merges(self, vocab_size, min_frequency)
+        merges = self._learn(texts, ids, 1, min_frequency, num_proc, progress)
+        return Tokenizer(self.merges + merges, self.pattern, self.special_tokens, self.byte_ids,
+                         self.first_merge)
+
+    def _learn(self, texts: Iterable[str] | str | dict[bytes, int], ids: Sequence[int], least: int,
+               min_frequency: int, num_proc: int | None, progress: bool) -> list[tuple[int, int]]:
+        """The merges that follow those here and make these ids: those of extend_slowly."""
+        pieces = texts if isinstance(texts, dict) else count_pieces(
+            [texts] if isinstance(texts, str) else texts, self.pattern, num_proc, progress)
+        if (self.merges, self.byte_ids) != ([], tuple(range(256))):     # else they are ids already
+            pieces = encode_pieces(self.to_tiktoken(), pieces)
+        merges = learn_merges(pieces, len(ids), min_frequency, progress, ids)
+        files.check_learned(len(merges), len(ids), least, min_frequency)
+        return merges
 
     @classmethod
     def gpt2(cls, folder: str | Path | None = None) -> "Tokenizer":
@@ -177,7 +212,7 @@ class Tokenizer:
 
     def encode_slowly(self, text: str) -> list[int]:
         """The ids that `encode` gives, by the definition."""
-        made = {pair: i for i, pair in enumerate(self.merges, self.first_merge)}
+        made = dict(zip(self.merges, self.merge_ids))
         return encode_slowly(([self.byte_ids[byte] for byte in piece.encode()]
                               for piece in split(self.pattern, text)), made)
 
@@ -223,7 +258,7 @@ class Tokenizer:
         return {"pattern": self.pattern, "special_tokens": self.special_tokens,
                 "byte_ids": list(self.byte_ids), "first_merge": self.first_merge,
                 "merges": [[a, b, readable(self.token_bytes[i])]
-                           for i, (a, b) in enumerate(self.merges, self.first_merge)]}
+                           for i, (a, b) in zip(self.merge_ids, self.merges)]}
 
     @functools.cached_property
     def hash(self) -> str:
@@ -232,31 +267,17 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """tok.json: readable, one merge a line, with a checksum; written whole or not at all."""
-        state = self._state()
-        merges = [json.dumps(row, ensure_ascii=False) for row in state.pop("merges")]
-        head = {"format": FORMAT, "version": VERSION, "sha256": self.hash, **state}
-        lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},\n"
-                 for key, value in head.items()]
-        write_text(path, "".join(["{\n", *lines, '"merges": [\n', ",\n".join(merges), "\n]}\n"]))
+        files.write(path, self._state())
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read our tok.json, a Hugging Face tokenizer.json, or a folder with one of them or with
         GPT-2's files (vocab.bpe and encoder.json, or merges.txt and vocab.json); "gpt2" is GPT-2's.
 
-        FileNotFoundError if there is none; ValueError for a file that was changed or truncated,
-        is of another version or kind, or would not give the ids that its maker gives.
+        FileNotFoundError if there is none; ValueError for what would not give its maker's ids.
         """
-        path = files.find(path)
-        with files.errors_named(path):
+        with files.errors_named(path := files.find(path)):
             data = files.read(path)
-            if "format" in data:            # ours; files of others come without
-                made = data.pop("format"), data.pop("version", None), data.pop("sha256", None)
-                if made[:2] != (FORMAT, VERSION):
-                    raise ValueError(f"{path} has version {made[1]!r:.50}; this code reads version "
-                                     f"{VERSION}: train again or use the code that wrote it")
-                if made[2] != files.checksum(data):
-                    raise ValueError(f"{path} was changed: its checksum does not fit")
             return cls([row[:2] for row in data.pop("merges")], **data)
 
     def to_tiktoken(self) -> tiktoken.Encoding:
@@ -282,27 +303,37 @@ class Tokenizer:
 
 def train_command(args: argparse.Namespace) -> None:
     """Learn merges from text files."""
-    start, held_out = time.time(), None if args.no_held_out else []
     pattern, special = PATTERNS.get(args.pattern, args.pattern), args.special or [END_OF_TEXT]
     Tokenizer([], pattern, special)             # what is wrong is said before the text is read
     files.count_merges(args.vocab_size, special, args.min_frequency)
+    learn(args, pattern, lambda pieces: Tokenizer.train(
+        pieces, args.vocab_size, pattern, special, args.min_frequency, progress=True))
+
+
+def extend_command(args: argparse.Namespace) -> None:
+    """Learn more merges, after those that a tokenizer has, from new text files."""
+    old = Tokenizer.load(args.tokenizer)
+    if PATTERNS.get(args.pattern, args.pattern) not in (None, old.pattern):
+        raise ValueError(f"pattern={args.pattern} is not that of {args.tokenizer}, and new merges "
+                         f"follow old ones within the same pieces; leave it out, or train anew")
+    files.number_new_merges(old, args.vocab_size, args.min_frequency)
+    learn(args, old.pattern, lambda pieces: old.extend(
+        pieces, args.vocab_size, args.min_frequency, progress=True), old)
+
+
+def learn(args: argparse.Namespace, pattern: str, make: Callable[[dict[bytes, int]], Tokenizer],
+          old: Tokenizer | None = None) -> None:
+    """Count the pieces of files, `make` a tokenizer of them, save it, and say what it became."""
+    start, held_out = time.time(), None if args.no_held_out else []
     if not Path(args.out).parent.is_dir():
         raise FileNotFoundError(f"no such folder: {Path(args.out).parent}, for --out={args.out}")
     texts = read_blocks(args.files, pattern, args.errors, held_out=held_out, progress=True)
-    pieces = count_pieces(texts, pattern, args.num_proc)
-    tok = Tokenizer.train(pieces, args.vocab_size, pattern, special, args.min_frequency, None, True)
+    tok = make(pieces := count_pieces(texts, pattern, args.num_proc))
     tok.save(args.out)
     size = sum(Path(file).stat().st_size for file in args.files)
     print(f"{size:,} bytes, {len(pieces):,} distinct pieces, vocabulary {tok.vocab_size:,}, "
           f"{time.time() - start:.1f} s: {args.out}")
-    if held_out:
-        size = sum(len(text.encode()) for text in held_out)
-        tokens = sum(map(len, tok.encode_batch(held_out)))
-        print(f"held-out text: {size:,} bytes, {size / tokens:.3f} bytes per token")
-    made = tok.token_bytes[256:256 + len(tok.merges)]
-    for title, some in (("first merges:  ", made[:10]), ("last merges:   ", made[-10:]),
-                        ("longest tokens:", sorted(made, key=len)[:-6:-1])):
-        print(title, *(f"[{readable(token)}]" for token in some))
+    print_report(tok, held_out or [], old)
 
 
 def encode_command(args: argparse.Namespace) -> None:
@@ -326,43 +357,12 @@ def compare_command(args: argparse.Namespace) -> None:
         print("| " + " | ".join(row) + " |")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:      # one line, as all of our errors are
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The words of a command line; `run` is the function of its command."""
-    parser = _Parser(prog="bpe.py", description=__doc__.split("\n")[0],
-                     epilog="all options: python bpe.py COMMAND --help")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    options = []
-    for run in (train_command, encode_command, decode_command, compare_command):
-        command = commands.add_parser(run.__name__.removesuffix("_command"), help=run.__doc__)
-        command.set_defaults(run=run)
-        options.append(command.add_argument)
-    train, encode, decode, compare = options
-    train("--vocab-size", type=int, required=True, help="256 bytes + merges + special tokens")
-    train("--out", required=True, help="the tok.json to write")
-    train("--pattern", default="gpt2", help=f"{', '.join(PATTERNS)}, or a regex (default gpt2)")
-    train("--special", action="append", metavar="TOKEN", help=f"repeatable (default {END_OF_TEXT})")
-    train("--min-frequency", type=int, default=1, help="stop when all pairs are rarer (default 1)")
-    train("--num-proc", type=int, help="counting processes (default: all cores)")
-    train("--no-held-out", action="store_true", help="else a tenth is kept to measure compression")
-    for option in (train, compare):
-        option("files", nargs="+", metavar="FILE", help="UTF-8 text files")
-        option("--errors", choices=("strict", "replace"), default="strict",
-               help="what to do with bytes that are not UTF-8 (default strict)")
-    for option in (encode, decode):
-        option("--tokenizer", default="gpt2", help="gpt2, a file or a folder (default gpt2)")
-    compare("--tokenizer", action="append", help="the same; repeatable (default gpt2)")
-    return parser.parse_args(argv)
+COMMANDS = train_command, extend_command, encode_command, decode_command, compare_command
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit code is 2 for bad input, with one line on stderr."""
-    args = parse(argv)
+    args = parse(argv, __doc__, COMMANDS)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"bpe.py: {message}", file=sys.stderr)

@@ -8,8 +8,9 @@
 
 It is a TokenSet (token shards), a ChatSet (conversations) or a ClassSet (texts with a class each).
 Each has: tokenizer (or None), vocab_size, fingerprint, template ("" of texts), unigram_entropy
-(nats, or None), prompts, which is what to ask a model that learns from it, and classes, how many a
-Classifier chooses among (0 where the next token is learned).
+(nats, or None), prompts, which is what to ask a model that learns from it, classes, how many a
+Classifier chooses among (0 where the next token is learned), and parts, what tokens consist of that
+are new to the model ({} but for the texts of an extended tokenizer).
 """
 import dataclasses
 import importlib
@@ -21,6 +22,7 @@ from bpe import Tokenizer
 from data import chat, labels, loader, prepared, samples, shards
 from data.conversations import first_question
 from formats.files import read_json
+from run.load import parts_of_new
 
 EVALUATION_TOKENS = 4096        # at once, at least: small micro-batches would be slow
 SMALL_DATA = ("corpus", "shakespeare", "pydocs")    # made within a minute when a run asks for them
@@ -29,7 +31,7 @@ PROMPTS = 3                     # of the validation split, with room for an answ
 
 class TokenSet:
     """Token shards, and the tokenizer that made them where that is known."""
-    template, prompts, classes = "", (), 0
+    template, prompts, classes, parts = "", (), 0, {}
 
     def __init__(self, folder: Path):
         self.meta, file = shards.read_meta(folder), folder / "tokenizer.json"
@@ -59,7 +61,7 @@ class TokenSet:
 
 class _SampleSet:
     """Samples, `train` and `val`, which are padded or packed into rows."""
-    unigram_entropy = None
+    unigram_entropy, parts = None, {}
 
     def loader(self, config: Any, world: Any, pin: bool = False) -> samples.SampleLoader:
         return samples.SampleLoader(self.train, config.model.block_size, config.batch_tokens,
@@ -144,9 +146,11 @@ def open_data(folder: Path, config: Any, tokenizer: Tokenizer | None, block_size
         return ChatSet(folder, chat.extend_tokenizer(tokenizer, config.template), config.template,
                        block_size, config.labels)
     data = TokenSet(folder)
-    if tokenizer and data.tokenizer and tokenizer.hash != data.tokenizer.hash:
+    data.parts = parts_of_new(data.tokenizer, tokenizer) if tokenizer and data.tokenizer else {}
+    if data.parts is None:
         raise ValueError(f"{config.data} was made with another tokenizer than that of "
-                         f"{config.init_from}; prepare it with --tokenizer={config.init_from}")
+                         f"{config.init_from}; prepare it with --tokenizer={config.init_from}, or "
+                         f"with one that extends it")
     return data
 
 

@@ -65,3 +65,11 @@ def encode_with_specials(encoding: tiktoken.Encoding, text: str,
     for i, part in enumerate(parts):        # every other part is a special token
         ids += [specials[part]] if i % 2 else encode_with_tiktoken(encoding, part)
     return ids
+
+
+def encode_pieces(encoding: tiktoken.Encoding, pieces: dict[bytes, int]
+                  ) -> dict[tuple[int, ...], int]:
+    """Pieces as the ids that they are encoded to, with their counts; those of one id are left out,
+    for no pair is in them."""
+    words = ((tuple(encoding._encode_single_piece(piece)), n) for piece, n in pieces.items())
+    return {ids: n for ids, n in words if len(ids) > 1}

@@ -7,11 +7,14 @@
   to the top of the heap. The *heap is bounded*: it holds the few thousand most frequent pairs, and
   the others are looked up when those are used up.
 
-In: {piece in bytes: count}, as `bpe_counts.count_pieces` gives it. Out: the merges in their order.
+In: {piece: count}, as `bpe_counts.count_pieces` gives it in bytes, or `bpe_encode.encode_pieces` in
+ids. Out: the merges in their order.
 
 Reference: lazy evaluation of a falling score, Minoux 1978.
 """
 import heapq
+import itertools
+from typing import Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -21,8 +24,9 @@ RIGHT = 1 << 30  # added to an id to mark a right neighbour in a sort key
 Positions = list[int] | np.ndarray
 
 
-def learn_merges(pieces: dict[bytes, int], num_merges: int, min_frequency: int = 1,
-                 progress: bool = False) -> list[tuple[int, int]]:
+def learn_merges(pieces: dict[Sequence[int], int], num_merges: int, min_frequency: int = 1,
+                 progress: bool = False, ids: Sequence[int] = range(256, 1 << 40)
+                 ) -> list[tuple[int, int]]:
     """The merges of `train_slowly`, fast. ValueError if positions and ids do not fit 63 bits.
 
     New pairs always hold the newest token, so the count of a pair can only fall after the merge
@@ -31,7 +35,7 @@ def learn_merges(pieces: dict[bytes, int], num_merges: int, min_frequency: int =
     is ever updated in between. Pairs under the `floor` are dropped, which is most of them; when
     the top falls under the floor, `index` finds the next best few thousand.
     """
-    corpus = Corpus(pieces, num_merges)
+    corpus = Corpus(pieces, ids[:num_merges])
     merges, heap, floor = [], [], None
     with tqdm(total=num_merges, desc="merging", unit="merge",
               disable=None if progress else True) as bar:   # None: only on a terminal
@@ -45,7 +49,7 @@ def learn_merges(pieces: dict[bytes, int], num_merges: int, min_frequency: int =
             upper_bound, a, b, at = heapq.heappop(heap)
             count, at = corpus.recount(a, b, at)
             if count == -upper_bound:
-                for pair in corpus.merge(a, b, 256 + len(merges), at, floor):
+                for pair in corpus.merge(a, b, ids[len(merges)], at, floor):
                     heapq.heappush(heap, pair)
                 merges.append((a, b))
                 bar.update()
@@ -55,29 +59,34 @@ def learn_merges(pieces: dict[bytes, int], num_merges: int, min_frequency: int =
 
 
 class Corpus:
-    """All distinct pieces end to end in one array of bytes, a separator (-1) between them.
+    """All distinct pieces end to end in one array of ids, a separator (-1) between them.
 
-    A token keeps its id at its first byte (in `first`) and at its last byte (in `last`), so the
+    A token keeps its id at its first place (in `first`) and at its last (in `last`), so the
     neighbours of the token at p are last[p - 1] and first[p + length], and a merge is three
     assignments. A pair is known by the positions where it starts, so nothing is ever rescanned.
     Positions come as a list when there are few (most merges touch fewer than ten), else as an
     array; memoryviews give single elements without numpy's overhead.
     """
 
-    def __init__(self, pieces: dict[bytes, int], num_merges: int):
-        flat = b"\0".join([b"", *pieces, b""])
+    def __init__(self, pieces: dict[Sequence[int], int], ids: Sequence[int]):
         sizes = np.fromiter(map(len, pieces), np.int64, len(pieces)) + 1
-        self.first = np.frombuffer(flat, np.uint8).astype(np.int32)
+        if isinstance(next(iter(pieces), b""), bytes):
+            flat = b"\0".join([b"", *pieces, b""])
+            self.first = np.frombuffer(flat, np.uint8).astype(np.int32)
+        else:
+            flat = itertools.chain((0,), *((*piece, 0) for piece in pieces))
+            self.first = np.fromiter(flat, np.int32, sizes.sum() + 1)
         self.first[0] = -1
         self.first[sizes.cumsum()] = -1
         self.last = self.first.copy()
-        self.weight = np.zeros(len(flat), np.int64)     # how often the piece occurs
+        self.weight = np.zeros(len(self.first), np.int64)   # how often the piece occurs
         self.weight[1:] = np.repeat(np.fromiter(pieces.values(), np.int64, len(pieces)), sizes)
-        self.length = np.ones(256 + num_merges, np.int64)   # of a token in bytes, by id
+        most = max(int(self.first.max()), 255, *ids[-1:])
+        self.length = np.ones(most + 1, np.int64)       # of a token in places, by id
         self.id_bits = len(self.length).bit_length()
         self.position_bits = 63 - 2 * self.id_bits
-        if len(flat) >> self.position_bits:
-            raise ValueError(f"{len(flat):,} bytes of distinct pieces are too many for a "
+        if len(self.first) >> self.position_bits:
+            raise ValueError(f"{len(self.first):,} bytes of distinct pieces are too many for a "
                              f"vocabulary of {len(self.length):,}; make one of them smaller")
         self.views = [memoryview(array) for array in
                       (self.first, self.last, self.weight, self.length)]

@@ -1,6 +1,6 @@
-"""Tokenizer files of others: GPT-2's two files, Hugging Face's tokenizer.json, tiktoken's ranks.
+"""Tokenizer files: our tok.json, GPT-2's two files, Hugging Face's tokenizer.json, tiktoken's ranks.
 
-They hold the same thing in different spellings. GPT-2 and Hugging Face write a token as printable
+Those of others hold the same thing in different spellings. GPT-2 and Hugging Face write a token as printable
 characters, one per byte, so "Ġthe" is " the" (`BYTE_TO_CHAR`); their merges are pairs of such
 spellings. tiktoken keeps the bytes of each token and its id, and no merges.
 
@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
@@ -23,14 +24,13 @@ import tiktoken
 from fast.bpe_encode import TIKTOKEN_GPT2
 from fast.bpe_pieces import GPT2_PATTERN, NO_PATTERN
 from formats.download import download
-from formats.files import read_json, write_json
+from formats.files import read_json, write_json, write_text
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"}
-
-
+FORMAT, VERSION = "oneloop-bpe", 1              # of our tok.json
 MOST_IDS, MOST_BYTES = 1 << 22, 1 << 28         # what damaged files claim is more
 # What numbers in the place of texts, missing keys and the like raise while a file is read.
 WRONG_TYPES = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError)
@@ -47,7 +47,7 @@ def find(name: str | Path) -> Path:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The tokenizer in a tokenizer.json or a folder with GPT-2's files; other JSON as it stands."""
+    """The tokenizer in our tok.json, a tokenizer.json or a folder with GPT-2's files."""
     if path.is_dir():
         return read_gpt2(path)
     data = read_json(path)
@@ -55,7 +55,22 @@ def read(path: Path) -> dict[str, Any]:
         return from_hugging_face(data)
     if "format" not in data:
         raise ValueError(f"{path} is neither our tok.json nor a Hugging Face tokenizer.json")
+    made = data.pop("format"), data.pop("version", None), data.pop("sha256", None)
+    if made[:2] != (FORMAT, VERSION):
+        raise ValueError(f"{path} has version {made[1]!r:.50}; this code reads version {VERSION}: "
+                         f"train again or use the code that wrote it")
+    if made[2] != checksum(data):
+        raise ValueError(f"{path} was changed: its checksum does not fit")
     return data
+
+
+def write(path: str | Path, state: dict[str, Any]) -> None:
+    """Our tok.json of what a tokenizer is: a merge a line, with a checksum; whole or not at all."""
+    head = {"format": FORMAT, "version": VERSION, "sha256": checksum(state), **state}
+    merges = [json.dumps(row, ensure_ascii=False) for row in head.pop("merges")]
+    lines = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},\n"
+             for key, value in head.items()]
+    write_text(path, "".join(["{\n", *lines, '"merges": [\n', ",\n".join(merges), "\n]}\n"]))
 
 
 @contextlib.contextmanager
@@ -73,27 +88,50 @@ def errors_named(path: Path) -> Iterator[None]:
 
 # --------------------------------------------------------------------- what a tokenizer has to be
 
-def spell(merges: Sequence[tuple[int, int]], special_tokens: dict[str, int],
-          byte_ids: Sequence[int], first_merge: int) -> list[bytes]:
+def number_merges(first_merge: int, count: int, special_tokens: dict[str, int]) -> list[int]:
+    """The ids that so many merges make: from first_merge on, past those of special tokens."""
+    taken = set(special_tokens.values())
+    ids = (i for i in itertools.count(first_merge) if i not in taken)
+    return list(itertools.islice(ids, count))
+
+
+def number_new_merges(tok: Any, vocab_size: int, min_frequency: int) -> list[int]:
+    """The ids of the merges that make a tokenizer one of `vocab_size`. ValueError if there are
+    none, or if what it has cannot be gone on from."""
+    if vocab_size <= tok.vocab_size:
+        raise ValueError(f"vocab_size={vocab_size} leaves nothing to learn: the tokenizer has "
+                         f"{tok.vocab_size}; give more than that")
+    count_merges(vocab_size, (), min_frequency)
+    ranks = {tok.token_bytes[i]: i for i in (*tok.byte_ids, *tok.merge_ids)}
+    if from_ranks(ranks, "the tokenizer", tok.special_tokens)["merges"] != tok.merges:
+        raise ValueError("the tokenizer's merges are not in the order in which they apply, so none "
+                         "can follow them; train a new one")
+    count = vocab_size - tok.first_merge - sum(i >= tok.first_merge
+                                               for i in tok.special_tokens.values())
+    return number_merges(tok.first_merge, count, tok.special_tokens)[len(tok.merges):]
+
+
+def spell(merges: Sequence[tuple[int, int]], merge_ids: Sequence[int],
+          special_tokens: dict[str, int], byte_ids: Sequence[int]) -> list[bytes]:
     """The bytes of every id: those of merge (a, b) are those of a and b. b"" for special tokens
     and for ids that nothing has. ValueError if these cannot be the merges and ids of a BPE."""
     spelled = {i: bytes([b]) for b, i in enumerate(byte_ids)}
-    if len(spelled) != 256 or max(spelled) >= first_merge:
-        raise ValueError(f"byte_ids must be 256 different ids under first_merge={first_merge}")
+    if len(spelled) != 256 or merge_ids and max(spelled) >= merge_ids[0]:
+        raise ValueError("byte_ids must be 256 different ids under those of the merges")
     total = 0
-    for i, (a, b) in enumerate(merges):
+    for i, (new, (a, b)) in enumerate(zip(merge_ids, merges)):
         if a not in spelled or b not in spelled:
             raise ValueError(f"merges[{i}]=({a}, {b}) uses an id that no byte or earlier merge has")
         total += len(spelled[a]) + len(spelled[b])
         if total > MOST_BYTES:                          # each merge can double the longest token
             raise ValueError(f"merges[:{i + 1}] make tokens of more than {MOST_BYTES:,} bytes")
-        spelled[first_merge + i] = spelled[a] + spelled[b]
+        spelled[new] = spelled[a] + spelled[b]
     if len(set(spelled.values())) != len(spelled):
         raise ValueError("two merges make the same token; no BPE trainer does that")
     for name, i in special_tokens.items():
         if i in spelled:
-            raise ValueError(f"special token {name!r} has id {i}, which a byte or merge has")
-    size = max([256, first_merge + len(merges), *(i + 1 for i in special_tokens.values())])
+            raise ValueError(f"special token {name!r} has id {i}, which a byte has")
+    size = max([255, *spelled, *special_tokens.values()]) + 1
     if size > MOST_IDS:
         raise ValueError(f"id {size - 1} is beyond the {MOST_IDS:,} ids that are allowed")
     return [spelled.get(i, b"") for i in range(size)]
@@ -141,6 +179,16 @@ def count_merges(vocab_size: int, special_tokens: Sequence[str], min_frequency: 
     return vocab_size - least
 
 
+def check_learned(count: int, wanted: int, least: int, min_frequency: int) -> None:
+    """A warning where pairs ran out before so many merges as wanted; ValueError under the least."""
+    if count < least:
+        raise ValueError(f"the texts have no pair of tokens that occurs {min_frequency} or more "
+                         f"times, so there is nothing to learn; give more text, or other text")
+    if count < wanted:
+        warnings.warn(f"stopped after {count:,} of {wanted:,} merges: no pair is left that occurs "
+                      f"{min_frequency} or more times", stacklevel=4)
+
+
 # ---------------------------------------------------------------------------- spelling of tokens
 
 def byte_to_char() -> dict[int, str]:
@@ -176,8 +224,10 @@ def from_vocab(vocab: dict[str, int], merges: Iterable[tuple[str, str]], special
     except (KeyError, ValueError) as error:
         raise ValueError(f"it is no byte-level BPE: its vocabulary lacks {error!s:.80}") from None
     first = made[0] if made else max(256, max(byte_ids) + 1)
-    if made != list(range(first, first + len(made))):
-        raise ValueError("the ids of its merges are not consecutive, which is not supported")
+    for i, (has, due) in enumerate(zip(made, number_merges(first, len(made), specials))):
+        if has != due:
+            raise ValueError(f"its merges are not in the order of their ids: merge {i} makes id "
+                             f"{has}, where {due} is due")
     extra = set(vocab) - set(specials) - set(CHAR_TO_BYTE) - {a + b for a, b in merges}
     if extra:
         raise ValueError(f"token {min(extra)!r:.80} is no byte, merge or special token")
@@ -298,12 +348,13 @@ def write_hugging_face(folder: str | Path, merges: list[tuple[int, int]], token_
 def from_tiktoken(encoding: tiktoken.Encoding) -> dict[str, Any]:
     """A tokenizer from a tiktoken.Encoding; ValueError if that was not made by BPE."""
     pattern = encoding._pat_str
-    return {**from_ranks(encoding._mergeable_ranks, encoding.name),
+    specials = dict(encoding._special_tokens)
+    return {**from_ranks(encoding._mergeable_ranks, encoding.name, specials),
             "pattern": GPT2_PATTERN if pattern == TIKTOKEN_GPT2 else pattern,
-            "special_tokens": dict(encoding._special_tokens)}
+            "special_tokens": specials}
 
 
-def from_ranks(ranks: dict[bytes, int], name: str) -> dict[str, Any]:
+def from_ranks(ranks: dict[bytes, int], name: str, specials: dict[str, int]) -> dict[str, Any]:
     """Merges and ids of bytes from tiktoken's ranks (bytes -> id), which have no merges.
 
     A token's merge is the pair that is left of it when only the earlier merges are known.
@@ -323,6 +374,7 @@ def from_ranks(ranks: dict[bytes, int], name: str) -> dict[str, Any]:
             word[i:i + 2] = [new]
         made[tuple(word)] = ranks[token]
     first = min(made.values(), default=256)
-    if list(made.values()) != list(range(first, first + len(tokens) - 256)):
-        raise ValueError(f"the ids of {name} have gaps; only gap-free ones are read")
+    if list(made.values()) != number_merges(first, len(tokens) - 256, specials):
+        raise ValueError(f"the ids of {name} have gaps that are no special tokens; those are not "
+                         f"read")
     return {"merges": list(made), "byte_ids": byte_ids, "first_merge": first}

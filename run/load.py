@@ -101,15 +101,33 @@ def model_for(data: Any, start: GPT | None, config: Any) -> GPT | Classifier:
             return GPT(shape)
     if data.classes:
         return Classifier(start, data.classes, config.pooling)
-    if not data.template and start.config.vocab_size != data.vocab_size:
+    if not (data.template or data.parts) and start.config.vocab_size != data.vocab_size:
         raise ValueError(f"{config.data} was made with another tokenizer than "
-                         f"{config.init_from}'s: it has {data.vocab_size} tokens, not {start.config.vocab_size}; prepare "
-                         f"it with --tokenizer={config.init_from}")
-    return grow_embedding(start, data.vocab_size)
+                         f"{config.init_from}'s: it has {data.vocab_size} tokens, not "
+                         f"{start.config.vocab_size}; prepare it with "
+                         f"--tokenizer={config.init_from}, or one that extends it")
+    return grow_embedding(start, data.vocab_size, data.parts)
 
 
-def grow_embedding(model: nn.Module, vocab_size: int) -> nn.Module:
-    """Give a GPT rows for new tokens, in place, at the mean of those it has; the head stays tied.
+def parts_of_new(tokenizer: Tokenizer, base: Tokenizer) -> dict[int, list[int]] | None:
+    """{id: the base's ids for it} of the tokens that merges make which the base's tokenizer has
+    not. None where this is no extension of it, so that ids would mean something else."""
+    count = len(base.merges)
+    if not (tokenizer.merges[:count] == base.merges and tokenizer.pattern == base.pattern
+            and tokenizer.merge_ids[:count] == base.merge_ids
+            and tokenizer.byte_ids == base.byte_ids
+            and base.special_tokens.items() <= tokenizer.special_tokens.items()):
+        return None
+    parts = {i: [i] for i in (*base.byte_ids, *base.merge_ids)}
+    for i, (a, b) in zip(tokenizer.merge_ids[count:], tokenizer.merges[count:]):
+        parts[i] = parts[a] + parts[b]
+    return {i: parts[i] for i in tokenizer.merge_ids[count:]}
+
+
+def grow_embedding(model: nn.Module, vocab_size: int, parts: dict[int, list[int]] = {}
+                   ) -> nn.Module:
+    """Give a GPT rows for new tokens, in place, each at the mean of its `parts`' rows, or where it
+    has none of all rows; the head stays tied.
 
     The mean makes a new token as likely as an average one, and disturbs the others least (Hewitt
     2021, "Initializing New Word Embeddings for Pretrained Language Models").
@@ -117,13 +135,15 @@ def grow_embedding(model: nn.Module, vocab_size: int) -> nn.Module:
     if vocab_size < model.config.vocab_size:
         raise ValueError(f"vocab_size={vocab_size} is below the model's "
                          f"{model.config.vocab_size}; an embedding can only grow")
-    if vocab_size == model.config.vocab_size:
+    if vocab_size == model.config.vocab_size and not parts:
         return model
     wte = model.transformer.wte
     old = wte.weight.detach()[:model.config.vocab_size]             # (V, C), without padding
     model.config = dataclasses.replace(model.config, vocab_size=vocab_size)
     rows = model.config.padded_vocab_size
     weight = torch.cat([old, old.mean(dim=0, keepdim=True).expand(rows - len(old), -1)])
+    for i, ids in parts.items():
+        weight[i] = old[ids].mean(dim=0)
     wte.weight = nn.Parameter(weight, requires_grad=wte.weight.requires_grad)
     model.lm_head.weight = wte.weight
     wte.num_embeddings = model.lm_head.out_features = rows
@@ -181,14 +201,18 @@ def _load_run(folder: Path, dropout: float, which: str
         checkpoint.load_trainable_state(model, state["model"])
         return model, tokenizer
     try:
-        model, _ = load_base(settings["init_from"], dropout, shape.block_size)  # it has the rest
+        model, base = load_base(settings["init_from"], dropout, shape.block_size)   # has the rest
     except RecursionError:
         raise ValueError(f"{folder} trained an adapter of {settings['init_from']:.200}, which is "
                          f"an adapter's run too, and so on without end") from None
     if shape.vocab_size > max(model.config.vocab_size, tokenizer.vocab_size if tokenizer else 0):
         raise ValueError(f"{folder} has a vocabulary of {shape.vocab_size}, and neither its base "
                          f"nor its tokenizer has so many tokens; put its tokenizer.json back")
-    model = with_head(grow_embedding(model, shape.vocab_size), state)
+    parts = parts_of_new(tokenizer, base) if tokenizer and base else {}
+    if parts is None:
+        raise ValueError(f"{file} neither is nor extends the tokenizer of {folder}'s base, "
+                         f"{settings['init_from']:.200}; put its own back")
+    model = with_head(grow_embedding(model, shape.vocab_size, parts), state)
     return _with_adapter(model, state, folder, quiet=True), tokenizer
 
 

@@ -111,7 +111,7 @@ def check_module(name, words):
         compare.read(words)
         return
     if name == "bpe":
-        bpe.parse(words)                                    # exits where a word is wrong
+        bpe.parse(words, bpe.__doc__, bpe.COMMANDS)         # exits where a word is wrong
         return
     if name.startswith("tests."):                           # its flags are argparse's
         source = path.with_suffix(".py").read_text()

@@ -340,12 +340,12 @@ def test_a_folder_that_cannot_be_written_is_refused(dataset, tmp_path):
 
 def test_weights_of_another_tokenizer_are_refused(dataset, tmp_path):
     from data.corpus import CorpusConfig, prepare
-    train(settings(dataset, tmp_path / "base", max_steps=1))
     (tmp_path / "t.txt").write_text("one two three\n" * 500)
     other = prepare(CorpusConfig(from_=str(tmp_path / "t.txt"), vocab_size=260,
                                  out=str(tmp_path / "other")))
+    train(settings(other, tmp_path / "base", max_steps=1))
     with pytest.raises(ValueError, match="was made with another tokenizer than"):
-        train(settings(other, tmp_path / "run", init_from=str(tmp_path / "base"), model={}))
+        train(settings(dataset, tmp_path / "run", init_from=str(tmp_path / "base"), model={}))
 
 
 def test_shards_of_another_tokenizer_are_refused(dataset, tmp_path):
