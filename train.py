@@ -37,11 +37,13 @@ from run import plan, resume
 from run.checkpoint import Saver
 from run.classifier import Pooling
 from run.config import check_finite, flatten, parse, run_command
-from run.device import autocast, device_name, pick_dtype
+from run.device import autocast, pick_dtype
+from run.inside import Inside
 from run.load import load_start, model_for
 from run.log import RunLog
 from run.parallel import Parallel, compiled, full
 from run.presets import chosen_preset, follow
+from run.profile import SKIPPED, Profiler
 from run.processes import Processes, StopRequest, deterministic, processes, stop_signals
 from run.watch import Watch, check_same_start, code_hash
 from sample import preview
@@ -104,6 +106,8 @@ class TrainConfig:
     log_every: int = 10  # steps between looks at the device, or 10 seconds; each step is logged
     max_minutes: float = 0.0  # save and stop after this time; 0: no limit
     report_to: Literal["none", "tensorboard"] = "none"  # besides log.jsonl and the screen
+    watch_every: int = 0  # steps between looks inside the blocks (run/inside.py); 0: never
+    profile: int = 0  # steps whose time is told by parts (run/profile.py); 0: none
     dry_run: bool = False  # say what would happen, in seconds, and train nothing
     model: GPTConfig = GPTConfig()  # the network
     lora: LoRAConfig | None = None  # train an adapter instead of all weights
@@ -134,6 +138,9 @@ class TrainConfig:
         if self.lora and self.init_from == "scratch":
             raise ValueError("lora on init_from=scratch would adapt random weights; name a model, "
                              "--init_from=RUN or gpt2, or leave lora out")
+        if 0 < self.max_steps < SKIPPED + self.profile and self.profile:
+            raise ValueError(f"profile={self.profile} begins after {SKIPPED} steps, and max_steps="
+                             f"{self.max_steps}; take fewer")
         if self.timeout_minutes <= 0:
             raise ValueError(f"timeout_minutes={self.timeout_minutes} must be above 0")
         if self.milestone_every and (not self.save_every or self.milestone_every % self.save_every):
@@ -207,10 +214,9 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
                   progress.best_loss)
     watch = held.enter_context(Watch(world, config.timeout_minutes))
     log = RunLog(out, config, step, model.flops_per_token(), device, world, progress.recent)
-    log.say(f"{out}: {'from' if step == 0 else 'going on at'} step {step} of {config.max_steps}, "
-            f"{model.num_params():,} parameters, {config.batch_tokens:,} tokens a step, "
-            f"{world.size} x {device_name(device)}, {str(dtype).removeprefix('torch.')}"
-            + (", compiled" if network is not parallel.network else ""))
+    log.begin(model.num_params(), dtype, network is not parallel.network)
+    inside = Inside(parallel.model, config, world, dtype, log)
+    profiler = Profiler(out, config, step, model.config.padded_vocab_size, log)
     if data.template:
         log.say(data.train.summary())
     began = time.monotonic()
@@ -229,7 +235,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
         watch.at(step, "computing")
         labels = max(1, batches.labels(step))           # of all micro-batches and ranks
         loss = torch.zeros((), device=device)
-        for i, batch in enumerate(batches.batches(step)):
+        for i, batch in enumerate(profiler.batches(batches.batches(step))):
             last = i == batches.accumulation - 1
             parallel.sync(last)
             with autocast(device, dtype):
@@ -247,10 +253,12 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
         skip = ~norm.isfinite()
         if config.skip_spikes:                          # all ranks must decide alike
             skip |= log.spikes.score(world.sum(loss.clone()).item()) > config.skip_spikes
-        take_step(optimizer, scaler, skip)
+        with inside.look(step + 1, lr, batch):
+            take_step(optimizer, scaler, skip)
         optimizer.zero_grad(set_to_none=True)
         step += 1
         log.step(step, lr, loss, norm, skip)
+        profiler.step(step)
 
         evaluating, saving, better = due(config.eval_every), due(config.save_every), False
         if due(log.every) or evaluating or saving:

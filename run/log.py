@@ -61,7 +61,7 @@ class RunLog:
 
     def __init__(self, out: Path, config: Any, start: int, flops_per_token: float,
                  device: torch.device, world: Processes, recent: list[float]):
-        self.active, self.world, self.device = world.rank == 0, world, device
+        self.active, self.out, self.world, self.device = world.rank == 0, out, world, device
         self.tokens_per_step, self.max_steps = config.batch_tokens, config.max_steps
         peak = peak_flops(device)
         self.mfu_per_token = flops_per_token / (peak * world.size) if peak else None
@@ -83,6 +83,13 @@ class RunLog:
                       if config.report_to == "tensorboard" else None)
         self.bar = tqdm(total=self.max_steps, initial=start, unit="step", dynamic_ncols=True,
                         disable=not self.terminal)
+
+    def begin(self, parameters: int, dtype: torch.dtype, compiled: bool) -> None:
+        """Say what is about to be trained."""
+        self.say(f"{self.out}: {'from' if self.start == 0 else 'going on at'} step {self.start} of "
+                 f"{self.max_steps}, {parameters:,} parameters, {self.tokens_per_step:,} tokens a "
+                 f"step, {self.world.size} x {device_name(self.device)}, "
+                 f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}")
 
     def step(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor,
              skipped: torch.Tensor) -> None:
@@ -145,8 +152,11 @@ class RunLog:
         self._append((json.dumps(line) + "\n").encode())
         if self.board:
             for key, value in line.items():
-                if isinstance(value, (int, float)) and key != "step":
-                    self.board.add_scalar(key, value, line["step"])
+                several = {f"{key}/{i}": v for i, v in enumerate(value)} \
+                    if isinstance(value, list) else {key: value}
+                for name, number in several.items():
+                    if isinstance(number, (int, float)) and key != "step":
+                        self.board.add_scalar(name, number, line["step"])
 
     def _append(self, data: bytes = b"") -> None:
         """Write to log.jsonl; on a full disk keep the lines until there is room."""
