@@ -132,10 +132,16 @@ def left_out(rung: str, device: torch.device) -> str:
 def report(found: dict[str, Any]) -> str:
     """A result as markdown; `faster` is over the rung before."""
     rows = with_spread(found["rows"])
+    slower = []
     for before, row in zip([rows[0], *rows], rows):
         row.update(faster=before["ms"] / row["ms"], all=rows[0]["ms"] / row["ms"])
+        if row["faster"] < 1:
+            slower.append(f"{row['rung']} is slower here than the rung before, and takes "
+                          f"{row['memory_mib'] / before['memory_mib']:.0%} of its memory")
     peaks = {row["limit_of"]: f"{row['limit'] / 1e9:,.0f} GFLOP/s" for row in rows}
     notes = [f"peak of {name}: {peak}" for name, peak in peaks.items()]
+    notes += slower
+    notes += ["one round: how far another would be off is not known"] * (found["rounds"] == 1)
     notes += [f"without {rung}: {why}" for rung, why in found["skipped"].items()]
     return (f"`python -m bench.ladder`, {found['shape']}, {rows[0]['micro_batch']} sequences, "
             f"{where(found)}, medians of {found['rounds']}; each rung on top of those before:\n\n"
