@@ -266,17 +266,17 @@ class GPT(nn.Module):
     def crop_context(self, block_size: int) -> None:
         """Shorten the context, in place: the last positions are left out."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size} is not in 1 to {self.config.block_size}, "
-                             f"the context of the model")
+            raise ValueError(f"block_size={block_size} is not in 1 to {self.config.block_size}")
         wpe = self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
         wpe.num_embeddings = block_size
         self.config = replace(self.config, block_size=block_size)
 
     def num_params(self) -> int:
-        """Parameters, tied ones counted once, padded rows of the vocabulary not at all."""
-        padding = self.config.padded_vocab_size - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+        """Parameters, packed ones too (NF4), tied ones once, padded rows of the vocabulary not."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        packed = [m.in_features * m.out_features for m in self.modules() if hasattr(m, "codes")]
+        return sum(p.numel() for p in self.parameters()) + sum(packed) - padding
 
     def flops_per_token(self) -> int:
         """Operations to train on a token, forward and backward: 6 a weight of a matrix product and

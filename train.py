@@ -167,8 +167,8 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     torch.manual_seed(config.seed)                      # below: TF32 for what autocast leaves
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     # Data and base weights -> LoRA, quantised -> DDP or FSDP -> optimizer -> resume -> compile.
-    folder = find_or_make(config.data, world)
-    start, tokenizer = load_start(config.init_from, config.model)
+    folder = find_or_make(config.data, world, config.dry_run)
+    start, tokenizer = load_start(config.init_from, config.model, config.dry_run)
     data = open_data(folder, config, tokenizer, start.config.block_size if start
                      else config.model.block_size)
     model = use_fast_products(model_for(data, start, config))
@@ -179,11 +179,10 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
                              "code": code_hash(), "torch": torch.__version__})
     if config.lora:
         add_lora(model, config.lora)
+    # Read now, so that a missing file cannot end the run days later.
+    items = hellaswag.items_of_run(config, data.tokenizer)
     if config.dry_run:
         return plan.dry_run(config, model, batches, data, world, dtype)
-    # Read now, so that a missing file cannot end the run days later.
-    items = hellaswag.items_of_run(config.hellaswag_file, config.hellaswag_every, data.tokenizer,
-                                   config.data)
     resume.hold_folder(out, config.keep_last, world, held)
     base = model.adapters.base_hash if config.lora else ""
     state = resume.find_checkpoint(out, config, data, base, world)

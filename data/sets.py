@@ -9,8 +9,9 @@
 It is a TokenSet (token shards), a ChatSet (conversations) or a ClassSet (texts with a class each).
 Each has: tokenizer (or None), vocab_size, fingerprint, template ("" of texts), unigram_entropy
 (nats, or None), prompts, which is what to ask a model that learns from it, classes, how many a
-Classifier chooses among (0 where the next token is learned), and parts, what tokens consist of that
-are new to the model ({} but for the texts of an extended tokenizer).
+Classifier chooses among (0 where the next token is learned), parts, what tokens consist of that are
+new to the model ({} but for the texts of an extended tokenizer), and published ({} of all that are
+here).
 """
 import dataclasses
 import importlib
@@ -21,17 +22,23 @@ from typing import Any, Iterator
 from bpe import Tokenizer
 from data import chat, labels, loader, prepared, samples, shards
 from data.conversations import first_question
+from data.shards import GPT2_VOCAB
 from formats.files import read_json
 from run.load import parts_of_new
 
 EVALUATION_TOKENS = 4096        # at once, at least: small micro-batches would be slow
 SMALL_DATA = ("corpus", "shakespeare", "pydocs")    # made within a minute when a run asks for them
+# Of data that take hours to make, their tokens, and in bytes what is on disk. FineWeb-Edu's
+# sample-10BT: 14 files of 28.5 GB (its page on the hub, revision 87f09149, as of 2026-09); the text
+# in them by 4.59 bytes a token, shards of 2 bytes a token (docs/scaling.md).
+PUBLISHED = {"fineweb": {"tokens": 10e9, "download": 28.5e9, "unpacked beside it": 45.9e9,
+                         "token shards": 20e9}}
 PROMPTS = 3                     # of the validation split, with room for an answer
 
 
 class TokenSet:
     """Token shards, and the tokenizer that made them where that is known."""
-    template, prompts, classes, parts = "", (), 0, {}
+    template, prompts, classes, parts, published = "", (), 0, {}, {}
 
     def __init__(self, folder: Path):
         self.meta, file = shards.read_meta(folder), folder / "tokenizer.json"
@@ -59,9 +66,18 @@ class TokenSet:
                                          config.eval_tokens, world.rank, world.size)
 
 
+class PlannedSet(TokenSet):
+    """Token shards that are not here, by what is published of them: enough for a dry run."""
+    tokenizer = unigram_entropy = None
+    fingerprint, vocab_size = "", GPT2_VOCAB
+
+    def __init__(self, published: dict[str, float]):
+        self.published, self.train = published, range(int(published["tokens"]))
+
+
 class _SampleSet:
     """Samples, `train` and `val`, which are padded or packed into rows."""
-    unigram_entropy, parts = None, {}
+    unigram_entropy, parts, published = None, {}, {}
 
     def loader(self, config: Any, world: Any, pin: bool = False) -> samples.SampleLoader:
         return samples.SampleLoader(self.train, config.model.block_size, config.batch_tokens,
@@ -108,11 +124,14 @@ class ClassSet(_SampleSet):
                                 for split in ("train", "val"))
 
 
-def find_or_make(name: str, world: Any) -> Path:
-    """The folder of a data set, its files verified; a small one is made if it is not there yet."""
+def find_or_make(name: str, world: Any, dry_run: bool = False) -> Path | None:
+    """The folder of a data set, its files verified; a small one is made if it is not there yet.
+    None of one that is not there, where a dry run can do with what is published of it."""
     try:
         folder = shards.find(name)
     except FileNotFoundError:
+        if dry_run and name in PUBLISHED:
+            return None
         if name not in SMALL_DATA:
             raise
         if world.rank == 0:
@@ -125,13 +144,15 @@ def find_or_make(name: str, world: Any) -> Path:
     return folder
 
 
-def open_data(folder: Path, config: Any, tokenizer: Tokenizer | None, block_size: int
+def open_data(folder: Path | None, config: Any, tokenizer: Tokenizer | None, block_size: int
               ) -> TokenSet | ChatSet | ClassSet:
     """What a prepared folder holds, as a model reads it that has this tokenizer and context.
 
     tokenizer: None of a model that is new and takes the data's, or of one that has none. A
     conversation's template may add tokens to it; data.tokenizer is the whole one.
     """
+    if folder is None:
+        return PlannedSet(PUBLISHED[config.data])
     what = kind(folder)
     if what != "tokens" and config.init_from == "scratch":
         raise ValueError(f"data={config.data} holds {prepared.KINDS[what][0]}, and "

@@ -42,13 +42,15 @@ def load_items(path: str | Path | None = None) -> list[Item]:
     return [_item(record, place) for place, record in read_objects(path)]
 
 
-def items_of_run(file: str, every: int, tokenizer: Any, data: str) -> list[Item]:
-    """What a run that trains on `data` is evaluated on every so many steps; nothing with 0."""
-    if not every:
+def items_of_run(config: Any, tokenizer: Any) -> list[Item]:
+    """What a run is evaluated on, by the settings of train.py; nothing with hellaswag_every=0. A
+    dry run reads a file that is named, and downloads none."""
+    file, every = config.hellaswag_file, config.hellaswag_every
+    if not every or config.dry_run and not file:
         return []
-    if tokenizer is None:
-        raise ValueError(f"hellaswag_every={every} needs a tokenizer, and {data} has none; put its "
-                         f"tokenizer.json there")
+    if tokenizer is None and not config.dry_run:
+        raise ValueError(f"hellaswag_every={every} needs a tokenizer, and {config.data} has none; "
+                         f"put its tokenizer.json there")
     return load_items(file or None)
 
 

@@ -18,7 +18,7 @@ from bpe import Tokenizer
 from fast.linear import use_fast_products
 from formats.files import read_json
 from formats.gpt2 import count_weights
-from model import GPT, GPTConfig
+from model import GPT, SIZES, GPTConfig
 from run import checkpoint
 from run.classifier import Classifier
 from run.config import build
@@ -68,13 +68,19 @@ def load_base(name: str | Path, dropout: float = 0.0, block_size: int | None = N
     return model.requires_grad_(True).train(), tokenizer
 
 
-def load_start(name: str, asked: GPTConfig) -> tuple[GPT | None, Tokenizer | None]:
+def load_start(name: str, asked: GPTConfig, dry_run: bool = False
+               ) -> tuple[GPT | None, Tokenizer | None]:
     """What a new run starts from: `load_base` with the dropout and the context that are `asked`
-    for; (None, None) of "scratch". ValueError where the rest of the shape is another."""
+    for; (None, None) of "scratch". ValueError where the rest of the shape is another. A dry run
+    has GPT-2's shape without its weights, which it does not download."""
     if name == "scratch":
         return None, None
     cropped = asked.block_size if asked.block_size != GPTConfig.block_size else None
-    model, tokenizer = load_base(name, asked.dropout, cropped)
+    if dry_run and name in SIZES:
+        model, tokenizer = GPT(GPTConfig(**SIZES[name], dropout=asked.dropout)), Tokenizer.gpt2()
+        model.crop_context(cropped or GPTConfig.block_size)
+    else:
+        model, tokenizer = load_base(name, asked.dropout, cropped)
     for field in dataclasses.fields(GPTConfig):
         value, has = getattr(asked, field.name), getattr(model.config, field.name)
         if value not in (field.default, has):

@@ -31,6 +31,11 @@ FIGURES = ("max_steps", "learning_rate", "min_learning_rate", "schedule", "warmu
            "skip_spikes", "optim.")
 
 
+# Of passes over the same data those after 4 gain little and those after 40 nothing (Muennighoff et
+# al. 2023, 2305.16264); up to so many they may be meant.
+MANY_PASSES = 100
+
+
 @dataclass
 class Progress:
     """How far a run has come, as its checkpoints hold it."""
@@ -65,6 +70,11 @@ def with_step_counts(config: Any, batches: Any) -> Any:
     """The config of train.py with epochs and warmup_ratio turned into steps."""
     steps = config.epochs * batches.rows_per_epoch / batches.rows_per_step
     steps = math.ceil(steps) or config.max_steps
+    passes = steps * batches.rows_per_step / batches.rows_per_epoch
+    if passes > MANY_PASSES and batches.rank == 0:
+        print(f"warning: {passes:,.0f} passes over the {batches.rows_per_epoch:,} rows of "
+              f"{config.data}, which will be learned by heart; lower max_steps or epochs, or "
+              f"prepare more data", file=sys.stderr)
     warmup = config.warmup_steps or round(config.warmup_ratio * steps)
     return dataclasses.replace(config, max_steps=steps, epochs=0.0, warmup_steps=warmup,
                                warmup_ratio=0.0)

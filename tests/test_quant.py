@@ -4,6 +4,9 @@ import torch
 from torch import nn
 
 from fast.nf4 import BLOCK, LEVELS, NF4Linear, dynamic_levels, nf4_rounded
+from lora import LoRAConfig, add_lora
+from model import GPT, GPTConfig
+from run.plan import held_memory
 
 
 def quantised(out, size, bias=True, std=0.02):
@@ -112,3 +115,19 @@ def test_a_layer_comes_back_from_its_state():
     assert not torch.equal(layer.dequantize(), other.dequantize())
     other.load_state_dict(layer.state_dict())
     assert torch.equal(layer.dequantize(), other.dequantize())
+
+
+def test_packed_weights_count_as_parameters_and_operations_and_take_their_bytes():
+    shape = GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=64)
+    plain, packed = (add_lora(GPT(shape), LoRAConfig(r=2, quantize=how), quiet=True)
+                     for how in ("none", "nf4"))
+    assert packed.num_params() == plain.num_params()
+    assert packed.flops_per_token() == plain.flops_per_token()
+    # 2 blocks of 12 C^2 weights: 4 bytes, or a half, a scale's byte for 64 of them, 4 bytes for 256
+    # scales, and in each of 8 layers two tables, 256 x 2 and 256 numbers, and a mean
+    weights = 2 * 12 * 64 * 64
+    layers = 2 * [3 * 64 * 64, 64 * 64, 4 * 64 * 64, 4 * 64 * 64]
+    coarse = sum(-(-count // (64 * 256)) for count in layers)
+    saved = 4 * weights - (weights // 2 + weights // 64 + 4 * coarse + 8 * 4 * (3 * 256 + 1))
+    assert held_memory(plain, "none", 1) - held_memory(packed, "none", 1) == saved
+    assert held_memory(packed, "fsdp", 8) > sum(b.nbytes for b in packed.buffers())

@@ -11,27 +11,23 @@ import torch
 from bench.kills import start
 from bench.machine import RESULTS
 from bench.peers import SHAPES as STEP_SHAPES
+from data import shards
 from data.loader import divide_step
 from fast.cross_entropy import head_memory
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
+from run import plan
 from run.config import build
 from run.device import PEAK_FLOPS, autocast
-from run.parallel import Parallel
+from run.parallel import Parallel, is_split
+from run.plan import GRADIENTS, KEPT, KEPT_OF_A_BLOCK, MOMENTS, WEIGHTS
 from run.presets import PRESETS
 from run.processes import processes
+from train import TrainConfig, train
 
 PAGE = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
 TINY = dict(block_size=16, vocab_size=128, n_layer=3, n_head=2, n_embd=32)
-# Bytes a parameter: float32 weights 4, gradients 4, AdamW's two means 8; a bfloat16 copy of the
-# weights, which autocast makes or FSDP gathers, 2.
-WEIGHTS, GRADIENTS, MOMENTS, COPY = 4, 4, 8, 2
-# Bytes that forward keeps for backward, a token and layer and channel. bfloat16: residual stream
-# into two LayerNorms, in float32, 4 + 4; the inputs of c_attn 2, attention 6 (q, k, v),
-# attention's c_proj 2, c_fc 2, GELU 8, the MLP's c_proj 8. float32: 4 + 4 + 4 + 12 + 4 + 4 + 16
-# + 16. Where blocks are recomputed, each keeps its float32 input: 4.
-KEPT = {"bfloat16": 36, "float32": 64}
-KEPT_OF_A_BLOCK = 4
+COPY = 2                    # bytes a parameter of the bfloat16 weights that FSDP gathers
 PEAK, PRICE, NVLINK, ADAPTER = PEAK_FLOPS["H100"], 2.0, 450e9, 50e9       # assumed on the page
 
 
@@ -42,20 +38,14 @@ class Shape:
         self.name, self.config = name, config
         self.batch_tokens, self.micro_batch = batch_tokens, micro_batch
         with torch.device("meta"):
-            model = GPT(config)
+            self.model = model = GPT(config)
         self.N = sum(p.numel() for p in model.parameters())         # padded rows included
         self.counted, self.flops = model.num_params(), model.flops_per_token()
         self.block = sum(p.numel() for p in model.transformer.h[0].parameters())
 
-    def state(self, shard, n, accumulate):
+    def state(self, shard, n, accumulate, size=2):
         """Weights, gradients, optimizer state and copies on one GPU in the middle of a step."""
-        N, root = self.N, self.N - self.config.n_layer * self.block
-        if shard == "none":
-            return (WEIGHTS + GRADIENTS + MOMENTS + COPY) * N
-        held = (WEIGHTS + GRADIENTS + MOMENTS) * N / n
-        # Gradients that are not reduced yet are whole.
-        held += GRADIENTS * N if accumulate else (COPY + GRADIENTS) * max(root, self.block)
-        return held + COPY * (N if shard == "zero2" else root + 2 * self.block)
+        return plan.state_memory(self.model, shard, n, accumulate, size)
 
     def evaluating(self, n):
         """On one GPU of a sharded run: every rank gathers the weights."""
@@ -66,9 +56,7 @@ class Shape:
 
     def blocks(self, tokens, recompute=False, dtype="bfloat16"):
         """Activations up to the head's input, whose last are those of ln_f and lm_head."""
-        L, kept = self.config.n_layer, KEPT[dtype]
-        return tokens * self.config.n_embd * ((KEPT_OF_A_BLOCK * L + kept if recompute else kept * L)
-                                              + (6 if dtype == "bfloat16" else 8))
+        return plan.block_memory(self.model, tokens, 2 if dtype == "bfloat16" else 4, recompute)
 
 
 def sent_bytes(N, shard, n, accumulation):
@@ -148,8 +136,7 @@ def expected_tables():
         if row["mode"] == "eager":
             s, dtype = Shape("", STEP_SHAPES[row["shape"]][0]), row["dtype"]
             tokens = row["micro_batch"] * s.config.block_size
-            state = WEIGHTS + GRADIENTS + MOMENTS + (COPY if dtype == "bfloat16" else 0)
-            derived = state * s.N + s.blocks(tokens, dtype=dtype) + s.head(tokens, "cpu")
+            derived = s.state("none", 1, False, 2 if dtype == "bfloat16" else 4) + s.blocks(tokens, dtype=dtype) + s.head(tokens, "cpu")
             found["check"].append([f"{row['shape']}, {row['micro_batch']} x {s.config.block_size}",
                                    dtype, f"{derived / 2**20:,.0f}", f"{row['memory_mib']:,}"])
     for name, tokens in (("10B", 10e9), ("100B", 100e9), ("1T", 1e12)):
@@ -169,7 +156,11 @@ def test_hand_worked_figures_of_124m():
     shape = shapes()[0]
     N = 124_439_808 + 47 * 768                          # padded to 50,304 rows
     assert shape.N == N and shape.block == 7_087_872
-    assert shape.state("none", 8, True) == 18 * N
+    assert shape.state("none", 8, True) == 18 * N and shape.state("none", 8, True, 4) == 16 * N
+    root, block = N - 12 * 7_087_872, 7_087_872         # 16 / 8 + 4 of all, 2 of what is gathered
+    assert shape.state("fsdp", 8, True) == 6 * N + 2 * (root + 2 * block)
+    assert shape.state("fsdp", 8, False) == 2 * N + (2 + 4) * root + 2 * (root + 2 * block)
+    assert shape.state("zero2", 8, True) == 8 * N
     assert sent_bytes(N, "none", 8, 2) == 7 * N                         # 2 x 7/8 x 4
     assert sent_bytes(N, "fsdp", 2, 3) == 8 * N                         # 1/2 x (3 x 2 x 2 + 4)
     assert sent_bytes(N, "zero2", 2, 3) == 5 * N                        # 1/2 x (3 x 2 + 4)
@@ -206,7 +197,7 @@ def test_backward_keeps_the_activations_that_are_counted(dtype, recompute):
             model(idx, idx)
         return sum(size for size, _ in found.values())
     a_block = (kept(4) - kept(2)) / 2 / (B * T * C)
-    counted = KEPT_OF_A_BLOCK if recompute else KEPT[dtype]
+    counted = KEPT_OF_A_BLOCK if recompute else KEPT[getattr(torch, dtype).itemsize]
     # Above it: means and deviations of two LayerNorms, and attention's 2 sums; 24 / 128 bytes.
     assert counted <= a_block <= counted + 0.2
 
@@ -241,22 +232,52 @@ def exchange(out):
                         loss.backward()
                 sent = sum(size * (1 if "allreduce" in name else 0.5) for name, size in sizes)
                 optimizer.step()
+                held = [*model.parameters(), *(p.grad for p in model.parameters()),
+                        *(t for s in optimizer.state.values() for t in s.values() if t.dim())]
+                held = sum((t.to_local() if is_split(t) else t).nbytes for t in held)
                 leaves = torch.utils._pytree.tree_leaves(parallel.state(optimizer))
                 whole = {t.data_ptr(): t.nbytes for t in leaves if isinstance(t, torch.Tensor)
                          and t.dim()}
-                found.append((shard, accumulation, sent, sum(whole.values())))
+                found.append((shard, accumulation, sent, sum(whole.values()), held))
         Path(out, f"{world.rank}.json").write_text(json.dumps(found))
 
 
-def test_two_ranks_exchange_and_gather_what_is_counted(tmp_path):
+def test_two_ranks_hold_exchange_and_gather_what_is_counted(tmp_path):
     ranks = start(exchange, 2, str(tmp_path))
     for process in ranks:
         process.join(timeout=120)
     assert [process.exitcode for process in ranks] == [0, 0]
     with torch.device("meta"):
-        N = sum(p.numel() for p in GPT(GPTConfig(**TINY)).parameters())
+        model = GPT(GPTConfig(**TINY))
+    N = sum(p.numel() for p in model.parameters())
     for rank in range(2):
-        for shard, accumulation, sent, whole in json.loads((tmp_path / f"{rank}.json").read_text()):
+        for shard, accumulation, sent, whole, held in json.loads(
+                (tmp_path / f"{rank}.json").read_text()):
+            assert held == plan.held_memory(model, shard, 2), (shard, accumulation)
             assert sent == sent_bytes(N, shard, 2, accumulation), (shard, accumulation)
             counted = (WEIGHTS + MOMENTS) * N
             assert whole == (counted if rank == 0 or shard == "none" else 0), shard
+
+
+def test_a_dry_run_without_data_says_the_memory_of_the_tables_and_time_cost_and_disk(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, "DATA", tmp_path)       # nothing is prepared
+    for name, row in zip(("gpt2-124m", "gpt2-1558m"), (0, 3)):
+        train(build(TrainConfig, {**PRESETS[name].settings, "dry_run": True,
+                                  "out": str(tmp_path / "run")}))
+        text = capsys.readouterr().out
+        ddp, _, zero2, _, fsdp, _ = rows_of("memory")[row][1:]
+        assert f"{ddp} with --shard=none, {zero2} with --shard=zero2, {fsdp} with --sh" in text
+        together = rows_of("activations")[row][5]
+        assert f"{ddp} GB weights, gradients, AdamW and copies, {together} GB activations" in text
+        assert "1.00 passes over 9,765,625 rows" in text and "python -m data.fineweb makes" in text
+        assert "disk: 28.5 GB download, 45.9 GB unpacked beside it, 20.0 GB token shards" in text
+    hours = rows_of("speed")[10][3]                     # of 8 H100 at 40%; 72.17 in all
+    assert f"H100,  80 GB: 72.2 hours on 1, {hours} on 8; $288 at $3.99 an hour" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_sharded_run_counts_its_shard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, "DATA", tmp_path)
+    train(build(TrainConfig, {**PRESETS["gpt2-1558m"].settings, "dry_run": True, "shard": "fsdp"}))
+    assert "9.6 GB weights, gradients, AdamW and copies, 14.2 GB act" in capsys.readouterr().out

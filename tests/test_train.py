@@ -16,13 +16,13 @@ import torch
 import ranks
 from bench import kills
 from data import loader, shards
-from model import GPT, IGNORE
+from model import GPT, IGNORE, SIZES, GPTConfig
 from run import checkpoint
 from run import log as report
 from run import parallel, plan
 from run import processes as launch
 from run.config import build
-from run.load import load_model
+from run.load import load_model, load_start
 from run.presets import PRESETS
 from sample import continue_text
 from train import TrainConfig, train
@@ -392,6 +392,35 @@ def test_hellaswag_is_evaluated_in_the_loop_and_its_file_is_opened_before_the_fi
     with pytest.raises(FileNotFoundError, match="there is no file none.jsonl"):
         train(settings(dataset, tmp_path / "other", hellaswag_every=2, hellaswag_file="none.jsonl"))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_dry_run_counts_no_padding_as_trained_and_warns_of_many_passes(dataset, tmp_path, capsys):
+    counts = train(settings(dataset, tmp_path / "run", dry_run=True, max_steps=4000,
+                            model={**MODEL, "vocab_size": 256, "vocab_multiple": 100}))
+    assert counts["trained"] == counts["parameters"]
+    said = capsys.readouterr()
+    assert f"trained {counts['trained']:,};" in said.out
+    # 4,991 tokens are 156 windows of 32, of which a step takes 16
+    assert "warning: 410 passes over the 156 rows of " in said.err
+    train(settings(dataset, tmp_path / "run", dry_run=True))
+    assert "passes" not in capsys.readouterr().err
+
+
+def test_a_dry_run_reads_the_hellaswag_file(dataset, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no file none.jsonl"):
+        train(settings(dataset, tmp_path, hellaswag_every=2, hellaswag_file="none.jsonl",
+                       dry_run=True))
+    train(settings(dataset, tmp_path, hellaswag_every=2, dry_run=True))         # downloads nothing
+
+
+def test_a_dry_run_on_gpt2_loads_no_weights(monkeypatch):
+    monkeypatch.setitem(SIZES, "gpt2-xl", dict(n_layer=1, n_head=2, n_embd=8))
+    monkeypatch.setattr("run.load.Tokenizer.gpt2", lambda: "GPT-2's")
+    monkeypatch.setattr(GPT, "from_pretrained", None)
+    model, tokenizer = load_start("gpt2-xl", GPTConfig(block_size=64), dry_run=True)
+    assert tokenizer == "GPT-2's" and (model.config.n_embd, model.config.block_size) == (8, 64)
+    with pytest.raises(TypeError):
+        load_start("gpt2-xl", GPTConfig(block_size=64))
 
 
 def test_the_time_left_is_not_told_from_the_first_step(dataset, tmp_path, capsys):
