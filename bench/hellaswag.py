@@ -53,7 +53,7 @@ def one_at_a_time(model: GPT, tokenizer: Tokenizer, items: list[Item],
             logits, _ = model(ids)                                  # (4, T, V)
         nats = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(),
                                reduction="none").view(4, T - 1)
-        sums.append(-(nats * scored[:, 1:]).sum(1).double().cpu())
+        sums.append(-(nats * scored[:, 1:]).sum(1).cpu().double())   # MPS has no float64
     return torch.stack(sums)
 
 

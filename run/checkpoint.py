@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -29,6 +30,7 @@ from model import GPTConfig
 from run.config import build
 
 FORMAT_VERSION = 1
+BLOCK, ALIGNED = 2**26, 64              # bytes: of host memory at once, and where tensors begin
 BEST = {"step": int, "model": dict, "config": dict, "base": str, "best_loss": float}    # best.pt's
 REST = {"optimizer": dict, "scaler": dict, "stale": int, "recent": list, "data": str}   # last.pt's
 SETTINGS = {"model": dict, "lora": dict, "init_from": str, "data": str, "template": str,
@@ -262,7 +264,7 @@ class Saver:
                  best_loss: float = math.inf):
         self.folder, self.keep, self.limit, self.max_failed = folder, keep, limit, max_failed
         self.best_loss = best_loss
-        self.copies: dict[tuple, torch.Tensor] = {}     # host memory, used again at each save
+        self.blocks: list[np.ndarray] = []              # host memory, used again at each save
         self.thread: threading.Thread | None = None
         self.error: OSError | None = None
         self.failed = 0                                 # files in a row
@@ -276,8 +278,8 @@ class Saver:
         self.wait()
         if not last:
             state = {key: state[key] for key in BEST}
-        old, self.copies = self.copies, {}
-        state = self._copied(state, old)
+        self.block, self.used = 0, 0                    # bytes of which block are taken
+        state = self._copied(state, {})
         if torch.cuda.is_available():
             torch.cuda.synchronize()                    # the copies to pinned memory
         self.thread = threading.Thread(target=self._write, args=(state, last, best, milestone),
@@ -325,21 +327,34 @@ class Saver:
         except OSError as error:
             self.error = error
 
-    def _copied(self, value: Any, old: dict[tuple, torch.Tensor]) -> Any:
+    def _copied(self, value: Any, copies: dict[tuple, torch.Tensor]) -> Any:
         """Tensors copied to the host; two names of one tensor stay two names of one copy."""
         if isinstance(value, dict):
-            return {key: self._copied(item, old) for key, item in value.items()}
+            return {key: self._copied(item, copies) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self._copied(item, old) for item in value)
+            return type(value)(self._copied(item, copies) for item in value)
         if not isinstance(value, torch.Tensor):
             return value
         key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-        if key not in self.copies or value.numel() == 0:
-            copy = old.get(key)
-            if copy is None:                            # pinned: the GPU writes there at full speed
-                copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            self.copies[key] = copy.copy_(value.detach(), non_blocking=True)
-        return self.copies[key]
+        if key not in copies or value.numel() == 0:
+            copies[key] = self._room(value).copy_(value.detach(), non_blocking=True)
+        return copies[key]
+
+    def _room(self, value: torch.Tensor) -> torch.Tensor:
+        """An empty tensor like `value` in a block. From a GPU's blocks are pinned: it writes there
+        at full speed. PyTorch pins powers of two, so a small tensor with a block of its own costs a
+        call, and up to twice its memory. To torch.save each is a tensor of its own."""
+        size = -(-value.nbytes // ALIGNED) * ALIGNED
+        while self.block == len(self.blocks) or self.used + size > len(self.blocks[self.block]):
+            if self.block == len(self.blocks):
+                bytes_ = 1 << (max(size, BLOCK) - 1).bit_length()
+                self.blocks.append(torch.empty(bytes_, dtype=torch.uint8,
+                                               pin_memory=value.is_cuda).numpy())
+            else:
+                self.block, self.used = self.block + 1, 0
+        start, self.used = self.used, self.used + size
+        return torch.from_numpy(self.blocks[self.block][start:start + value.nbytes]) \
+            .view(value.dtype).view(value.shape)
 
 
 def _last_files(folder: Path, count: int) -> list[Path]:

@@ -114,7 +114,10 @@ def test_a_save_that_was_killed_before_its_renames_is_settled(tmp_path, keep):
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
 
 
-def test_a_state_is_copied_before_it_changes_and_names_of_one_tensor_stay_so(tmp_path):
+@pytest.mark.parametrize("block,blocks", [(2**26, 1), (2**12, 2)])      # a tensor of 9,600 bytes
+def test_a_state_is_copied_before_it_changes_and_names_of_one_tensor_stay_so(tmp_path, monkeypatch,
+                                                                             block, blocks):
+    monkeypatch.setattr(checkpoint, "BLOCK", block)
     state = state_of(1, best_loss=1.0)
     weight = state["model"]["lm_head.weight"]           # (300, 8), and wte's
     state["optimizer"]["moments"] = [torch.zeros(3)]
@@ -129,6 +132,9 @@ def test_a_state_is_copied_before_it_changes_and_names_of_one_tensor_stay_so(tmp
     assert [found["model"]["transformer.wte.weight"][0, 0].item() for found in steps] == [
         1.0, 2.0, 1.0]
     assert "optimizer" not in steps[2]
+    assert all(torch.equal(steps[1]["model"][key], tensor)
+               for key, tensor in state["model"].items())
+    assert len(saver.blocks) == blocks                  # of the first save; the second used them
     numbers = sum(p.numel() for p in GPT(TINY).parameters())
     assert (tmp_path / "best.pt").stat().st_size < 4 * numbers + 12_000      # wte is in it once
 
