@@ -42,30 +42,42 @@ def linear_cross_entropy(x: torch.Tensor, head: nn.Module, targets: torch.Tensor
 
     x (N, C), targets (N,) int64, IGNORE where there is no label. Products are in autocast's dtype
     where it is on, softmax and sum in float32. A head that is more than an nn.Linear without bias,
-    an adapted one for example, is computed plainly; and so is float16, whose range needs the
-    gradient scaled before it is rounded, by a factor that is known only later. A head with another
-    `product` than F.linear's (fast/linear.py) is multiplied by that.
+    an adapted one for example, is computed plainly. A head with another `product` than F.linear's
+    (fast/linear.py) is multiplied by that.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     product = F.linear if type(head) is nn.Linear else getattr(head, "product", None)
-    if product is None or head.bias is not None or dtype == torch.float16:
+    if product is None or head.bias is not None:
         return plain(x, head, targets, vocab_size)
     wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, head.weight)]
     return _LinearCrossEntropy.apply(x, head.weight, targets, vocab_size, dtype, product, *wants)
 
 
 def with_target(softmax: torch.Tensor, targets: torch.Tensor, value: torch.Tensor,
-                dtype: torch.dtype) -> torch.Tensor:
-    """softmax (N, V) in dtype, with value (N,) in the column of each row's target.
+                dtype: torch.dtype, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """softmax (N, V) in dtype, with value (N,) in the column of each row's target; scaled, where
+    there is a scale, before it is rounded.
 
     A scatter is an operation of its own, for which the softmax is written in float32; a comparison
     is fused with the softmax by torch.compile. On a CPU, near its caches, the scatter is faster.
     """
+    if scale is not None:
+        softmax, value = softmax * scale, value * scale
     if softmax.device.type in SCATTERS:
         return softmax.scatter_(1, targets.clamp(min=0)[:, None], value[:, None]).to(dtype)
     columns = torch.arange(softmax.size(1), device=softmax.device)
     return torch.where(columns == targets[:, None], value[:, None].to(dtype), softmax.to(dtype))
+
+
+def half_scales(x: torch.Tensor, weight: torch.Tensor, rows: int
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of the gradient and of x in float16, which holds 6e-8 to 65504: powers of two, which
+    round nothing. The gradient is scaled up before it is rounded, but no sum may overflow: over V
+    its entries add up to 2 at most, over the rows of a piece to as many as these."""
+    up = torch.exp2(torch.log2(2**14 / weight.abs().max().float()).floor()).clamp(max=2**10)
+    down = torch.exp2(torch.log2(2**15 / (up * rows * x.abs().max())).floor()).clamp(max=1)
+    return up, down
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -80,7 +92,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             w = weight.to(dtype)
             if missing := -V % COLUMNS.get(device.type, 1):
                 w = F.pad(w, (0, 0, 0, missing))                     # more rows that are no tokens
-            for rows, target in zip(x.to(dtype).chunk(pieces), targets.chunk(pieces)):
+            lower, up = x.to(dtype), None
+            if dtype == torch.float16:
+                up, down = half_scales(lower, w, -(-len(x) // pieces))
+            for rows, target in zip(lower.chunk(pieces), targets.chunk(pieces)):
                 logits = product(rows, w).float()                    # (n, V)
                 if vocab_size < len(w):
                     logits[:, vocab_size:] = -math.inf
@@ -88,15 +103,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total = total + nats.sum()
                 if want_dx or want_dweight:
                     # p - 1 at the target, by expm1: of a p near 1, bfloat16 would leave nothing.
-                    grad = with_target(logits.softmax(dim=1), target, torch.expm1(-nats), dtype)
+                    grad = with_target(logits.softmax(dim=1), target, torch.expm1(-nats), dtype, up)
                     labelled = (target != IGNORE)[:, None]
                 if want_dx:
                     dx.append(product(grad, w.T) * labelled)         # (n, C)
                 if want_dweight:
-                    part = product(grad.T, (rows * labelled).T)      # (V, C)
+                    rows = rows * labelled
+                    part = product(grad.T, (rows if up is None else rows * down).T)  # (V, C)
                     dweight = part.float() if dweight is None else dweight + part
-        ctx.save_for_backward(torch.cat(dx).to(x.dtype) if want_dx else None,
-                              dweight[:V].to(weight.dtype) if want_dweight else None)
+        dx = torch.cat(dx).to(x.dtype) if want_dx else None
+        dweight = dweight[:V].to(weight.dtype) if want_dweight else None
+        if up is not None:
+            dx = dx / up if want_dx else None
+            dweight = dweight / (up * down) if want_dweight else None
+        ctx.save_for_backward(dx, dweight)
         return total
 
     @staticmethod
