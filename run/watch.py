@@ -16,10 +16,12 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
+import torch
 import torch.distributed as dist
 
 from run.processes import Processes
@@ -81,15 +83,18 @@ class Watch:
     When a rank has been at one place for `minutes`, it prints which rank is behind, or shows no
     sign of life, and exits with EXIT_HANGS; torchrun then ends the others and may restart all.
 
-    A place is the host's. On GPUs hosts run ahead of their devices, to the next look at them: a
-    rank whose host hangs is behind and named; where a device or the network hangs, all hosts come
-    to wait at one place, and all are named.
+    On a GPU hosts run ahead, and come to wait for their devices at one place. So `at` leaves a mark
+    in the device's queue too, an event, and a rank's place is that of the last one which its device
+    has come to. Where the network hangs and not a rank, all are at one place, and all are named.
     """
 
     def __init__(self, world: Processes, minutes: float):
         self.rank, self.size = world.rank, world.size
         self.limit = 60 * minutes
         self.place, self.since = (0, 0), time.monotonic()           # (step, phase)
+        self.event = torch.cuda.Event if world.device.type == "cuda" else None
+        self.marks: deque[tuple[Any, tuple[int, int]]] = deque()    # what the device has to come to
+        self.reached = self.place
         self.stopped = threading.Event()
         if self.size > 1:
             self.store = world.store()
@@ -100,6 +105,10 @@ class Watch:
     def at(self, step: int, phase: str) -> None:
         """The loop has come to a place."""
         self.place, self.since = (step, PHASES.index(phase)), time.monotonic()
+        if self.event and self.size > 1:
+            mark = self.event()
+            mark.record()
+            self.marks.append((mark, self.place))
 
     def __enter__(self) -> "Watch":
         return self
@@ -110,7 +119,10 @@ class Watch:
             self.thread.join()              # it must not talk to a store that is going away
 
     def _tell(self, beat: int) -> None:
-        self.store.set(f"watch/{self.rank}", json.dumps([beat, self.place, _me()]))
+        while self.marks and self.marks[0][0].query():              # which does not wait
+            self.reached = self.marks.popleft()[1]
+        place = self.reached if self.event else self.place
+        self.store.set(f"watch/{self.rank}", json.dumps([beat, place, _me()]))
 
     def _told(self) -> list[Any]:
         """Of each rank: beat, place, who it is."""

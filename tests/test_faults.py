@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from run import checkpoint
 from run import log as report
 from run import watch as faults
 from run.config import build
+from run.processes import Processes
 from train import TrainConfig, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -296,6 +298,34 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others(settings, stopped):
     assert ("shows no sign of life" in last) == stopped
     processes[1].kill()
     processes[1].join()
+
+
+def test_on_gpus_the_rank_whose_device_hangs_is_named(monkeypatch, capsys):
+    """Both hosts run ahead to step 5, where they wait. Of rank 1's device the forward pass of step
+    3 does not end; rank 0's has come to the reduction that waits for it."""
+    class Event:
+        def record(self):
+            self.comes = (step, phase) <= (3, reached)
+
+        def query(self):
+            return self.comes
+    ended = threading.Event()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(faults.os, "_exit", lambda code: (
+        ended.set(), [watch.stopped.set() for watch in watches]))
+    store = torch.distributed.HashStore()
+    watches = [faults.Watch(Processes(rank, 2, torch.device("cuda"), lambda: store), minutes=0.02)
+               for rank in range(2)]
+    for watch, reached in zip(watches, ("reducing", "computing")):
+        for step in range(6):
+            for phase in ("computing", "reducing"):
+                watch.at(step, phase)
+    assert ended.wait(60)
+    for watch in watches:
+        watch.__exit__()
+    said = capsys.readouterr().err.splitlines()
+    assert said and all(line.startswith("error: rank 1 ") and "last seen at step 3, computing" in line
+                        for line in said)
 
 
 def test_a_rank_that_dies_is_one_line_from_the_others(settings):
