@@ -2,12 +2,15 @@
 
     python -m experiments.plots out/demo                            draws out/demo/curve.png
     python -m experiments.plots out/a out/b --out=both.svg          several; .png, .svg or .html
+    python -m experiments.plots out --where=data=corpus,model.n_layer=4     all with these settings
     python -m experiments.plots out/demo --sample                   the loss beside what it writes
     python -m experiments.plots out/demo --follow                   in the terminal while it trains
     python -m experiments.plots out/demo --follow --out=live.html   a page that reloads itself
 
 In: the folders of runs. Out: a picture, which needs the extra "plots"; the terminal view does not.
 Runs differ by colour, line style and marker, so that print and the colour-blind keep them apart.
+Those that differ in their seeds only are drawn as one, their mean, with a band from the lowest to
+the highest; of two or more the legend says whether they differ from the first by more than seeds.
 
 References: palette, Okabe and Ito 2008. GPT-2 124M: HellaSwag acc_norm and FineWeb-Edu validation
 loss as build-nanogpt measured them, OpenWebText validation loss from nanoGPT's README.
@@ -21,13 +24,13 @@ import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Literal
+from typing import Any, Callable, Literal, Sequence
 
 import numpy as np
 
 from data import shards
-from experiments.runs import (PALETTE, Run, duration, limits, load_runs, moving_average, short,
-                              status, text_plot, window_of)
+from experiments.runs import (PALETTE, Run, differences, duration, find_runs, limits, load_runs,
+                              moving_average, seeds_together, short, status, text_plot, window_of)
 from formats.files import write_bytes
 from run.config import parse, run_command
 
@@ -54,6 +57,8 @@ class PlotConfig:
     x: Literal["tokens", "time", "steps"] = "tokens"  # what the curves are drawn against
     smooth: int = 0  # steps that a curve is averaged over; 1: none; 0: a fiftieth of the longest
         # run
+    where: tuple[str, ...] = ()  # NAME=VALUE: only runs with this setting, of those in the folders
+        # named, or in out
     sample: bool = False  # of one run: its loss and the unigram entropy of the data, beside its
         # last text
     follow: bool = False  # draw again whenever a log has grown, until the runs are finished
@@ -129,12 +134,15 @@ def unigram_entropy(run: Run) -> float | None:
 def draw_loss(ax: Any, runs: list[Run], axis: str, smooth: int, legend: bool) -> None:
     """Training loss, each step faintly and averaged, and validation loss as markers."""
     window, size, shown, lines, markers = window_of(runs, smooth), unit(runs, axis)[0], [], [], []
+    verdicts = differences(runs)
     for i, run in enumerate(runs):
-        mean, line = draw_curve(ax, i, run.x(axis) / size, run.steps["loss"], window)
+        mean, line = draw_curve(ax, i, run.x(axis) / size, run.steps["loss"], window,
+                                [one.steps["loss"][:len(run)] for one in run.seeds])
         at, val = run.measured("val_loss", axis)
         points, = ax.plot(at / size, val, **marks(i, len(val)), linestyle="none")
         line.set_label(run.name)
-        points.set_label(f"validation {val[-1]:.3f}" if len(val) else "no validation yet")
+        points.set_label((f"validation {val[-1]:.3f}" if len(val) else "no validation yet")
+                         + (f", {verdicts[i]}" if verdicts[i] else ""))
         lines.append(line)
         markers.append(points)
         shown += [mean, val[len(val) // 4:]]
@@ -148,15 +156,27 @@ def draw_loss(ax: Any, runs: list[Run], axis: str, smooth: int, legend: bool) ->
     label(ax, runs, axis, f"loss against {axis}", "nats per token")
     if legend:
         averaged = f", mean of {window} steps" if window > 1 else ""
+        title = f"line: training{averaged}; marker: validation"
+        if any(run.seeds for run in runs):
+            title += "\nband: from the lowest seed to the highest"
+        if len(runs) > 1:
+            title += ("\ndifference: to the first, paired by seed" if any(verdicts) else
+                      "\nwithout seeds in common: a difference may be chance")
         ax.legend(handles=lines + markers, loc="upper right", ncols=2, alignment="right",
-                  title=f"line: training{averaged}; marker: validation", title_fontsize=8)
+                  title=title, title_fontsize=8)
 
 
-def draw_curve(ax: Any, i: int, x: np.ndarray, y: np.ndarray, window: int) -> tuple[Any, Any]:
-    """Every step faintly, and its average; returns the average and its line."""
+def draw_curve(ax: Any, i: int, x: np.ndarray, y: np.ndarray, window: int,
+               seeds: Sequence[np.ndarray] = ()) -> tuple[Any, Any]:
+    """Every step faintly, and its average, or of several seeds a band; returns the average and its
+    line."""
     mean = moving_average(y, window)
-    if window > 1:
-        faint = (255 * 2 + np.array([*bytes.fromhex(style(i)["color"][1:])])) / (255 * 3)
+    faint = (255 * 2 + np.array([*bytes.fromhex(style(i)["color"][1:])])) / (255 * 3)
+    if seeds:
+        each = [moving_average(values, window) for values in seeds]
+        ax.fill_between(x, np.min(each, axis=0), np.max(each, axis=0), color=faint, linewidth=0,
+                        zorder=1)
+    elif window > 1:
         ax.plot(x, y, color=faint, linewidth=0.5, zorder=1)         # two thirds white, no alpha:
     line, = ax.plot(x, mean, **style(i), linewidth=1.6)             # renderers differ in adding it
     return mean, line
@@ -171,12 +191,14 @@ def draw_rate(ax: Any, runs: list[Run], axis: str) -> None:
 
 
 def draw_norm(ax: Any, runs: list[Run], axis: str, smooth: int) -> None:
-    """The gradient's norm as it was before clipping, on a log scale where it is positive."""
+    """The gradient's norm as it was before clipping, on a log scale where it spans a decade."""
     for i, run in enumerate(runs):
         draw_curve(ax, i, run.x(axis) / unit(runs, axis)[0], run.steps["grad_norm"],
                    window_of(runs, smooth))
     label(ax, runs, axis, "gradient norm before clipping")
-    if any((run.steps["grad_norm"] > 0).any() for run in runs):
+    norms = np.concatenate([run.steps["grad_norm"] for run in runs])
+    norms = norms[norms > 0]
+    if len(norms) and norms.max() > 10 * norms.min():   # else too few of the labels below are there
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(                               # labels at 1, 2, 5, 10, ...
@@ -247,7 +269,7 @@ def caption(runs: list[Run]) -> str:
 
 def save(runs: list[Run], config: PlotConfig, path: Path) -> None:
     """Draw into a file. It is replaced whole, so that no viewer sees half of it."""
-    started, content = [run for run in runs if len(run)], b""
+    started, content = seeds_together([run for run in runs if len(run)]), b""
     if started:
         draw, height, dpi = ((draw_with_sample, 3.4, 80) if config.sample else
                              (draw_panels, 6.6, 150))
@@ -304,7 +326,7 @@ def main(words: list[str]) -> None:
     named = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
     config = parse(PlotConfig, words[len(named):], "python -m experiments.plots RUN [RUN ...]",
                    about=__doc__)
-    folders = named or ["out/demo"]
+    folders = find_runs(named or ["out"], config.where) if config.where else named or ["out/demo"]
     if config.sample and len(folders) > 1:
         raise ValueError(f"--sample draws one run, not {len(folders)}; name one")
     if config.follow:

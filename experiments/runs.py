@@ -6,13 +6,16 @@
 
 In: a run's log.jsonl, config.json and run.json (run/log.py). experiments/plots.py draws from this.
 """
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.ttest import holm, paired
 from formats.files import read_json
+from run.config import flatten
 from run.log import read_log
 
 STEP_KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s")
@@ -30,6 +33,7 @@ class Run:
     evaluations: list[dict[str, Any]]
     config: dict[str, Any]
     summary: dict[str, Any]                                         # run.json
+    seeds: tuple["Run", ...] = ()           # those that this one is the mean of
 
     def __len__(self) -> int:
         return len(self.steps["step"])
@@ -74,6 +78,81 @@ def load_runs(folders: list[str]) -> list[Run]:
     names = [Path(folder).resolve().name for folder in folders]
     return [load_run(Path(folder), name if names.count(name) == 1 else folder)
             for folder, name in zip(folders, names)]
+
+
+def find_runs(folders: list[str], where: tuple[str, ...]) -> list[str]:
+    """The folders of runs, these or below them, whose settings are as `where` says: NAME=VALUE
+    each, several values of a setting joined by "+". ValueError where there is none."""
+    wanted = dict(text.split("=", 1) if "=" in text else (text, "") for text in where)
+    found, seen = [], {name: set() for name in wanted}
+    for path in sorted({path for folder in folders for path in Path(folder).rglob("config.json")}):
+        settings = flatten(_json(path))
+        for name in wanted:
+            seen[name].add(_spelled(settings.get(name)))
+        if all(_spelled(settings.get(name)) == _spelled(value) for name, value in wanted.items()):
+            found.append(str(path.parent))
+    if not found:
+        there = "; ".join(f"{name} is {', '.join(sorted(values)) or 'nowhere'}"
+                          for name, values in seen.items())
+        raise ValueError(f"where={','.join(where)} fits no run in {', '.join(folders)}: {there}")
+    return found
+
+
+def _spelled(value: Any) -> str:
+    """A setting, of a config.json or as typed, so that equal ones are alike: 1e-3 is 0.001."""
+    if isinstance(value, list):
+        return "+".join(map(_spelled, value))
+    try:
+        return f"{float(value):g}" if not isinstance(value, bool) else str(value).lower()
+    except (TypeError, ValueError):
+        return str(value).lower()
+
+
+def seeds_together(runs: list[Run]) -> list[Run]:
+    """Runs that differ in nothing but their seeds as one, their mean; others as they are."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {name: value for name, value in flatten(run.config).items()
+                    if name not in ("seed", "out")}
+        groups.setdefault(repr(sorted(settings.items())), []).append(run)
+    return [together for group in groups.values() for together in (
+        [mean_run(group)] if len({run.config.get("seed") for run in group}) == len(group) > 1
+        else group)]
+
+
+def mean_run(runs: list[Run]) -> Run:
+    """The mean of runs, as far as the shortest has come; evaluations that all of them have."""
+    end = min(map(len, runs))
+    evaluations = []
+    for lines in zip(*(run.evaluations for run in runs)):
+        keys = [key for key in lines[0] if all(isinstance(line.get(key), (int, float))
+                                               for line in lines)]
+        if len({line["step"] for line in lines}) == 1:
+            evaluations.append({key: float(np.mean([line[key] for line in lines])) for key in keys})
+    return Run(f"{runs[0].name}, {len(runs)} seeds",
+               {key: np.mean([run.steps[key][:end] for run in runs], axis=0)
+                for key in runs[0].steps}, evaluations, runs[0].config, runs[0].summary,
+               tuple(runs))
+
+
+def differences(runs: list[Run]) -> list[str]:
+    """Whether each run's last validation loss differs from the first's by more than their seeds
+    do, in words: the paired t-test, corrected for several (experiments/ttest.py). "" where fewer
+    than two seeds are common."""
+    def last(run: Run) -> dict[Any, float]:
+        losses = {one.config.get("seed"): one.measured("val_loss", "steps")[1]
+                  for one in run.seeds or (run,)}
+        return {seed: float(loss[-1]) for seed, loss in losses.items()
+                if len(loss) and math.isfinite(loss[-1])}
+    found: dict[int, float] = {}
+    base = last(runs[0])
+    for i, run in enumerate(runs[1:], 1):
+        own = last(run)
+        if len(common := sorted(base.keys() & own.keys(), key=str)) > 1:
+            found[i] = paired([own[seed] - base[seed] for seed in common]).p
+    chances = dict(zip(found, holm(list(found.values()))))
+    return ["" if i not in chances else f"differs (p {chances[i]:.2g})" if chances[i] < 0.05
+            else f"no difference found (p {chances[i]:.2g})" for i in range(len(runs))]
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:

@@ -15,8 +15,9 @@ import pytest
 
 from experiments import plots
 from experiments.plots import PlotConfig, main, published_loss, save
-from experiments.runs import (duration, limits, load_run, load_runs, moving_average, short, status,
-                              text_plot)
+from experiments.runs import (differences, duration, find_runs, limits, load_run, load_runs,
+                              moving_average, seeds_together, short, status, text_plot)
+from experiments.ttest import holm, paired
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
                 if (path := shutil.which(name))), None)
@@ -106,6 +107,84 @@ def test_the_fall_from_the_start_may_leave_the_picture():
     bottom, top = limits([curve])
     assert 2.9 < bottom < 3 and 4 < top < 4.2
     assert limits([np.array([2.0, 2.0])]) == (1.9, 2.1)
+
+
+# ---------------------------------------------------------------------------------- seeds
+
+def write_seed(folder, seed, losses, **settings):
+    """A run of three steps, its validation loss that of the last step."""
+    write_run(folder, steps=0)
+    with open(folder / "log.jsonl", "w") as file:
+        for step, loss in enumerate(losses, 1):
+            file.write(json.dumps({"step": step, "loss": loss, "lr": 1e-3, "grad_norm": 1.0 + loss,
+                                   "tokens": 10 * step, "tokens_per_s": 5.0}) + "\n")
+        file.write(json.dumps({"step": step, "val_loss": losses[-1]}) + "\n")
+    (folder / "config.json").write_text(json.dumps(
+        {"data": "data/corpus", "out": str(folder), "seed": seed, "max_steps": 3, **settings}))
+    return str(folder)
+
+
+@pytest.fixture
+def two_settings(tmp_path):
+    """Three seeds at each of two learning rates, and one of the second's at another seed."""
+    rates = {1e-3: ([4, 3, 2.0], [5, 4, 2.1], [6, 5, 2.3]),
+             2e-3: ([4, 3, 1.90], [5, 4, 2.01], [6, 5, 2.19])}
+    return [write_seed(tmp_path / f"r{rate}-{seed}", seed, losses, learning_rate=rate,
+                       lora={"target_modules": ["c_attn", "c_fc"]})
+            for rate, several in rates.items() for seed, losses in enumerate(several)]
+
+
+def test_runs_that_differ_in_their_seeds_only_are_their_mean(two_settings):
+    a, b = seeds_together(load_runs(two_settings))
+    assert (a.name, len(a.seeds)) == ("r0.001-0, 3 seeds", 3)
+    assert a.steps["loss"].tolist() == pytest.approx([5, 4, 6.4 / 3])
+    assert b.measured("val_loss", "steps")[1].tolist() == pytest.approx([6.1 / 3])
+    alone = seeds_together(load_runs(two_settings[2:4]))
+    assert [run.seeds for run in alone] == [(), ()]
+    twice = seeds_together(load_runs([two_settings[0], two_settings[0]]))
+    assert len(twice) == 2                              # the same seed again is no other
+
+
+def test_the_legend_says_whether_runs_differ_by_more_than_their_seeds(two_settings, tmp_path):
+    p = paired([-0.10, -0.09, -0.11]).p                 # by hand: t = -0.1 / (0.01 / sqrt 3)
+    assert differences(seeds_together(load_runs(two_settings))) == ["", f"differs (p {p:.2g})"]
+    main([*two_settings, f"--out={tmp_path / 'a.svg'}"])
+    words = svg_texts((tmp_path / "a.svg").read_text())
+    for expected in ("r0.001-0, 3 seeds", f"validation 2.033, differs (p {p:.2g})",
+                     "band: from the lowest seed to the highest",
+                     "difference: to the first, paired by seed"):
+        assert expected in words, words
+    main([two_settings[0], two_settings[3], f"--out={tmp_path / 'b.svg'}"])
+    assert "without seeds in common: a difference may be chance" in svg_texts(
+        (tmp_path / "b.svg").read_text())
+
+
+def test_differences_of_noise_are_none_and_several_are_corrected_for(tmp_path):
+    runs = [write_seed(tmp_path / f"{rate}-{seed}", seed, [3, loss], learning_rate=rate)
+            for rate, losses in ((1, (2.0, 2.1, 2.3)), (2, (2.1, 2.0, 2.35)), (3, (1.9, 2.01, 2.2)))
+            for seed, loss in enumerate(losses)]
+    chances = holm([paired([0.1, -0.1, 0.05]).p, paired([-0.1, -0.09, -0.1]).p])
+    assert differences(seeds_together(load_runs(runs))) == [
+        "", f"no difference found (p {chances[0]:.2g})", f"differs (p {chances[1]:.2g})"]
+
+
+def test_runs_are_found_by_their_settings(two_settings, tmp_path, capsys):
+    folder = [str(tmp_path)]
+    assert find_runs(folder, ("learning_rate=2e-3", "seed=1")) == [two_settings[4]]
+    assert len(find_runs(folder, ("lora.target_modules=c_attn+c_fc",))) == 6
+    with pytest.raises(ValueError, match=r"where=seed=7 fits no run in .*: seed is 0, 1, 2"):
+        find_runs(folder, ("seed=7",))
+    main([str(tmp_path), "--where=learning_rate=0.001,seed=0", f"--out={tmp_path / 'a.png'}"])
+    assert "r0.001-0: step 3/3" in capsys.readouterr().out
+
+
+def test_the_norms_of_a_short_run_have_more_than_one_label(tmp_path):
+    run = write_seed(tmp_path / "a", 0, [0.5, 0.3, 0.2])        # norms 1.2 to 1.5: within a decade
+    main([run, f"--out={tmp_path / 'a.svg'}"])
+    words = svg_texts((tmp_path / "a.svg").read_text())
+    after = words[words.index("learning rate"):]                # the labels of the norm's panel
+    assert sum(1.1 < float(word) < 1.6 for word in after
+               if word and re.fullmatch(r"1\.\d+", word)) > 1, after
 
 
 # ------------------------------------------------------------------------------- pictures
