@@ -112,8 +112,9 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
-             quiet: bool = False) -> nn.Module:
+             quiet: bool = False, rate: float = 0.0) -> nn.Module:
     """Give the model an adapter, in place: it computes and trains, everything else is frozen.
+    What it is is said, unless `quiet`, and how far a learning rate, if given, will move it.
 
     Returns the model. ValueError where no layer matches, the name is taken, or a layer cannot have
     one; then nothing has changed.
@@ -137,7 +138,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
                               for key in extras}
     set_adapter(model, name)
     if not quiet:
-        say(describe(model))
+        say(describe(model) + (f"\n{first_step(model, config, rate)}" if rate else ""))
     return model
 
 
@@ -658,6 +659,29 @@ def describe(model: nn.Module) -> str:
     total = sum(p.numel() for p in model.parameters()) + packed
     train = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return "\n".join([*lines, f"trainable {train:,} of {total:,} parameters ({train / total:.2%})"])
+
+
+@torch.no_grad()
+def first_step(model: nn.Module, config: LoRAConfig, rate: float) -> str:
+    """How far AdamW's first step at this rate moves the weights that the active adapters, of this
+    config, are on, and which rates move them as far with another r or alpha.
+
+    The step's entries are +-rate, so s B A moves by s rate sqrt(|A|^2 / in + |B|^2 / out), root
+    mean square; with B = 0 A stands still. A's start has |A|^2 / in = r / (3 in) by "kaiming".
+    """
+    moved = []
+    for layer in adapted_layers(model).values():
+        for change, _ in layer.changes(model.adapters.active):
+            A, B, W = change.lora_A, change.lora_B, weight_of(layer.base_layer)[change.rows]
+            step = (A.square().sum() / A.size(1) + B.square().sum() / B.size(0)).sqrt()
+            moved.append(change.scale * rate * step / W.square().mean().sqrt())
+    text = (f"a first step at the learning rate {rate:g} moves the adapted weights by "
+            f"{torch.stack(moved).median():.2%} of their size")
+    if config.init != "kaiming":
+        return text
+    wider = rate if config.use_rslora else rate * math.sqrt(2)
+    return (f"{text}; r={2 * config.r} would as far with {wider:.2g}, "
+            f"alpha={2 * config.alpha:g} with {rate / 2:.2g}")
 
 
 def say(text: str) -> None:

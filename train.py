@@ -178,7 +178,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     check_same_start(world, {**flatten(dataclasses.asdict(config)), "data": data.fingerprint,
                              "code": code_hash(), "torch": torch.__version__})
     if config.lora:
-        add_lora(model, config.lora)
+        add_lora(model, config.lora, rate=config.learning_rate * config.optim.lora_plus_ratio)
     # Read now, so that a missing file cannot end the run days later.
     items = hellaswag.items_of_run(config, data.tokenizer)
     if config.dry_run:

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from torch import nn
 import lora
 from fast.nf4 import NF4Linear, nf4_rounded
 from lora import (LoRAConfig, adapted_layers, add_lora, base_parameters, describe, disable_lora,
-                  initial_factors, merge_lora, row_lengths, set_adapter, unload_lora, unmerge_lora,
-                  weight_of)
+                  initial_factors, merge_lora, merged_weight, row_lengths, set_adapter,
+                  unload_lora, unmerge_lora, weight_of)
 from model import GPT, GPTConfig
+from optim import OptimConfig, make_optimizer
 from run.checkpoint import load_trainable_state, trainable_state
 from run.config import build, parse
 
@@ -653,3 +655,36 @@ def test_the_contract_is_importable_from_lora():
     for name in ("LoRAConfig", "add_lora", "merge_lora", "unmerge_lora", "save_lora", "load_lora",
                  "set_adapter", "disable_lora"):
         assert name in lora.__all__ and hasattr(lora, name)
+
+
+@pytest.mark.parametrize("config", [LoRAConfig(r=8), LoRAConfig(r=8, use_rslora=True),
+                                    LoRAConfig(r=4, init="pissa", target_modules=("c_fc",))])
+def test_a_first_step_moves_the_weights_as_far_as_is_said_and_as_far_at_the_rates_that_are(
+        config, capsys):
+    """Means over random entries: 10% for signs that are shared, and for the two digits of rates."""
+    def merged(layer):
+        return merged_weight(layer.base_layer, layer.changes({"default": 1.0})).detach()
+
+    def moved(config, rate):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=128))
+        add_lora(model, config, rate=rate)
+        said = capsys.readouterr().out.splitlines()[-1]
+        optimizer = make_optimizer(model, OptimConfig(), rate, weight_decay=0.0)
+        layers = adapted_layers(model).values()
+        before = [merged(layer) for layer in layers]
+        idx = torch.randint(64, (4, 16))
+        model(idx, idx)[1].backward()
+        optimizer.step()
+        found = [((merged(layer) - old).square().mean() / old.square().mean()).sqrt().item()
+                 for old, layer in zip(before, layers)]
+        return sum(found) / len(found), said
+
+    size, said = moved(config, 1e-3)
+    assert float(re.search(r"by ([\d.]+)% of", said)[1]) == pytest.approx(100 * size, rel=0.1)
+    if config.init == "kaiming":
+        r, wider, alpha, higher = map(float, re.search(
+            r"r=(\d+) would as far with ([\d.e-]+), alpha=(\d+) with ([\d.e-]+)$", said).groups())
+        for other, rate in ((dict(r=int(r)), wider), (dict(alpha=alpha), higher)):
+            found, _ = moved(dataclasses.replace(config, **other), rate)
+            assert found == pytest.approx(size, rel=0.1)
