@@ -20,7 +20,7 @@ from train import TrainConfig, train
 
 def quiet(out):
     """Both streams to a file beside the run, as one text."""
-    sys.stdout = sys.stderr = open(Path(out).with_suffix(".txt"), "a")
+    sys.stdout = sys.stderr = open(Path(out).with_suffix(".txt"), "a", buffering=1)
 
 
 def rank():
@@ -61,6 +61,15 @@ def commanded(settings):
     from run.config import run_command
     quiet(settings["out"])
     run_command(lambda words: train(build(TrainConfig, settings)))
+
+
+def as_command(out, *words):
+    """What `python train.py WORDS` does, but for the start of an interpreter."""
+    from run.config import run_command
+    from train import main
+    quiet(out)
+    sys.argv = ["train.py", *words]
+    run_command(main)
 
 
 def dying_at(settings, name, count):

@@ -2,9 +2,8 @@
 import dataclasses
 import json
 import math
+import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,35 +215,33 @@ def test_a_run_that_goes_on_is_compiled_if_the_whole_run_is(dataset, tmp_path, m
     assert len(calls) == times
 
 
-def start(dataset, out, *words):
-    return subprocess.Popen(
-        [sys.executable, "train.py", f"--data={dataset}", f"--out={out}", "--max_steps=100000",
-         "--batch_tokens=512", "--micro_batch=4", "--log_every=1", "--dtype=float32",
-         "--compile=off", "--device=cpu", "--eval_every=0", "--save_every=0", *words,
-         *(f"--model.{key}={value}" for key, value in MODEL.items())],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def wait_for_step(process, out, step):
     """Until the log has that step; the deadline only ends a test that is broken."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if (out / "log.jsonl").exists() and len(steps(out)) >= step:
             return
         time.sleep(0.02)
-    raise AssertionError(process.communicate()[1])
+    raise AssertionError(out.with_suffix(".txt").read_text())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_says_how_to_go_on_and_the_exit_code_names_it(dataset, tmp_path, number):
-    process = start(dataset, tmp_path / "run")
-    wait_for_step(process, tmp_path / "run", 3)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err      # `train.py && next` does not go on
+    out = tmp_path / "run"
+    (process,) = kills.start(
+        ranks.as_command, 1, str(out), f"--data={dataset}", f"--out={out}", "--max_steps=100000",
+        "--batch_tokens=512", "--micro_batch=4", "--log_every=1", "--dtype=float32",
+        "--compile=off", "--device=cpu", "--eval_every=0", "--save_every=0",
+        *(f"--model.{key}={value}" for key, value in MODEL.items()))
+    wait_for_step(process, out, 3)
+    os.kill(process.pid, number)
+    process.join(timeout=60)
+    shown = out.with_suffix(".txt").read_text()
+    assert process.exitcode == 128 + number, shown      # `train.py && next` does not go on
     saved = checkpoint.load(tmp_path / "run" / "last.pt")["step"]
     assert saved == steps(tmp_path / "run")[-1]["step"] >= 3
-    assert f"stopped and saved at step {saved}; to go on: " in out and "train.py --data=" in out
+    assert f"stopped and saved at step {saved}; to go on: " in shown
+    assert "train.py --data=" in shown
 
 
 def test_max_minutes_saves_and_stops(dataset, tmp_path):
