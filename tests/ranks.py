@@ -1,6 +1,7 @@
 """What the ranks of a test do, each in a process of its own (bench.kills.start runs them)."""
 import itertools
 import os
+import resource
 import signal
 import sys
 import threading
@@ -61,6 +62,12 @@ def commanded(settings):
     from run.config import run_command
     quiet(settings["out"])
     run_command(lambda words: train(build(TrainConfig, settings)))
+
+
+def with_small_files(settings):
+    """No file can have more than 100 kB: the log can be written, a checkpoint cannot."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    commanded(settings)
 
 
 def as_command(out, *words):

@@ -2,11 +2,11 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -119,19 +119,20 @@ def test_a_run_continues_with_another_number_of_ranks_and_another_micro_batch(se
 
 
 def test_a_second_interrupt_ends_a_run_at_once(settings, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "train.py", f"--data={settings['data']}", f"--out={settings['out']}",
-         "--max_steps=1000000", "--log_every=1000000", "--batch_tokens=512", "--micro_batch=4",
-         "--compile=off", "--device=cpu", "--dtype=float32", "--eval_every=0", "--save_every=0",
-         *(f"--model.{key}={value}" for key, value in MODEL.items())],
-        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "from step 0" in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    while "once more to stop at once" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert "Traceback" not in process.stderr.read()
+    processes = start(
+        ranks.as_command, 1, settings["out"], f"--data={settings['data']}",
+        f"--out={settings['out']}", "--max_steps=1000000", "--log_every=1000000",
+        "--batch_tokens=512", "--micro_batch=4", "--compile=off", "--device=cpu",
+        "--dtype=float32", "--eval_every=0", "--save_every=0",
+        *(f"--model.{key}={value}" for key, value in MODEL.items()))
+    shown = Path(settings["out"]).with_suffix(".txt")
+    for text in ("from step 0", "once more to stop at once"):
+        while not shown.exists() or text not in shown.read_text():
+            assert processes[0].is_alive()
+            time.sleep(0.02)
+        os.kill(processes[0].pid, signal.SIGINT)
+    assert finish(processes) == [130]
+    assert "Traceback" not in shown.read_text()
 
 
 # ---- the disk
@@ -140,14 +141,8 @@ def test_a_full_disk_costs_warnings_and_leaves_the_checkpoint_before(settings, t
     first = {**settings, "max_steps": 4, "schedule": "constant", "milestone_every": 0,
              "sample_tokens": 0}                        # a run that stops at 4 samples there
     train(build(TrainConfig, first))
-    command = [sys.executable, "-c",
-               f"import sys; sys.path[:0] = [{str(REPOSITORY / 'tests')!r}]; import json, ranks\n"
-               f"ranks.commanded(json.loads(sys.argv[1]))"]
     full = {**first, "max_steps": 10, "max_failed_saves": 2}
-    run = subprocess.run(       # files of more than 100 kB cannot be written: the log can
-        [*command, json.dumps(full)], cwd=REPOSITORY, timeout=120,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    assert run.returncode == 2
+    assert finish(start(ranks.with_small_files, 1, full)) == [2]
     text = printed(settings)
     for number in (1, 2, 3):
         assert f"WARNING: NO CHECKPOINT WAS SAVED ({number} in a row)" in text
