@@ -8,14 +8,30 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+# What takes longest begins first, so that no process is left alone with it at the end; and of the
+# notebooks those first that do not wait for each other's base.
+LONGEST = ("[03_training]", "[05_lora]", "[01_model]", "test_notebooks.py", "test_faults.py",
+           "test_train.py", "test_bench.py", "test_bench_gpu.py", "test_compare.py", "test_lora")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: next((number for number, part in enumerate(LONGEST)
+                                      if part in item.nodeid), len(LONGEST)))
+
+
 @pytest.hookimpl(optionalhook=True)             # pytest-xdist may not be here
 def pytest_xdist_make_scheduler(config, log):
-    """A file is one process's, for what it trains once; but each notebook is on its own."""
+    """A file is one process's, for what it trains once; but each notebook is on its own, and each
+    test of faults, which start processes of theirs."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return nodeid if "test_notebooks.py" in nodeid else nodeid.partition("::")[0]
+            file, _, name = nodeid.partition("::")
+            if "test_notebooks.py" in file:
+                return nodeid
+            return nodeid.partition("[")[0] if "test_faults.py" in file else file
+    config.option.loadscopereorder = False      # by the number of tests: notebooks would be last
     return ByFile(config, log)
 
 
