@@ -4,6 +4,7 @@
     python -m experiments.plots out/a out/b --out=both.svg          several; .png, .svg or .html
     python -m experiments.plots out --where=data=corpus,model.n_layer=4     all with these settings
     python -m experiments.plots out/demo --sample                   the loss beside what it writes
+    python -m experiments.plots out/demo --layers                   each block, of --watch_every
     python -m experiments.plots out/demo --follow                   in the terminal while it trains
     python -m experiments.plots out/demo --follow --out=live.html   a page that reloads itself
 
@@ -40,6 +41,10 @@ GREY, DOTTED = "#555555", (0, (1, 1.5))
 GPT2_LOSS = {"fineweb": 3.2924, "openwebtext": 3.12}
 GPT2_VOCAB = 50257                  # losses compare for one tokenizer only
 GPT2_HELLASWAG, CHANCE = 0.2955, 0.25
+BLOCK_FIGURES = {"activation": "activations, RMS", "added": "added / input",
+                 "gradient": "gradients, RMS", "update": "update / weights",
+                 "logit": "largest attention score", "saturated": "tokens on one token",
+                 "dead": "units never above 0"}
 COLUMNS, ROWS = 64, 22               # of a sample that is drawn
 ENDINGS = (".png", ".svg", ".html")
 STYLE = {"text.parse_math": False,         # names of runs may have a $
@@ -61,6 +66,7 @@ class PlotConfig:
         # named, or in out
     sample: bool = False  # of one run: its loss and the unigram entropy of the data, beside its
         # last text
+    layers: bool = False  # of one run: the figures of each block (train.py --watch_every)
     follow: bool = False  # draw again whenever a log has grown, until the runs are finished
     every: float = 5.0  # seconds between two looks at the logs, with --follow
 
@@ -121,6 +127,32 @@ def draw_with_sample(figure: Any, runs: list[Run], config: PlotConfig) -> None:
              for part in textwrap.wrap(line, COLUMNS) or [""]]
     right.text(0, 1, "\n".join(lines[:ROWS] + ["..."] * (len(lines) > ROWS)), va="top", fontsize=8,
                family="monospace", transform=right.transAxes, parse_math=False)
+
+
+def draw_layers(figure: Any, runs: list[Run], config: PlotConfig) -> None:
+    """The figures of run/inside.py of one run: a line for each block, the deeper the darker."""
+    looks = [line for line in runs[0].evaluations if "block_update" in line]
+    if not looks:
+        raise ValueError(f"{runs[0].name} was not looked into; train it with --watch_every=N")
+    axes = figure.subplots(2, 4).flat
+    for (key, title), ax in zip(BLOCK_FIGURES.items(), axes):
+        values = np.array([line[f"block_{key}"] for line in looks])             # (looks, blocks)
+        for i, column in enumerate(values.T):
+            ax.plot([line["step"] for line in looks], column, linewidth=1.2,
+                    color=str(0.8 * (1 - (i + 1) / len(values.T))))
+        for i in sorted({0, len(values.T) - 1}):
+            ax.annotate(str(i), (looks[-1]["step"], values[-1, i]), (3, 0),
+                        textcoords="offset points", va="center", fontsize=8)
+        ax.set_title(title, loc="left", fontsize=9)
+        if (values > 0).all() and values.max() > 10 * values.min():
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("")
+        else:
+            ax.set_ylim(bottom=min(0, values.min()), top=1.1 * values.max() or 1)
+    for ax in axes:                                                 # what is left of the grid
+        ax.set_axis_off()
+    figure.supxlabel("optimizer steps; the first and the last block have their number")
 
 
 def unigram_entropy(run: Run) -> float | None:
@@ -272,6 +304,7 @@ def save(runs: list[Run], config: PlotConfig, path: Path) -> None:
     started, content = seeds_together([run for run in runs if len(run)]), b""
     if started:
         draw, height, dpi = ((draw_with_sample, 3.4, 80) if config.sample else
+                             (draw_layers, 4.4, 120) if config.layers else
                              (draw_panels, 6.6, 150))
         content = picture(lambda figure: draw(figure, started, config), (10, height), dpi,
                           "png" if path.suffix == ".png" else "svg")
@@ -327,8 +360,9 @@ def main(words: list[str]) -> None:
     config = parse(PlotConfig, words[len(named):], "python -m experiments.plots RUN [RUN ...]",
                    about=__doc__)
     folders = find_runs(named or ["out"], config.where) if config.where else named or ["out/demo"]
-    if config.sample and len(folders) > 1:
-        raise ValueError(f"--sample draws one run, not {len(folders)}; name one")
+    if (config.sample or config.layers) and len(folders) > 1:
+        raise ValueError(f"--{'sample' if config.sample else 'layers'} draws one run, not "
+                         f"{len(folders)}; name one")
     if config.follow:
         try:
             return follow(folders, config)

@@ -47,7 +47,7 @@ class Inside:
         self.model, self.world, self.dtype, self.log = model, world, dtype, log
         self.every, self.peak = config.watch_every, config.learning_rate
         self.logits: list[float] = []               # of the first look
-        self.said: set[str] = set()
+        self.said: set[tuple[int, str]] = set()
 
     @contextmanager
     def look(self, step: int, lr: float, batch: tuple[torch.Tensor, ...]) -> Iterator[None]:
@@ -104,25 +104,29 @@ class Inside:
                 for key in ("activation", "added", "logit", "saturated", "dead")}
 
     def _unusual(self, figures: dict[str, list[float]], lr: float) -> Iterator[str]:
-        """A sentence for each kind of oddity of each block, the first time that it is seen."""
+        """A sentence for each kind of oddity, with the blocks that have it for the first time."""
         update = [value * self.peak / max(lr, 1e-12) for value in figures["update"]]
         for key, odd, text in (
-            ("added", lambda i, v: v < VANISHING,
-             "adds {:.1e} of its input: it hardly takes part"),
+            ("added", lambda i, v: v < VANISHING, "adds {} of its input: it hardly takes part"),
             ("update", lambda i, v: 0 < update[i] < SLOW,
-             "changes by {:.1e} of its weights, far below 1e-3: a higher learning_rate may pay"),
+             "changes by {} of its weights, far below the usual 1e-3: too low a learning rate?"),
             ("update", lambda i, v: update[i] > FAST,
-             "changes by {:.1e} of its weights, far above 1e-3: try a lower learning_rate"),
+             "changes by {} of its weights, far above the usual 1e-3: too high a learning rate, or "
+             "weights that are still small"),
             ("logit", lambda i, v: v > LARGE_LOGIT and v > 2 * self.logits[i],
-             "has attention scores up to {:.0f}, and they grow: such runs often diverge"),
+             "has attention scores up to {}, and they grow: such runs often diverge"),
             ("saturated", lambda i, v: v > SHARE,
-             "attends to a single token in {:.0%} of its rows"),
-            ("dead", lambda i, v: v > SHARE, "has {:.0%} of its units negative at every token"),
+             "attends to a single token for a share of {} of its tokens"),
+            ("dead", lambda i, v: v > SHARE, "has a share of {} of its units never above zero"),
         ):
-            for i, value in enumerate(figures[key]):
-                if odd(i, value) and (i, text) not in self.said:
-                    self.said.add((i, text))
-                    yield f"block {i} {text.format(value)}"
+            found = [i for i, value in enumerate(figures[key])
+                     if odd(i, value) and (i, text) not in self.said]
+            self.said |= {(i, text) for i in found}
+            if found:
+                worst = (min if key == "added" else max)(figures[key][i] for i in found)
+                blocks = f"blocks {', '.join(map(str, found))}: each" if found[1:] else \
+                    f"block {found[0]}"
+                yield f"{blocks} {text.format(f'{worst:.2g}')}"
 
 
 class _Notes(TorchFunctionMode):

@@ -228,6 +228,22 @@ def test_a_sample_stands_beside_the_loss_and_the_unigram_entropy(tmp_path, datas
     assert max(map(len, texts)) < 80 and sum("word word" in text for text in texts) == 2
 
 
+def test_layers_are_a_line_for_each_block_of_a_run_that_was_looked_into(tmp_path, run):
+    with pytest.raises(ValueError, match="demo was not looked into; train it with --watch_every"):
+        main([str(run), "--layers", f"--out={tmp_path / 'no.svg'}"])
+    with open(run / "log.jsonl", "a") as file:
+        for step in (50, 100):
+            file.write(json.dumps({"step": step, **{
+                f"block_{key}": [step * i / 100 for i in (1, 2, 3)]
+                for key in plots.BLOCK_FIGURES}}) + "\n")
+    main([str(run), "--layers", f"--out={tmp_path / 'layers.svg'}"])
+    svg = (tmp_path / "layers.svg").read_text()
+    assert set(plots.BLOCK_FIGURES.values()) <= set(svg_texts(svg))
+    for block in (1 / 3, 2 / 3, 1):                     # the deeper the darker
+        grey = round(255 * 0.8 * (1 - block))
+        assert svg.count(f"stroke: #{grey:02x}{grey:02x}{grey:02x}; stroke-width: 1.2") >= 7
+
+
 def test_a_sample_of_data_that_are_gone_has_no_entropy_beside_it(tmp_path):
     folder = write_run(tmp_path / "demo", data=str(tmp_path / "gone"))
     main([str(folder), "--sample", f"--out={tmp_path / 'a.svg'}"])
