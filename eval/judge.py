@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -54,6 +55,13 @@ class JudgeConfig:
     judge_model: str = "default"  # the model that the server is to use
     key: str = ""  # name of the environment variable that holds the server's key
     timeout: float = 60.0  # seconds to wait for a judgement, to its last byte
+
+    def __post_init__(self):
+        if self.judge and not re.match("https?://.", self.judge):
+            raise ValueError(f"judge={self.judge} is no address of a server; give one such as "
+                             f"http://localhost:8000/v1")
+        if self.timeout <= 0:
+            raise ValueError(f"timeout={self.timeout} must be above 0")
 
 
 def read_answers(path: str) -> tuple[str, dict[str, dict[str, str]]]:
@@ -136,6 +144,29 @@ class NoRedirects(urllib.request.HTTPRedirectHandler):
         """None, upon which urllib raises the redirect as an error."""
 
 
+class Answer(http.client.HTTPResponse):
+    """Gives up after some "100 Continue", which Python reads as long as they come."""
+    seen = 0
+
+    def _read_status(self) -> tuple[str, int, str]:
+        self.seen += 1
+        if self.seen > 10:
+            raise http.client.HTTPException("ten times 100 Continue, and no answer")
+        return super()._read_status()
+
+
+class Answers(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Connections that read an `Answer`."""
+
+    def do_open(self, kind: Any, request: urllib.request.Request, **named: Any) -> Any:
+        """As urllib's."""
+        def connection(*arguments: Any, **options: Any) -> http.client.HTTPConnection:
+            made = kind(*arguments, **options)
+            made.response_class = Answer
+            return made
+        return super().do_open(connection, request, **named)
+
+
 def post(request: urllib.request.Request, timeout: float) -> bytes:
     """The server's reply. ValueError or TimeoutError where it is endless.
 
@@ -161,7 +192,8 @@ def post(request: urllib.request.Request, timeout: float) -> bytes:
 def fetch_reply(request: urllib.request.Request, timeout: float) -> bytes:
     """`post`, but for headers that come slowly."""
     reply, end = b"", time.monotonic() + timeout        # a socket's own begins anew with each byte
-    with urllib.request.build_opener(NoRedirects).open(request, timeout=timeout) as answer:
+    opener = urllib.request.build_opener(NoRedirects, Answers)
+    with opener.open(request, timeout=timeout) as answer:
         while part := answer.read1(MOST_BYTES):
             reply += part
             if len(reply) > MOST_BYTES:

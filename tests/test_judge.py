@@ -1,4 +1,5 @@
 """Two runs' answers, judged by hand or by a server that may fail, stall or talk nonsense."""
+import contextlib
 import json
 import threading
 import time
@@ -223,6 +224,34 @@ def test_a_server_that_says_a_byte_now_and_then_is_not_waited_for(answers, tmp_p
     with Server(longer, [drip]) as server:
         result = tally(ask(answers, server, tmp_path, "--timeout=2"))
     assert time.monotonic() < began + 25 and result["wins_b"] == 4
+
+
+@pytest.mark.parametrize("part", [b"A: b\r\n", b"HTTP/1.1 100 Continue\r\n\r\n", b"A" * 1000])
+def test_a_server_whose_headers_never_end_is_left_in_time(answers, tmp_path, part):
+    """As fast as it can: headers, answers before the answer, one endless line."""
+    def pour(handler):
+        if part[:4] != b"HTTP":
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        with contextlib.suppress(OSError):              # the judge has hung up
+            while time.monotonic() < began + 60:
+                handler.wfile.write(part * 1000)
+        ended.append(time.monotonic())
+    began, ended = time.monotonic(), []
+    with Server(longer, [pour]) as server:
+        result = tally(ask(answers, server, tmp_path, "--timeout=3"))
+        assert result["wins_b"] == 4 and time.monotonic() < began + 50
+        while not ended:                                # nobody goes on reading
+            assert time.monotonic() < began + 50
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("word", ["judge=foo", "judge=file:///etc/passwd", "timeout=0",
+                                  "judge=http://"])
+def test_an_address_that_is_none_is_said_before_anything_is_written(answers, tmp_path, word):
+    out = tmp_path / "sheet.json"
+    with pytest.raises(ValueError, match=f"^{word.partition('=')[0]}="):
+        judge.main([*answers, f"--out={out}", f"--{word}"])
+    assert not out.exists()
 
 
 def test_a_server_that_says_too_much_is_asked_again(answers, tmp_path):
