@@ -12,9 +12,9 @@ pieces, so "dog", "dog." and "dog!" share one token for the word, whatever stand
 
 The whole algorithm is `train_slowly` and `encode_slowly` below; the rest of this file is the
 tokenizer around it and its commands. Ids 0..255 are the bytes, 256 + i is what merge i makes,
-special tokens come last (in one that was extended, before what was added). fast/bpe_*.py compute the same in less time: `split` is regex.findall,
-`count_pieces` a Counter of pieces, `learn_merges` is train_slowly, and tiktoken encodes.
-In: text, as files or strings. Out: a Tokenizer, kept in a readable tok.json.
+special tokens come last (in one that was extended, before what was added). fast/bpe_*.py compute
+the same in less time: `split` is regex.findall, `count_pieces` a Counter of pieces, `learn_merges`
+is train_slowly, and tiktoken encodes. What is made of text is kept in a readable tok.json.
 
     python bpe.py train FILE... --vocab-size=32000 --out=tok.json [--pattern=gpt2|gpt4|o200k|REGEX]
     python bpe.py extend FILE... --tokenizer=gpt2 --vocab-size=60000 --out=tok.json
@@ -32,6 +32,7 @@ import argparse
 import functools
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -40,6 +41,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
+if __name__ == "__main__":                      # Ctrl-C while the rest is imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"bpe.py: interrupted\n") and 130))
 import tiktoken
 
 from fast.bpe_commands import parse, print_report
@@ -330,9 +333,8 @@ def learn(args: argparse.Namespace, pattern: str, make: Callable[[dict[bytes, in
     texts = read_blocks(args.files, pattern, args.errors, held_out=held_out, progress=True)
     tok = make(pieces := count_pieces(texts, pattern, args.num_proc))
     tok.save(args.out)
-    size = sum(Path(file).stat().st_size for file in args.files)
-    print(f"{size:,} bytes, {len(pieces):,} distinct pieces, vocabulary {tok.vocab_size:,}, "
-          f"{time.time() - start:.1f} s: {args.out}")
+    print(f"{sum(Path(file).stat().st_size for file in args.files):,} bytes, {len(pieces):,} "
+          f"distinct pieces, vocabulary {tok.vocab_size:,}, {time.time() - start:.1f} s: {args.out}")
     print_report(tok, held_out or [], old)
 
 
@@ -344,9 +346,8 @@ def encode_command(args: argparse.Namespace) -> None:
 def decode_command(args: argparse.Namespace) -> None:
     """Ids on stdin to bytes on stdout."""
     words = sys.stdin.read().split()
-    for word in words:
-        if not word.isdecimal():
-            raise ValueError(f"{word!r} is not an id; give whole numbers separated by spaces")
+    if wrong := [word for word in words if not word.isdecimal()]:
+        raise ValueError(f"{wrong[0]!r} is not an id; give whole numbers separated by spaces")
     sys.stdout.buffer.write(Tokenizer.load(args.tokenizer).decode_bytes(map(int, words)))
 
 
@@ -366,8 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: print(f"bpe.py: {message}", file=sys.stderr)
-            args.run(args)
-        return 0
+            return args.run(args) or 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"bpe.py: {error}", file=sys.stderr)
         return 2
@@ -377,4 +377,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

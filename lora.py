@@ -762,7 +762,10 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
         if key not in others or others[key].shape != p.shape:
             raise ValueError(f"{folder} has no tensor {key} of shape {tuple(p.shape)}")
     with torch.random.fork_rng(devices=[]):             # its random start is overwritten
-        add_lora(model, config, name, quiet=True)
+        try:
+            add_lora(model, config, name, quiet=True)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     for layer, found in layers.items():
         change = model.get_submodule(layer).lora_adapters[name]["whole"]
         change.lora_A.copy_(found["A"])

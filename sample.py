@@ -15,6 +15,9 @@ A run that was trained on conversations knows its template; other models need --
 Ctrl-D leaves. A FILE of prompts has one a line, or is of any format of data/conversations.py (the
 last answer is then kept as the reference).
 """
+if __name__ == "__main__":
+    from run.config import interruptible
+    interruptible()
 import codecs
 import itertools
 import json

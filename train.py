@@ -14,6 +14,9 @@ around the loop is in run/, batches in data/, the network in model.py. Two thing
 that are usually approximate: the batch of step s depends on (data, seed, s) only, and a step's loss
 is the sum of its token losses over its number of labelled tokens, over all micro-batches and ranks.
 """
+if __name__ == "__main__":
+    from run.config import interruptible
+    interruptible()
 import contextlib
 import dataclasses
 import math
@@ -136,8 +139,7 @@ class TrainConfig:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above "
                              f"learning_rate={self.learning_rate}; lower it, or raise the peak")
         if self.lora and self.init_from == "scratch":
-            raise ValueError("lora on init_from=scratch would adapt random weights; name a model, "
-                             "--init_from=RUN or gpt2, or leave lora out")
+            raise ValueError("lora on init_from=scratch would adapt random weights; name a model")
         if 0 < self.max_steps < SKIPPED + self.profile and self.profile:
             raise ValueError(f"profile={self.profile} begins after {SKIPPED} steps, and max_steps="
                              f"{self.max_steps}; take fewer")
@@ -145,8 +147,7 @@ class TrainConfig:
             raise ValueError(f"timeout_minutes={self.timeout_minutes} must be above 0")
         if self.milestone_every and (not self.save_every or self.milestone_every % self.save_every):
             raise ValueError(f"milestone_every={self.milestone_every} is no multiple of "
-                             f"save_every={self.save_every}; a milestone is a checkpoint that "
-                             f"stays")
+                             f"save_every={self.save_every}; a milestone is a save that stays")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -197,7 +198,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     optimizer = make_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
-        parallel.load(optimizer, state)
+        parallel.load(optimizer, state, out)
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
     state = None                                        # as large as all the above
     # Of the whole run, not of what is left: one that goes on has to compute as it did before.

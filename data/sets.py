@@ -178,7 +178,11 @@ def open_data(folder: Path | None, config: Any, tokenizer: Tokenizer | None, blo
 def kind(folder: Path) -> str:
     """What a prepared folder holds: "tokens", "chat" or "classes"."""
     meta = folder / "meta.json"
-    return meta.exists() and read_json(meta, prepared.AGAIN).get("kind") or "tokens"
+    found = read_json(meta, prepared.AGAIN).get("kind", "tokens") if meta.exists() else "tokens"
+    if not isinstance(found, str) or found not in prepared.KINDS:
+        raise ValueError(f"{meta} says kind={found!r:.40}, which is none of "
+                         f"{', '.join(prepared.KINDS)}; {prepared.AGAIN}")
+    return found
 
 
 def _at_once(config: Any) -> int:

@@ -8,6 +8,9 @@ What has no file here is left out, and said so. A classifier has a loss and an a
 run the figures are also kept, in its eval.json. Losses of models with different tokenizers do not
 compare; bits per byte do.
 """
+if __name__ == "__main__":
+    from run.config import interruptible
+    interruptible()
 import itertools
 import sys
 from dataclasses import dataclass

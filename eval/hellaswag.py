@@ -18,6 +18,9 @@ that are longer than the model's context lose tokens on the left; `cut` counts t
 References: Zellers et al. 2019, "HellaSwag" (1905.07830); completion as in llm.c and build-nanogpt;
 harness as in EleutherAI's lm-evaluation-harness (lm_eval/tasks/hellaswag).
 """
+if __name__ == "__main__":
+    from run.config import interruptible
+    interruptible()
 import math
 from dataclasses import dataclass
 from typing import Any, Iterator, Literal, Sequence, get_args

@@ -16,6 +16,9 @@ them (eval/fit.py). Of texts with classes (data/labels.py) a classifier's accura
 
 Reference: "Perplexity of fixed-length models", Hugging Face's documentation of transformers.
 """
+if __name__ == "__main__":
+    from run.config import interruptible
+    interruptible()
 import math
 from dataclasses import dataclass
 from pathlib import Path

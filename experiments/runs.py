@@ -65,7 +65,7 @@ def load_run(folder: Path, name: str) -> Run:
     summary = _json(folder / "run.json")        # first: with "final" in it, the log is whole
     lines = [line for line in read_log(path) if isinstance(line, dict) and "step" in line]
     training = [line for line in lines if "loss" in line]
-    steps = {key: np.array([line.get(key, np.nan) for line in training], float)
+    steps = {key: np.array([_number(line.get(key)) for line in training], float)
              for key in STEP_KEYS}
     speed = np.where(steps["tokens_per_s"] > 0, steps["tokens_per_s"], np.inf)
     steps["seconds"] = np.cumsum(np.diff(steps["tokens"], prepend=0) / speed)
@@ -254,6 +254,12 @@ def _character(cell: np.ndarray, color: bool) -> str:
         return text
     red, green, blue = bytes.fromhex(PALETTE[(cell.max() - 1) % len(PALETTE)][1:])
     return f"\033[38;2;{red};{green};{blue}m{text}\033[0m"
+
+
+def _number(value: Any) -> float:
+    """A number of JSON; NaN of anything else, and of what no float holds."""
+    known = isinstance(value, float) or isinstance(value, int) and abs(value) < 2**1000
+    return value if known else np.nan
 
 
 def _json(path: Path) -> dict[str, Any]:

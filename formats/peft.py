@@ -16,16 +16,17 @@ Needs the extra "hf" (safetensors).
 import hashlib
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any, Iterable
 
+import regex
 import torch
 
 from formats.files import read_json, write_json
 from formats.gpt2 import is_conv1d, load_tensors, safetensors, save_tensors
 
 PREFIX = "base_model.model."
+PATIENCE = 1                    # seconds for a pattern and a name
 KINDS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
 UNSUPPORTED = ("lora_bias", "trainable_token_indices", "target_parameters", "layer_replication",
                "megatron_config", "use_qalora", "use_bdlora", "alora_invocation_tokens",
@@ -180,9 +181,12 @@ def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern is a name, or the end of one from a dot on; it may be a regular expression.
     """
-    try:
-        return bool(re.fullmatch(rf"(.*\.)?({pattern})", name))
-    except re.error as error:
+    try:        # `re` has no time limit, and some patterns take years: (a+)+b
+        return bool(regex.fullmatch(rf"(.*\.)?({pattern})", name, timeout=PATIENCE))
+    except TimeoutError:
+        raise ValueError(f"{pattern!r:.200} takes more than {PATIENCE} s to be compared with a "
+                         f"name; write it without repeats of repeats") from None
+    except regex.error as error:
         raise ValueError(f"{pattern!r} is neither a module nor a regular expression: {error}") \
             from None
 

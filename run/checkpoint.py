@@ -82,6 +82,8 @@ def check_state(state: Any, size: int) -> None:
             raise ValueError(f"its weight {name!r:.80} is no tensor of numbers")
     if sum(tensor.nbytes for tensor in tensors.values()) > 2 * size:    # a tied one counts twice
         raise ValueError("its tensors are larger than the file")
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"its weight {bad[0]:.80} is not finite")
     check_settings(config)
     shape = build(GPTConfig, config.get("model") or {})
     if config.get("lora"):              # whose shapes are compared where its base is known
@@ -97,7 +99,8 @@ def check_state(state: Any, size: int) -> None:
         raise ValueError("its step, threads or losses are no numbers of a run")
 
 
-def check_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def check_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any],
+                  run: str | Path = "the run's folder") -> None:
     """ValueError where a saved state is not of this optimizer and its parameters. PyTorch's own
     check compares numbers of parameters only, and its fused kernels trust the shapes."""
     groups, moments, parameters = saved.get("param_groups"), saved.get("state"), {}
@@ -116,8 +119,8 @@ def check_moments(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> No
             getattr(value, "shape", ()) in ((), p.shape) for value in entry.values()
             if group.get("rule", "adamw") == "adamw")
     if not right:
-        raise ValueError("the optimizer's state in the checkpoint is not that of this run; move "
-                         "the run's folder away to start anew")
+        raise ValueError(f"the optimizer's state in the checkpoint is not that of this run; move "
+                         f"{run} away to start anew")
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -160,16 +163,17 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
             or key.replace(".base_layer.", ".") in model.adapters.original}
 
 
-def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+def load_trainable_state(model: nn.Module, state: dict[str, torch.Tensor],
+                         run: str | Path = "the run") -> None:
     """Put a `trainable_state` back into such a model, which may have the same adapter. ValueError
-    where it is that of another."""
+    where it is that of another; `run` is its name there."""
     ours = trainable_state(model)
     for key in (*ours, *state):
         here, there = (f"{tuple(tensors[key].shape)} {tensors[key].dtype}" if key in tensors
                        else "no tensor" for tensors in (ours, state))
         if here != there:
-            raise ValueError(f"{key:.200}: the checkpoint has {there}, this model has {here}; the "
-                             f"run has other model or lora settings")
+            raise ValueError(f"{key:.200}: the checkpoint has {there}, this model has {here}; "
+                             f"{run} has other model or lora settings")
     for key, tensor in ours.items():
         tensor.copy_(state[key])
 
@@ -182,6 +186,8 @@ def _check_parts(path: Path) -> None:
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or \
                 sum(part.file_size for part in parts) > path.stat().st_size:
             raise ValueError("its parts are larger than the file")
+        if any(part.external_attr for part in parts):   # of a "folder" PyTorch fills no tensor,
+            raise ValueError("its list of parts is damaged")        # and gives what was in memory
         if damaged := archive.testzip():
             raise ValueError(f"its part {damaged!r:.80} differs from its checksum")
 

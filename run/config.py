@@ -129,6 +129,8 @@ def run_command(main: Callable[[list[str]], Any]) -> None:
 
     ONELOOP_TRACEBACK=1 shows where it was raised.
     """
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):             # a terminal that lacks a character
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -139,17 +141,29 @@ def run_command(main: Callable[[list[str]], Any]) -> None:
         os._exit(print_error(error))    # at once, without waiting for a file being written
 
 
+def interruptible() -> None:
+    """Let Ctrl-C end this process in a line while PyTorch is imported, which takes seconds: called
+    above a command's imports. `run_command` takes over."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: Any) -> None:
+    os._exit(print_error(KeyboardInterrupt()))          # an exception would get lost in C
+
+
 def print_error(error: BaseException) -> int:
     """Say on stderr what ended this process: in one line what its user can mend, else with the way
     to it. Returns the exit code."""
     rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    code, text = 2, f"{rank}error: {error}\n"
+    told = told_by_pytorch(error)
+    code, text = 2, f"{rank}error: {told or error}\n"
     if isinstance(error, BrokenPipeError):                          # `... --help | head`
         code, text = 128 + signal.SIGPIPE, ""
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                # Python flushes at its end
     elif isinstance(error, KeyboardInterrupt):
         code, text = 128 + signal.SIGINT, "\ninterrupted\n"
-    elif os.environ.get("ONELOOP_TRACEBACK") or not isinstance(
+    elif os.environ.get("ONELOOP_TRACEBACK") or not told and not isinstance(
             error, (ValueError, OSError, ArithmeticError, ModuleNotFoundError)):
         code, text = 1, rank + "".join(traceback.format_exception(error))
     with contextlib.suppress(OSError):                              # nobody may be there to read
@@ -157,6 +171,20 @@ def print_error(error: BaseException) -> int:
         sys.stderr.flush()
         sys.stdout.flush()
     return code
+
+
+def told_by_pytorch(error: BaseException) -> str:
+    """In a line what PyTorch and Python have no class of errors for: memory, scores that are NaN;
+    "" of all else."""
+    text = next(iter(str(error).splitlines()), "")
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and (
+            "out of memory" in text or "can't allocate memory" in text):
+        return (f"out of memory ({text[:120]}); make the batch, the context or the model smaller "
+                f"(in training --micro_batch, --recompute_activations=true, --shard=fsdp)")
+    if isinstance(error, RuntimeError) and "probability tensor contains" in text:
+        return ("the model's scores are not finite: its training diverged, or its file is damaged; "
+                "take an earlier checkpoint")
+    return ""
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

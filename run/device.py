@@ -8,6 +8,7 @@ import ctypes
 import os
 import re
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -118,6 +119,25 @@ def peak_flops(device: torch.device) -> float | None:
     name = device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)),
                 None)
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that processes may use here: memory and swap, or what the control group allows of the
+    first, as in a container, and all swap."""
+    memory, swap = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), 0
+    info = root / "proc/meminfo"
+    if info.exists():                                   # Linux
+        kib = dict(re.findall(r"^(\w+): +(\d+) kB", info.read_text(), re.M))
+        memory, swap = int(kib["MemTotal"]) << 10, int(kib["SwapTotal"]) << 10
+        own = (root / "proc/self/cgroup").read_text()
+        groups = dict(re.findall(r"^\d+:(.*):/?(.*)$", own, re.M))
+        for name, limit in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
+            # A container sees its own group at the top.
+            for folder in (groups.get(name, ""), ""):
+                file = root / "sys/fs/cgroup" / name / folder / limit
+                if file.exists() and (text := file.read_text().strip()).isdigit():
+                    memory = min(memory, int(text))
+    return memory + swap
 
 
 def synchronize(device: torch.device) -> None:

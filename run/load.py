@@ -6,7 +6,6 @@
     add_adapter_of(model, "out/lora-demo")              only the adapter that a run trained
 """
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from model import GPT, SIZES, GPTConfig
 from run import checkpoint
 from run.classifier import Classifier
 from run.config import build
+from run.device import host_memory
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.bpe", "merges.txt")
 
@@ -51,7 +51,7 @@ def load_writer(name: str | Path, device: torch.device | str = "cpu", dropout: f
     """`load_model`, of a model that writes: a classifier is refused."""
     model, tokenizer = load_model(name, device, dropout)
     if isinstance(model, Classifier):
-        raise ValueError(f"{name} is a classifier, and this needs a model that writes; python -m "
+        raise ValueError(f"{name} is a classifier, and this needs a model that writes; "
                          f"python -m eval evaluates it")
     return model, tokenizer
 
@@ -98,11 +98,12 @@ def model_for(data: Any, start: GPT | None, config: Any) -> GPT | Classifier:
                              f"{config.data} has {data.vocab_size}; leave it out, training takes "
                              f"that")
         shape = dataclasses.replace(config.model, vocab_size=data.vocab_size)
-        need = 8 * count_weights(dataclasses.asdict(shape))
-        here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        # Each rank makes it whole before it goes to a GPU or is split over the ranks, so that this
+        # refuses nothing that would fit; gradients and the rest may be elsewhere.
+        need, here = 4 * count_weights(dataclasses.asdict(shape)), host_memory()
         if need > here and not config.dry_run:
-            raise ValueError(f"{shape} needs {need / 2**30:,.0f} GiB for weights and gradients, "
-                             f"and this machine has {here / 2**30:,.0f}; make it smaller")
+            raise ValueError(f"{shape} needs {need / 2**30:,.0f} GiB of memory for its weights "
+                             f"alone, and there are {here / 2**30:,.0f}; make it smaller")
         with torch.device("meta" if config.dry_run else "cpu"):
             return GPT(shape)
     if data.classes:
@@ -204,7 +205,7 @@ def _load_run(folder: Path, dropout: float, which: str
     shape = build(GPTConfig, {**settings["model"], "dropout": dropout})
     if not settings.get("lora"):
         model = with_head(GPT(shape), state)
-        checkpoint.load_trainable_state(model, state["model"])
+        checkpoint.load_trainable_state(model, state["model"], folder)
         return model, tokenizer
     try:
         model, base = load_base(settings["init_from"], dropout, shape.block_size)   # has the rest
@@ -239,7 +240,7 @@ def _with_adapter(model: nn.Module, state: dict[str, Any], run: Path, quiet: boo
     if model.adapters.base_hash != state["base"]:
         raise ValueError(f"{run} trained an adapter of {state['config']['init_from']:.200}, which "
                          f"has changed since; put the old one back")
-    checkpoint.load_trainable_state(model, state["model"])
+    checkpoint.load_trainable_state(model, state["model"], run)
     return model
 
 

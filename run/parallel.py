@@ -14,6 +14,7 @@ PyTorch's own.
 import copy
 import inspect
 import sys
+from pathlib import Path
 from typing import Any, Callable
 
 import torch
@@ -65,13 +66,31 @@ class Parallel:
                 "broadcast_buffers"
             self.network = DistributedDataParallel(model, gradient_as_bucket_view=True,
                                                    **{name: False})
+            # Those that have had no gradient yet; each leaves with its first one.
+            self.idle = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            self.hooks = [p.register_post_accumulate_grad_hook(lambda _, name=name:
+                                                               self.idle.pop(name, None))
+                          for name, p in self.idle.items()]
+            self.synced = False
 
     def sync(self, last: bool) -> None:
         """Gradients are reduced over the ranks with the last micro-batch only."""
         if self.shard != "none":
             self.model.set_requires_gradient_sync(last)
         elif self.network is not self.model:
-            self.network.require_backward_grad_sync = last
+            if self.hooks and self.synced:
+                self._check_all_had_gradients()
+            self.network.require_backward_grad_sync, self.synced = last, True
+
+    def _check_all_had_gradients(self) -> None:
+        """ValueError for parameters without one after the first backward pass. DDP would wait for
+        them, and then gives them by numbers."""
+        if self.idle:
+            raise ValueError(f"{', '.join(self.idle):.300} take no part in the loss, and ranks "
+                             f"would wait for their gradients; use them in the forward pass, take "
+                             f"them out, or set requires_grad=False")
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def whole(self) -> nn.Module:
         """The module with all its weights, outside DDP, FSDP and compiler. All ranks call it.
@@ -118,10 +137,11 @@ class Parallel:
                 f"a weight is not finite ({name}), so no checkpoint was written; those that are "
                 f"there are of before; try a lower learning_rate, or dtype=float32")
 
-    def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """The inverse of `state`; each rank keeps its part."""
+    def load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any],
+             run: str | Path = "the run's folder") -> None:
+        """The inverse of `state`, which is that of a `run`; each rank keeps its part."""
         weights, moments = state["model"], state["optimizer"]
-        check_moments(optimizer, moments)
+        check_moments(optimizer, moments, run)
         if self.shard != "none":
             ours = self.model.state_dict()
             weights = {name: _split(tensor, ours[name]) for name, tensor in weights.items()}
@@ -129,7 +149,7 @@ class Parallel:
             moments = {**moments, "state": {
                 i: {key: _split(value, parameters[i]) for key, value in entry.items()}
                 for i, entry in moments["state"].items()}}
-        load_trainable_state(self.model, weights)
+        load_trainable_state(self.model, weights, run)
         optimizer.load_state_dict(moments)
 
 

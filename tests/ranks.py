@@ -171,3 +171,14 @@ def wait_for(condition, processes):
         dead = [process for process in processes if process.poll() is not None]
         assert not dead and time.monotonic() < deadline, [process.communicate() for process in dead]
         time.sleep(0.05)
+
+
+def with_an_idle_parameter(settings):
+    """The network has a parameter that takes no part in the loss."""
+    start = GPT.__init__
+
+    def larger(self, config):
+        start(self, config)
+        self.idle_gain = torch.nn.Parameter(torch.ones(3))
+    GPT.__init__ = larger
+    commanded(settings)

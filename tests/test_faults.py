@@ -329,6 +329,13 @@ def test_a_rank_that_dies_is_one_line_from_the_others(settings):
     assert "error: another rank is gone" in printed(settings).splitlines()[-1]
 
 
+@pytest.mark.parametrize("micro_batch", [4, 8])         # two micro-batches a rank, and one
+def test_a_parameter_that_takes_no_part_in_the_loss_is_named(settings, micro_batch):
+    settings.update(micro_batch=micro_batch)
+    assert finish(start(ranks.with_an_idle_parameter, 2, settings)) == [2, 2], printed(settings)
+    assert "error: idle_gain take no part in the loss" in printed(settings)
+
+
 def test_ranks_that_were_started_differently_are_refused(settings):
     assert finish(start(ranks.different, 2, settings)) == [2, 2]
     assert "has learning_rate=0.005, rank 0 has learning_rate=0.01" in printed(settings)

@@ -1,4 +1,5 @@
 """Nothing wrong in silence: the best model, numbers that are not finite, signals, the screen."""
+import contextlib
 import io
 import itertools
 import json
@@ -17,14 +18,18 @@ import bpe
 import sample
 import train as train_module
 from bpe import Tokenizer
-from data import shards
+from data import chat, shards
 from data.prepared import write_dataset
+from data.sets import TokenSet
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter
+from eval.hellaswag import load_items
 from experiments.plots import picture
 from formats.gpt2 import load_tensors
-from run import checkpoint, log, processes
+from model import GPT
+from run import checkpoint, load, log, processes
 from run.config import build, run_command
+from run.device import host_memory
 from run.load import load_model
 from train import TrainConfig, train
 
@@ -258,6 +263,86 @@ def test_what_a_model_writes_cannot_steer_the_terminal(settings, monkeypatch, ca
 
 # ---- what cannot be, in one line
 
+@pytest.mark.parametrize("files,expected", [
+    ({}, 12 << 30),                                     # no limit: memory and swap
+    ({"sys/fs/cgroup/a/b/memory.max": "max"}, 12 << 30),
+    ({"sys/fs/cgroup/a/b/memory.max": str(3 << 30)}, 7 << 30),
+    ({"sys/fs/cgroup/memory.max": str(3 << 30)}, 7 << 30),              # inside of a container
+    ({"sys/fs/cgroup/memory/c/memory.limit_in_bytes": str(1 << 30)}, 5 << 30),
+    ({"sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096)}, 12 << 30)])
+def test_memory_is_what_machine_and_control_group_allow(tmp_path, files, expected):
+    """By hand: 8 GiB and 4 GiB of swap."""
+    for name, text in {"proc/meminfo": f"MemTotal: {8 << 20} kB\nSwapTotal:  {4 << 20} kB\n",
+                       "proc/self/cgroup": "4:memory:/c\n0::/a/b\n", **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert host_memory(tmp_path) == expected
+
+
+def test_a_model_whose_weights_alone_fit_is_not_refused(settings, monkeypatch):
+    """Gradients and moments may be on a GPU, or split over ranks."""
+    weights = 4 * sum(p.numel() for p in model_for(settings).parameters())
+    for room, fits in ((weights, True), (weights - 1, False)):
+        monkeypatch.setattr(load, "host_memory", lambda: room)
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="weights alone"):
+            model_for(settings)
+
+
+def model_for(settings):
+    config = build(TrainConfig, settings)
+    return load.model_for(TokenSet(Path(settings["data"])), None, config)
+
+
+@pytest.mark.parametrize("error", [
+    lambda: torch.empty(2**50), lambda: [0] * 2**60,
+    lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU"))])
+def test_memory_that_is_not_there_is_one_line(monkeypatch, capsys, error):
+    monkeypatch.setattr(sys, "argv", ["a"])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda words: error())
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(said.splitlines()) == 1
+    assert said.startswith("error: out of memory (") and "--micro_batch" in said
+
+
+def fail(error):
+    raise error
+
+
+def test_scores_that_are_not_finite_are_one_line(settings, monkeypatch, capsys):
+    run(settings, max_steps=1)
+    monkeypatch.setattr(GPT, "next_logits", lambda self, idx, cache: torch.full((1, 256), math.nan))
+    monkeypatch.setattr(sys, "argv", ["sample.py", settings["out"], "--device=cpu"])
+    with pytest.raises(SystemExit):
+        run_command(sample.main)
+    assert capsys.readouterr().err.startswith("error: the model's scores are not finite")
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["sample.py", "gpt2"], ["-m", "eval", "gpt2"],
+                                   ["-m", "eval.loss"], ["-m", "eval.hellaswag"]])
+def test_an_interrupt_while_pytorch_is_imported_is_one_line(words):
+    process = subprocess.Popen([sys.executable, *words], cwd=REPOSITORY, stderr=subprocess.PIPE,
+                               text=True)
+    interrupt_once_there(process, "libtorch_cpu")
+    assert process.communicate(timeout=60)[1] == "\ninterrupted\n" and process.returncode == 130
+
+
+def test_an_interrupt_while_the_tokenizer_is_imported_is_one_line():
+    process = subprocess.Popen([sys.executable, "bpe.py", "encode"], cwd=REPOSITORY, text=True,
+                               stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    interrupt_once_there(process, "_multiarray")        # numpy's
+    said = process.communicate(timeout=60)[1]
+    assert said.startswith("bpe.py: interrupted") and len(said.splitlines()) == 1
+    assert process.returncode == 130
+
+
+def interrupt_once_there(process, library):
+    """Send SIGINT as soon as the process has mapped a file of this name."""
+    while library not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize("word,message", [
     ("model.n_embd=1200000", "n_embd=1200000.* needs [0-9,]+ GiB"),
     ("model.n_layer=10000000", "n_layer=10000000.* needs [0-9,]+ GiB"),
@@ -283,6 +368,30 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(settings, tmp_path):
                  lambda: load_tensors(folder / "model.safetensors")):
         with pytest.raises(FileNotFoundError):
             read()
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_folder_or_a_pipe_in_the_place_of_a_file_of_texts_is_refused(tmp_path, kind):
+    names = ("talks.jsonl", "prompts.txt", "items.jsonl", "a.txt")
+    paths = {name: tmp_path / name for name in names}
+    for path in paths.values():
+        path.mkdir() if kind == "folder" else os.mkfifo(path)
+    for read, name in ((lambda path: chat.main(["prepare", str(path)]), "talks.jsonl"),
+                       (lambda path: chat.main(["inspect", str(path)]), "talks.jsonl"),
+                       (sample.read_prompts, "prompts.txt"), (load_items, "items.jsonl"),
+                       (lambda path: bpe.main(["train", str(path), "--vocab-size=300",
+                                               f"--out={tmp_path / 'tok.json'}"]) == 2 and
+                        find_files(path), "a.txt")):
+        with pytest.raises((FileNotFoundError, ValueError), match=name):
+            read(paths[name])
+
+
+@pytest.mark.parametrize("kind", ['"a"', "[]", "null", "1", "{}"])
+def test_a_data_set_of_an_unknown_kind_is_refused(settings, tmp_path, kind):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "meta.json").write_text(f'{{"version": 1, "kind": {kind}, "splits": {{}}}}')
+    with pytest.raises(ValueError, match="meta.json says kind=.*, which is none of tokens, chat"):
+        run(settings, data=str(tmp_path / "odd"))
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
