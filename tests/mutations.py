@@ -105,6 +105,30 @@ def change_tree(tree, rng):
                        {"a": tree}, [[]], "DEEP", str(tree)))
 
 
+def change_state(tree, rng):
+    """A checkpoint's content with one of its parts changed: as in `change_tree`, or a tensor that
+    has another shape, type, place or value."""
+    import torch
+    if not isinstance(tree, dict):
+        return change_tree(tree, rng)
+    inner = [key for key, value in tree.items() if isinstance(value, (dict, torch.Tensor))]
+    if not inner or rng.random() < 0.3:
+        return change_tree(tree, rng)
+    key = rng.choice(inner)
+    if isinstance(tree[key], dict):
+        tree[key] = change_state(tree[key], rng)
+        return tree
+    tensor = tree[key]
+    tree[key] = rng.choice((
+        lambda: tensor.flatten()[:-1], lambda: tensor[None], lambda: tensor.t(), lambda: tensor * 0,
+        lambda: tensor * 1e30, lambda: tensor / 0, lambda: tensor.to(torch.bfloat16),
+        lambda: tensor.long(), lambda: tensor.to("meta"), lambda: tensor.to_sparse(),
+        lambda: tensor.flatten()[:1].expand(10**9), lambda: torch.zeros(0), lambda: tensor > 0,
+        lambda: tensor.to(torch.complex64), lambda: torch.nn.Parameter(tensor.float()),
+        lambda: tree[rng.choice(inner)], lambda: HUGE, lambda: None))() if tensor.dim() else 1.5
+    return tree
+
+
 MUTATIONS = (flip, flip, truncate, insert, remove, repeat, splice, number, number, structure,
              structure, structure)
 

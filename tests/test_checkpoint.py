@@ -179,6 +179,17 @@ def test_a_flipped_bit_is_found(tmp_path):
     assert checkpoint.load_last(tmp_path)["step"] == 1
 
 
+def test_a_part_that_is_listed_as_a_folder_is_refused(tmp_path):
+    """PyTorch reads nothing of it, and gives whatever was in memory as weights."""
+    checkpoint.save(tmp_path / "a.pt", state_of())
+    raw = bytearray((tmp_path / "a.pt").read_bytes())
+    entry = raw.rindex(b"PK\x01\x02", 0, raw.rindex(b"data/0"))       # of the list at the end
+    raw[entry + 38] = 0x10                              # its attributes: a folder
+    (tmp_path / "a.pt").write_bytes(raw)
+    with pytest.raises(ValueError, match="cannot be read: its list of parts is damaged"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
 HUGE = {"n_layer": 10**7, "n_embd": 10**6, "vocab_size": 10**9, "block_size": 10**9}
 
 

@@ -9,10 +9,12 @@ where a format has no checksum, something that keeps the reader's promises (`che
 else is a fault: another exception, more than SECONDS, or more than MEMORY beyond the start.
 """
 import argparse
+import contextlib
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -25,7 +27,7 @@ from pathlib import Path
 import pytest
 
 from bench.kills import start
-from tests.mutations import HUGE, mutated
+from tests.mutations import HUGE, change_state, mutated
 
 REPOSITORY = Path(__file__).parent.parent
 SECONDS, MEMORY = 20, 1 << 30
@@ -292,9 +294,233 @@ class Parquet(Jsonl):
             folder / self.name)
 
 
+class Adapter:
+    """PEFT's two files; no checksum."""
+    def base(self):
+        import torch
+
+        from model import GPT, GPTConfig
+        torch.manual_seed(0)
+        return GPT(GPTConfig(8, 16, 2, 2, 8)).eval()
+
+    def write(self, folder):
+        import lora
+        lora.save_lora(lora.add_lora(self.base(), lora.LoRAConfig(r=2, bias="all"), quiet=True),
+                       folder)
+
+    def read(self, folder):
+        import lora
+        return lora.load_lora(self.base(), folder)
+
+    def check(self, found, original):
+        check_model(found)
+
+    hostile = [{"adapter_config.json": json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4,
+                                                   **change}).encode()}
+               for change in ({"r": HUGE}, {"r": None}, {"lora_alpha": 1e999},
+                              {"rank_pattern": {"(a+)+$": 3, "(.*.*)*x": 3}}, {"bias": "al"},
+                              {"modules_to_save": [""]})] + [
+        {"adapter_config.json": DEEP}, {"adapter_config.json": b"[]"},
+        {"adapter_model.safetensors": struct.pack("<Q", 10**8) + b"{}"}]
+
+
+class Chat:
+    """Conversations: files of four formats, and a prepared data set."""
+    def write(self, folder):
+        from data.conversations import write_conversations
+        talks = [{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"},
+                               {"role": "assistant", "content": f"{i} é"}]} for i in range(9)]
+        write_conversations(folder, talks, "made up")
+        lines = [*talks[:2], {"instruction": "a", "input": "b", "output": "c"},
+                 {"conversation": [{"system": "s", "input": "a", "output": "b"}]},
+                 {"conversations": [{"from": "human", "value": "a"},
+                                    {"from": "gpt", "value": "b"}]}]
+        (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "in.json").write_text(json.dumps(lines))
+
+    def read(self, folder):
+        from bpe import Tokenizer
+        from data import chat, conversations
+        tokenizer = chat.extend_tokenizer(Tokenizer([]), "chatml")
+        talks = [conversations.read([folder / name])[0] for name in ("in.jsonl", "in.json")]
+        return talks, [[tokenizer.decode(chat.render(talk["messages"], tokenizer, "chatml")[0])
+                        for talk in part] for part in talks], chat.load_samples(
+            folder, "train", tokenizer, "chatml", 64)
+
+    def check(self, found, original):
+        for talk, text in zip(sum(found[0], []), sum(found[1], [])):
+            assert all(message["content"].strip() in text for message in talk["messages"])
+        assert (found[2].ids == original[2].ids).all()                  # it has a checksum
+
+    hostile = [{"in.jsonl": DEEP}, {"in.json": DEEP}, {"meta.json": DEEP}, {"in.jsonl": b"[[]]"},
+               {"in.jsonl": b'{"messages": [{"role": {}, "content": []}]}'}]
+
+
+class Replies:
+    """What a judge's server says."""
+    def write(self, folder):
+        points = {"helpful": 5, "honest": 6, "harmless": 7}
+        text = "Well:\n" + json.dumps({"first": points, "second": points, "reason": "x"})
+        (folder / "reply").write_text(json.dumps({"choices": [{"message": {"content": text}}]}))
+
+    def read(self, folder):
+        from eval import judge
+        judge.PAUSES, judge.post = (0,), lambda *_: (folder / "reply").read_bytes()
+        item = {"prompt": "Q", "first": "a", "second": "b"}
+        if reason := judge.judge_item(item, judge.JudgeConfig(judge="http://localhost")):
+            raise ValueError(f"reply: {reason}")
+        return item
+
+    def check(self, found, original):
+        from eval import judge
+        assert not judge.check_points(found["points"]) and type(found["reason"]) is str
+        json.dumps(found).encode()
+
+    hostile = [{"reply": DEEP}, {"reply": b"{" * 10**6}, {"reply": b"\xff\xfe"}, {"reply": b""}]
+
+
+class Run:
+    """What a finished run says of itself: config.json, run.json, log.jsonl."""
+    def write(self, folder):
+        a_run(folder)
+        for path in [*folder.glob("*.pt"), folder / "tokenizer.json"]:
+            path.unlink()
+
+    def read(self, folder):
+        from experiments.runs import load_run, status
+        from run.load import run_settings
+        from run.resume import finished_summary
+        return run_settings(folder), finished_summary(folder, 0), status(load_run(folder, "a"))
+
+    def check(self, found, original):
+        settings, summary, line = found
+        assert isinstance(settings, dict) and isinstance(summary, dict) and "\x1b" not in line
+
+    hostile = [{name: data} for name in ("config.json", "run.json") for data in (DEEP, b"[]", b"")]
+
+
+class Sampled:
+    """A run's folder, whose checkpoints hold other things, by who writes text with it."""
+    settings = {}
+
+    def write(self, folder):
+        a_run(folder, **self.settings)
+
+    def change(self, files, rng):
+        """A checkpoint that is whole, and whose parts are changed; now and then any file."""
+        if rng.random() < 0.2:
+            return mutated(files, rng)
+        import io
+
+        import torch
+        name = rng.choice(sorted(name for name in files if name.endswith(".pt")))
+        state, file = torch.load(io.BytesIO(files[name]), weights_only=True), io.BytesIO()
+        for _ in range(rng.choice((1, 1, 2))):
+            state = change_state(state, rng)
+        try:
+            torch.save(state, file)
+        except (RuntimeError, NotImplementedError):     # PyTorch cannot write what was made
+            return mutated(files, rng)
+        return {**files, name: file.getvalue()}
+
+    def read(self, folder):
+        import sample
+        from run.config import told_by_pytorch
+        from run.load import load_writer, needs_tokenizer
+        model, tokenizer = load_writer(folder)
+        tokenizer = needs_tokenizer(tokenizer, folder)
+        try:
+            return model, tokenizer, sample.continue_text(model, tokenizer, "a", max_new_tokens=3)
+        except RuntimeError as error:                   # of NaN, which huge weights make
+            if not told_by_pytorch(error):
+                raise
+            raise ValueError(f"{folder}: {told_by_pytorch(error)}") from None
+
+    def check(self, found, original):
+        check_model(found[0])
+        assert isinstance(found[2], str)
+
+    hostile = [{"best.pt": b""}, {"best.pt": b"\x80\x02" + b"(" * 100_000}]
+
+
+class Evaluated(Sampled):
+    """The same, by who evaluates it, and by who trains on from it: an adapter's run."""
+    settings = {"lora": {"r": 2}}
+
+    def read(self, folder):
+        import torch
+
+        from eval.loss import evaluate_loss, token_lengths
+        from run.load import load_base
+        model, tokenizer = load_base(folder)
+        x = torch.arange(8).view(1, 8)
+        return model, evaluate_loss(model, [(x, x)], torch.device("cpu"), token_lengths(tokenizer))
+
+    def check(self, found, original):
+        check_model(found[0])
+        assert found[1]["tokens"] == 8
+
+
+class Exported(Sampled):
+    """The same, by who writes it for others, an adapter of it merged in."""
+    def read(self, folder):
+        from model import GPT
+        from run.export import export
+        with tempfile.TemporaryDirectory() as out:
+            export(folder, out)
+            return GPT.from_pretrained(out), None, ""
+
+
+class Resumed(Sampled):
+    """The same, by who goes on with it."""
+    clear = (ValueError, OSError, ArithmeticError)      # those that a command line says in a line
+
+    def read(self, folder):
+        return a_run(folder, max_steps=3)
+
+    def check(self, found, original):
+        from run import checkpoint
+        assert found["step"] >= 3
+        state = checkpoint.load_last(found["out"])
+        assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+    hostile = [{"last.pt": b""}, {"last.pt": b"\x80\x02" + b"(" * 100_000}]
+
+
+def a_run(folder, max_steps=2, **settings):
+    """A run of some steps in the folder, on data and from a base beside it."""
+    import torch
+
+    from data.corpus import CorpusConfig, prepare
+    from run.config import build
+    from train import TrainConfig, train
+    data, base = folder.parent / "data", folder.parent / "base"
+    torch.set_num_threads(1)
+    if not data.exists():
+        (folder.parent / "text.txt").write_text(TEXT)
+        prepare(CorpusConfig(from_=str(folder.parent / "text.txt"), tokenizer="bytes",
+                             validation=0.4, out=str(data)))
+    if settings.get("lora") and not base.exists():
+        a_run(base)
+    model = {} if settings.get("lora") else dict(block_size=8, n_layer=1, n_head=1, n_embd=8)
+    return train(build(TrainConfig, {**dict(
+        out=str(folder), data=str(data), max_steps=max_steps, batch_tokens=16, micro_batch=2,
+        eval_tokens=16, save_every=1, keep_last=1, schedule="constant", sample_tokens=0,
+        device="cpu", dtype="float32", compile="off", model=model,
+        init_from=str(base) if settings.get("lora") else "scratch"), **settings}))
+
+
+def check_model(model):
+    """It computes: a score for each token."""
+    import torch
+    with torch.no_grad():
+        logits, _ = model(torch.tensor([[0, 1, 2]])[:, :model.config.block_size])
+    assert logits.shape[-1] == model.config.vocab_size
+
+
 READERS = {cls.__name__.lower(): cls for cls in (
     Checkpoint, Tok, HuggingFace, Gpt2Files, Shards, Bins, Progress, Model, HellaSwag, Log, Jsonl,
-    Text, Parquet)}
+    Text, Parquet, Adapter, Chat, Replies, Run, Sampled, Evaluated, Exported, Resumed)}
 
 
 # -------------------------------------------------------------------------------------- the run
@@ -312,7 +538,7 @@ def outcome(reader, folder, original, names):
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         found = reader.read(folder)
-    except (ValueError, FileNotFoundError) as error:
+    except getattr(reader, "clear", (ValueError, FileNotFoundError)) as error:
         message = str(error)
         assert len(message.splitlines()) == 1, f"not one line: {message}"
         assert any(name in message for name in names), f"names no file: {message}"
@@ -338,15 +564,20 @@ def fuzz(name, inputs, verbose=True):
         limit_memory()
         hostile = [{**files, **change} for change in reader.hostile]
         for i in range(len(hostile) + inputs):
-            case = hostile[i] if i < len(hostile) else mutated(files, random.Random(f"{name} {i}"))
+            change = getattr(reader, "change", mutated)
+            case = hostile[i] if i < len(hostile) else change(files, random.Random(f"{name} {i}"))
             for path in folder.iterdir():
-                if path.name not in case or path.read_bytes() != case[path.name]:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name not in case or path.read_bytes() != case[path.name]:
                     path.unlink()
             for path, data in case.items():
                 if not (folder / path).exists():
                     (folder / path).write_bytes(data)
             try:
-                counts[outcome(reader, folder, original, [*files, str(folder)])] += 1
+                with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), \
+                        contextlib.redirect_stderr(quiet):
+                    counts[outcome(reader, folder, original, [*files, str(folder)])] += 1
             except (Exception, TooLong) as error:
                 counts["others"] += 1
                 kind = (type(error), [f.lineno for f in traceback.extract_tb(error.__traceback__)
@@ -390,8 +621,10 @@ def reported(path, words):
 def test_a_damaged_file_is_an_error_of_one_line_or_does_no_harm(tmp_path, name, inputs):
     if name == "parquet":
         pytest.importorskip("pyarrow")
-    if name == "model":
+    if name in ("model", "adapter", "exported"):
         pytest.importorskip("safetensors")
+    if issubclass(READERS[name], Sampled):              # a run for each costs ten times as much
+        inputs //= 5
     (process,) = start(reported, 1, tmp_path / "shown", [name, f"--inputs={inputs}"])
     process.join(timeout=1800)
     shown = (tmp_path / "shown").read_text()
