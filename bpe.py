@@ -333,8 +333,8 @@ def learn(args: argparse.Namespace, pattern: str, make: Callable[[dict[bytes, in
     texts = read_blocks(args.files, pattern, args.errors, held_out=held_out, progress=True)
     tok = make(pieces := count_pieces(texts, pattern, args.num_proc))
     tok.save(args.out)
-    print(f"{sum(Path(file).stat().st_size for file in args.files):,} bytes, {len(pieces):,} "
-          f"distinct pieces, {tok.vocab_size:,} tokens, {time.time() - start:.1f} s: {args.out}")
+    print(f"{sum(map(os.path.getsize, args.files)):,} bytes, {len(pieces):,} distinct pieces, "
+          f"vocabulary {tok.vocab_size:,}, {time.time() - start:.1f} s: {args.out}")
     print_report(tok, held_out or [], old)
 
 
