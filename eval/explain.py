@@ -34,7 +34,7 @@ from model import GPT
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 EXPECTED, LENS = 10, 5                  # tokens shown of the model's prediction, of a block's
-MOST_BYTES = 2**25                      # of attention in a page; a browser takes more, slowly
+MOST_BYTES = 2**24                      # of attention in a page; a browser takes more, slowly
 
 
 def look_inside(model: GPT, idx: Tensor) -> list[Tensor]:

@@ -24,15 +24,15 @@ HOSTILE = "</script><img src=x onerror=alert(1)><!-- \u202e问"
 QUESTION, ANSWER = "Who?", " The cat."
 
 
-def make_run(folder, template=""):
+def make_run(folder, template="", tokenizer=None):
     """A run of a model with weights large enough to prefer something."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train([TEXT] * 9, 274)
+    tokenizer = tokenizer or Tokenizer.train([TEXT] * 9, 274)
     model = GPT(GPTConfig(block_size=96, vocab_size=tokenizer.vocab_size, n_layer=3, n_head=2,
                           n_embd=32))
     for p in model.parameters():
         p.data += 0.15 * torch.randn_like(p)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     settings = {"model": dataclasses.asdict(model.config), "template": template}
     checkpoint.save(folder / "best.pt", {"model": model.state_dict(), "config": settings,
                                          "step": 1, "base": "", "best_loss": 1.0})
@@ -212,8 +212,8 @@ def test_a_page_has_a_size(tmp_path):
     figures = explain(model, tokenizer, [i % 256 for i in range(128)])
     assert len(json.dumps(figures)) < 900_000
     model = GPT(GPTConfig(block_size=1024, vocab_size=258, n_layer=12, n_head=12, n_embd=12))
-    with pytest.raises(ValueError, match="shorten the prompt to 341 tokens"):
-        explain(model, tokenizer, [1] * 342)
+    with pytest.raises(ValueError, match="shorten the prompt to 241 tokens"):
+        explain(model, tokenizer, [1] * 242)
 
 
 # ---- what a reader does with it
@@ -313,12 +313,16 @@ def test_an_adapter_and_the_labels_of_a_chat_can_be_seen_without_colour(chat_run
         assert browser.errors == []
 
 
-def test_a_text_of_html_stays_text(run):
-    file, page = page_of(run, f"--prompt={HOSTILE}")
+def test_text_and_names_of_html_stay_text(tmp_path):
+    whole = Tokenizer.train([HOSTILE] * 9, 254 + len(HOSTILE.encode()), pattern="(?s).+")
+    run = make_run(tmp_path / "<" / "script><img src=x onerror=alert(1)>", tokenizer=whole)
+    file, page = page_of(run, f"--prompt={2 * HOSTILE}")
+    assert page["ids"] == 2 * whole.encode(HOSTILE) and len(page["ids"]) == 2
     assert "<img" not in file.read_text() and file.read_text().count("</script>") == 2
     with open_page(file) as browser:
         assert browser.run("document.images.length") == 0
+        assert browser.text("h1").endswith("</script><img src=x onerror=alert(1)> reads this")
         shown = browser.run("[...document.querySelectorAll('#tokens .word')].map("
-                            "e => e.textContent).join('')")
-        assert shown.replace("·", " ").startswith("</script><img src=x onerror=alert(1)>")
+                            "e => e.textContent)")
+        assert shown[0].replace("·", " ").startswith("</script><img src=x onerror=alert(1)><!--")
         assert browser.errors == [] and len(browser.requests) == 1
