@@ -37,16 +37,18 @@ import sys
 import time
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 if __name__ == "__main__":                      # Ctrl-C while the rest is imported
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"bpe.py: interrupted\n") and 130))
+
+import numpy as np
 import tiktoken
 
 from fast.bpe_commands import parse, print_report
 from fast.bpe_compare import compare_tokenizers
+from fast.bpe_corpus import encode_corpus
 from fast.bpe_counts import count_pieces, read_blocks
 from fast.bpe_encode import encode_pieces, encode_with_tiktoken, make_encoding
 from fast.bpe_merges import learn_merges
@@ -226,18 +228,23 @@ class Tokenizer:
         """
         return encode_with_tiktoken(self.to_tiktoken(), text, allowed_special)
 
+    def encode_corpus(self, texts: Iterable[str], num_threads: int | None = None
+                      ) -> Iterator[np.ndarray]:
+        """Ids of each text as an array, special tokens as ordinary text; for many texts or long ones,
+        which are read as the ids are taken, and encoded in threads (None: one per core)."""
+        return encode_corpus(self.to_tiktoken(), self.pattern, texts, num_threads)
+
     def encode_batch(self, texts: Iterable[str], num_threads: int | None = None
                      ) -> list[list[int]]:
-        """Ids of each text, special tokens as ordinary text, in threads (None: one per core)."""
-        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-            return list(pool.map(self.encode, texts))
+        """The same as lists of lists."""
+        return [ids.tolist() for ids in self.encode_corpus(texts, num_threads)]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of any bytes: what is valid UTF-8 as text, each other byte as itself."""
-        ids = []
         text = data.decode("utf-8", "surrogateescape")   # invalid byte 0xff is then U+DCFF
-        for i, part in enumerate(re.split("([\udc80-\udcff]+)", text)):
-            ids += [self.byte_ids[ord(c) - 0xDC00] for c in part] if i % 2 else self.encode(part)
+        parts, ids = re.split("([\udc80-\udcff]+)", text), []
+        for known, wrong in zip(self.encode_batch(parts[::2]), [*parts[1::2], ""]):
+            ids += known + [self.byte_ids[ord(c) - 0xDC00] for c in wrong]
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

@@ -129,7 +129,7 @@ def train_minbpe(path: str, vocab_size: int) -> None:
 def encode_ours(texts: list[str]) -> Callable[[], Any]:
     tok = Tokenizer.gpt2()
     tok.encode("loaded")
-    return lambda: tok.encode_batch(texts, num_threads=os.cpu_count())
+    return lambda: list(tok.encode_corpus(texts, num_threads=os.cpu_count()))
 
 
 def encode_tiktoken(texts: list[str]) -> Callable[[], Any]:

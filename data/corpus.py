@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
 
+import numpy as np
+
 from bpe import Tokenizer
 from data.prepared import DATA, split_by_hash
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter
 from run.config import parse, run_command
 
-BATCH = 256             # documents encoded at once
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -113,14 +114,17 @@ def write_shards(folder: Path, train: list[str], val: list[str], tokenizer: Toke
                  source: str, shard_tokens: int = 100_000_000) -> dict[str, Any]:
     """Encode documents, each behind an end-of-text token, into shards. Returns meta.json."""
     writer = ShardWriter(folder, tokenizer, source, shard_tokens)
-    start = [] if tokenizer.eot is None else [tokenizer.eot]
     for split, documents in (("train", train), ("val", val)):
-        for i in range(0, len(documents), BATCH):
-            for ids in tokenizer.encode_batch(documents[i:i + BATCH]):
-                writer.add(split, start + ids)
+        for ids in tokenizer.encode_corpus(documents):
+            writer.add(split, behind_end_of_text(tokenizer, ids))
     meta = writer.finish()
     print_summary(folder, meta)
     return meta
+
+
+def behind_end_of_text(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    """A document's ids behind an end-of-text token, if the tokenizer has one."""
+    return ids if tokenizer.eot is None else np.append(np.array([tokenizer.eot], ids.dtype), ids)
 
 
 def print_summary(folder: Path, meta: dict[str, Any]) -> None:

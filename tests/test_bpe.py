@@ -6,13 +6,14 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 import bpe
 from bpe import Tokenizer, train_slowly
-from fast import bpe_counts, bpe_encode, bpe_merges, bpe_pieces
+from fast import bpe_counts, bpe_encode, bpe_merges, bpe_pieces, bpe_table
 from fast.bpe_counts import count_pieces
 from fast.bpe_merges import learn_merges
 from fast.bpe_pieces import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, split
@@ -147,6 +148,42 @@ def test_merges_equal_rustbpe(shared, corpus):
     assert ours.token_bytes == [bytes(token) for token, _ in expected]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(dense | anything, max_size=6), st.integers(1, 40), st.sampled_from([1, 3]),
+       st.sampled_from([2, 1 << 17]), patterns)
+def test_a_corpus_gives_the_ids_of_each_text(texts, block, threads, most, pattern):
+    """Cut into blocks of any size, in threads, and with tables that are full after two pieces."""
+    tok = Tokenizer([(97, 98), (32, 256), (228, 184), (32, 32), (97, 97)], pattern)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe_counts, "BLOCK", block)
+        patch.setattr(bpe_table, "MOST", most)
+        found = [ids.tolist() for ids in tok.encode_corpus(iter(texts), threads)]
+        counted = count_pieces(texts, pattern, num_proc=1)
+    assert found == [tok.encode_slowly(text) for text in texts]
+    assert counted == naive_pieces(texts, pattern)
+
+
+def test_pieces_that_share_a_slot_or_hold_the_mark_keep_their_ids(monkeypatch):
+    """With all pieces in one slot of the table; U+10FFFF parts pieces where they are encoded."""
+    monkeypatch.setattr(bpe_table, "FACTORS", np.zeros(2, np.uint64))
+    tok = Tokenizer([(97, 98)])
+    text = "".join(f" {word}{end}" for word in ("ab", "abab", "c" * 15, "c" * 16, "d" * 40)
+                   for end in ("", "1", "\U0010ffff", "é")) * 2
+    assert next(tok.encode_corpus([text])).tolist() == tok.encode_slowly(text)
+    assert count_pieces([text], GPT2_PATTERN) == naive_pieces([text], GPT2_PATTERN)
+
+
+def test_a_corpus_is_read_as_its_ids_are_taken():
+    read = []
+
+    def texts():
+        for i in range(1000):
+            read.append(i)
+            yield "some words " * 10_000
+    next(Tokenizer([]).encode_corpus(texts(), 1))
+    assert len(read) < 100
+
+
 def texts_in(folder):
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
@@ -159,14 +196,15 @@ def test_gpt2_gives_tiktokens_ids(shared, gpt2_vocab):
     tok, reference = Tokenizer.gpt2(gpt2_vocab), reference_gpt2(gpt2_vocab)
     assert (tok.vocab_size, tok.eot) == (50257, 50256)
     for text in texts_in(shared):
-        assert tok.encode(text[:100_000]) == reference.encode_ordinary(text[:100_000])
+        ids = reference.encode_ordinary(text[:100_000])
+        assert tok.encode(text[:100_000]) == ids == tok.encode_batch([text[:100_000]])[0]
 
 
 @pytest.mark.slow
 def test_gpt2_gives_tiktokens_ids_on_whole_files(shared, gpt2_vocab):
     tok, reference = Tokenizer.gpt2(gpt2_vocab), reference_gpt2(gpt2_vocab)
     for text in texts_in(shared):
-        assert tok.encode(text) == reference.encode_ordinary(text)
+        assert tok.encode(text) == reference.encode_ordinary(text) == tok.encode_batch([text])[0]
 
 
 @pytest.fixture(scope="module")

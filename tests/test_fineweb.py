@@ -10,6 +10,7 @@ import pytest
 from bpe import Tokenizer
 from data import fineweb, shards
 from data.fineweb import FinewebConfig, prepare
+from fast import bpe_corpus, bpe_counts
 
 SHARD_TOKENS = 3000
 
@@ -76,8 +77,8 @@ def test_every_document_is_there_once_and_in_order(tmp_path, texts, tokenizer):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_documents_keep_their_order_whatever_the_threads_and_the_groups(
         monkeypatch, texts, tokenizer, threads):
-    monkeypatch.setattr(fineweb, "GROUP", 50)       # characters: many tasks
-    monkeypatch.setattr(fineweb, "AHEAD", 4)        # and few of them at once
+    monkeypatch.setattr(bpe_counts, "BLOCK", 50)    # characters: many tasks
+    monkeypatch.setattr(bpe_corpus, "AHEAD", 4)     # and few of them at once
     tok = Tokenizer.load(tokenizer)
     rows = list(fineweb.encode_all(tok, iter(texts), threads))
     assert [ids.tolist() for _, ids in rows] == [[tok.eot] + tok.encode(text) for text in texts]
@@ -85,8 +86,8 @@ def test_documents_keep_their_order_whatever_the_threads_and_the_groups(
 
 
 def test_reading_stays_a_bounded_way_ahead_of_writing(monkeypatch, tokenizer):
-    monkeypatch.setattr(fineweb, "GROUP", 100)
-    monkeypatch.setattr(fineweb, "AHEAD", 10)
+    monkeypatch.setattr(bpe_counts, "BLOCK", 100)
+    monkeypatch.setattr(bpe_corpus, "AHEAD", 10)
     read = 0
 
     def long_source():

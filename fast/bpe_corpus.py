@@ -1,0 +1,110 @@
+"""A corpus into ids: those of `bpe.encode_slowly` for each text, in arrays, by blocks in threads.
+
+Text repeats its pieces. With GPT-2's pattern a block is split in numpy, each distinct piece is
+encoded once, and the ids are gathered; other patterns go through tiktoken text by text.
+"""
+import functools
+import os
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import Iterable, Iterator
+
+import numpy as np
+import tiktoken
+
+from fast.bpe_counts import in_batches
+from fast.bpe_encode import encode_with_tiktoken
+from fast.bpe_pieces import GPT2_PATTERN, NO_PATTERN
+from fast.bpe_table import PieceTable, gpt2_starts
+
+AHEAD = 8                       # blocks that are read ahead of the reader of ids, for each thread
+BETWEEN, MARK = "\U0010ffff", 1 << 30   # a character that is none, and an id that nothing has
+
+
+def encode_corpus(encoding: tiktoken.Encoding, pattern: str, texts: Iterable[str],
+                  num_threads: int | None = None) -> Iterator[np.ndarray]:
+    """The ids of each text in order, special tokens as ordinary text. num_threads: None is one per
+    core. ValueError for a lone surrogate."""
+    whole, own = as_pieces(encoding), threading.local()     # each thread has its own table
+
+    def encode(batch: list[tuple[str, bool]]) -> list[tuple[np.ndarray, bool]]:
+        parts = [text for text, _ in batch]
+        if pattern == GPT2_PATTERN:
+            if not hasattr(own, "encoder"):
+                own.encoder = PieceEncoder(whole)
+            found = own.encoder.encode(parts)
+        else:
+            found = [np.array(encode_with_tiktoken(encoding, text), np.uint32) for text in parts]
+        return [(ids, last) for ids, (_, last) in zip(found, batch)]
+
+    num_threads = num_threads or os.cpu_count() or 1
+    pending: deque = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        def encoded() -> Iterator[tuple[np.ndarray, bool]]:
+            for batch in in_batches(texts, pattern):
+                pending.append(pool.submit(encode, batch))
+                if len(pending) > num_threads * AHEAD:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+
+        begun = []                                      # parts of a long text
+        for ids, last in encoded():
+            begun.append(ids)
+            if last:
+                yield np.concatenate(begun) if len(begun) > 1 else ids
+                begun = []
+
+
+@functools.lru_cache(4)
+def as_pieces(encoding: tiktoken.Encoding) -> tiktoken.Encoding:
+    """The same, of what is between two special tokens as one piece."""
+    return tiktoken.Encoding(encoding.name, pat_str=NO_PATTERN, special_tokens={BETWEEN: MARK},
+                             mergeable_ranks=encoding._mergeable_ranks)
+
+
+class PieceEncoder:
+    """Ids of texts by a table of pieces, which is begun anew when it is full."""
+
+    def __init__(self, whole: tiktoken.Encoding):
+        self.whole = whole
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget all pieces."""
+        self.table = PieceTable()
+        self.ids = np.zeros(0, np.uint32)               # of all pieces, end to end
+        self.count = self.offset = np.zeros(0, np.int64)    # of each piece's ids in these
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text."""
+        if self.table.is_full():
+            self.begin()
+        encoded = [text.encode() for text in texts]
+        ends = np.cumsum([0, *map(len, encoded)])
+        data = b"".join(encoded)
+        starts = gpt2_starts(data, ends[:-1])
+        number = self.table.look_up(data, starts)
+        self.learn(self.table.pieces[len(self.count):])
+        count = self.count[number]
+        stops = np.append(0, count.cumsum())            # of the pieces' ids in the block's
+        ids = self.ids[np.repeat(self.offset[number] - stops[:-1], count) + np.arange(stops[-1])]
+        return np.split(ids, stops[np.searchsorted(starts, ends[1:-1])])
+
+    def learn(self, pieces: list[bytes]) -> None:
+        """Encode new pieces, all at once."""
+        if not pieces:
+            return
+        between = BETWEEN.encode()
+        if any(between in piece for piece in pieces):
+            rows = [np.array(self.whole._encode_single_piece(piece), np.uint32) for piece in pieces]
+            ids, count = np.concatenate(rows), np.array(list(map(len, rows)))
+        else:
+            text = between.join((*pieces, b"")).decode()
+            ids = self.whole.encode_to_numpy(text, allowed_special={BETWEEN})
+            count = np.diff(np.flatnonzero(ids == MARK), prepend=-1) - 1
+            ids = ids[ids != MARK]
+        self.ids = np.concatenate((self.ids, ids))
+        self.count = np.concatenate((self.count, count))
+        self.offset = self.count.cumsum() - self.count
