@@ -16,7 +16,7 @@ special tokens come last (in one that was extended, before what was added). fast
 the same in less time: `split` is regex.findall, `count_pieces` a Counter of pieces, `learn_merges`
 is train_slowly, and tiktoken encodes. What is made of text is kept in a readable tok.json.
 
-    python bpe.py train FILE... --vocab-size=32000 --out=tok.json [--pattern=gpt2|gpt4|o200k|REGEX]
+    python bpe.py train FILE... --vocab-size=32000 --out=tok.json [--pattern=gpt2|gpt4|REGEX]
     python bpe.py extend FILE... --tokenizer=gpt2 --vocab-size=60000 --out=tok.json
     python bpe.py encode --tokenizer=tok.json < text > ids
     python bpe.py decode --tokenizer=tok.json < ids > text
@@ -34,11 +34,10 @@ import os
 import re
 import signal
 import sys
-import time
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 if __name__ == "__main__":                      # Ctrl-C while the rest is imported
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"bpe.py: interrupted\n") and 130))
@@ -46,10 +45,10 @@ if __name__ == "__main__":                      # Ctrl-C while the rest is impor
 import numpy as np
 import tiktoken
 
-from fast.bpe_commands import parse, print_report
+from fast.bpe_commands import learn, parse
 from fast.bpe_compare import compare_tokenizers
 from fast.bpe_corpus import encode_corpus
-from fast.bpe_counts import count_pieces, read_blocks
+from fast.bpe_counts import count_pieces
 from fast.bpe_encode import encode_pieces, encode_with_tiktoken, make_encoding
 from fast.bpe_merges import learn_merges
 from fast.bpe_pieces import GPT2_PATTERN, PATTERNS, split
@@ -62,16 +61,19 @@ END_OF_TEXT = "<|endoftext|>"
 # --------------------------------------------------------------------------- 1. the definition
 
 def train_slowly(pieces: dict[Sequence[int], int], num_merges: int, min_frequency: int = 1,
-                 ids: Sequence[int] = range(256, sys.maxsize)) -> list[tuple[int, int]]:
+                 ids: Sequence[int] = range(256, sys.maxsize), tie: str = "ids"
+                 ) -> list[tuple[int, int]]:
     """The definition of BPE training; `learn_merges` is equal.
 
     pieces: how often each occurs, as bytes or as ids; ids: what the merges make, in their order.
+    Of pairs that are as frequent the smaller one is merged; with tie="bytes", as in Stanford's
+    CS336, the one whose two tokens are lexicographically larger in bytes.
 
     >>> train_slowly({b"hug": 10, b"pug": 5, b"hugs": 5}, 2)     # "ug" is in 20 words, then h + ug
     [(117, 103), (104, 256)]
     """
-    words = {piece: list(piece) for piece in pieces}
-    merges = []
+    words, merges = {piece: list(piece) for piece in pieces}, []
+    spelled = {i: bytes([i]) for i in range(256)} if tie == "bytes" else {}
     for new in ids[:num_merges]:
         counts = Counter()
         for piece, word in words.items():
@@ -79,10 +81,12 @@ def train_slowly(pieces: dict[Sequence[int], int], num_merges: int, min_frequenc
                 counts[pair] += pieces[piece]
         if not counts:
             break
-        best = min(counts, key=lambda pair: (-counts[pair], pair))   # ties: the smaller pair
+        best = (max(counts, key=lambda pair: (counts[pair], [spelled[i] for i in pair])) if spelled
+                else min(counts, key=lambda pair: (-counts[pair], pair)))
         if counts[best] < min_frequency:
             break
         merges.append(best)
+        spelled |= {new: spelled[best[0]] + spelled[best[1]]} if spelled else {}
         words = {piece: merge(word, best, new) for piece, word in words.items()}
     return merges
 
@@ -162,19 +166,20 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str] | str | dict[bytes, int], vocab_size: int,
               pattern: str = GPT2_PATTERN, special_tokens: Iterable[str] = (END_OF_TEXT,),
-              min_frequency: int = 1, num_proc: int | None = None, progress: bool = False
-              ) -> "Tokenizer":
+              min_frequency: int = 1, num_proc: int | None = None, progress: bool = False,
+              tie: str = "ids") -> "Tokenizer":
         """Learn merges from texts, which are read once and not kept, or from their `count_pieces`.
 
         vocab_size: 256 bytes + merges + special tokens; pattern: a name in PATTERNS or a regex;
         min_frequency: stop, with a warning, when no pair is as frequent; num_proc: counting
-        processes, None is one per core. ValueError for what cannot serve.
+        processes, None is one per core; tie: as in train_slowly. ValueError for what cannot serve.
         """
         pattern = PATTERNS.get(pattern, pattern)
         special_tokens = list(files.number_specials(special_tokens, 256))
         num_merges = files.count_merges(vocab_size, special_tokens, min_frequency)
         ids = range(256, 256 + num_merges)
-        merges = cls([], pattern, ())._learn(texts, ids, 0, min_frequency, num_proc, progress)
+        merges = cls([], pattern, ())._learn(texts, ids, 0, min_frequency, num_proc, progress,
+                                             tie)
         return cls(merges, pattern, special_tokens)
 
     def extend(self, texts: Iterable[str] | str | dict[bytes, int], vocab_size: int,
@@ -192,13 +197,14 @@ class Tokenizer:
                          self.first_merge)
 
     def _learn(self, texts: Iterable[str] | str | dict[bytes, int], ids: Sequence[int], least: int,
-               min_frequency: int, num_proc: int | None, progress: bool) -> list[tuple[int, int]]:
+               min_frequency: int, num_proc: int | None, progress: bool, tie: str = "ids"
+               ) -> list[tuple[int, int]]:
         """The merges that follow those here and make these ids: those of extend_slowly."""
         pieces = texts if isinstance(texts, dict) else count_pieces(
             [texts] if isinstance(texts, str) else texts, self.pattern, num_proc, progress)
         if (self.merges, self.byte_ids) != ([], tuple(range(256))):     # else they are ids already
             pieces = encode_pieces(self.to_tiktoken(), pieces)
-        merges = learn_merges(pieces, len(ids), min_frequency, progress, ids)
+        merges = learn_merges(pieces, len(ids), min_frequency, progress, ids, tie)
         files.check_learned(len(merges), len(ids), least, min_frequency)
         return merges
 
@@ -317,7 +323,7 @@ def train_command(args: argparse.Namespace) -> None:
     Tokenizer([], pattern, special)             # what is wrong is said before the text is read
     files.count_merges(args.vocab_size, special, args.min_frequency)
     learn(args, pattern, lambda pieces: Tokenizer.train(
-        pieces, args.vocab_size, pattern, special, args.min_frequency, progress=True))
+        pieces, args.vocab_size, pattern, special, args.min_frequency, progress=True, tie=args.tie))
 
 
 def extend_command(args: argparse.Namespace) -> None:
@@ -329,20 +335,6 @@ def extend_command(args: argparse.Namespace) -> None:
     files.number_new_merges(old, args.vocab_size, args.min_frequency)
     learn(args, old.pattern, lambda pieces: old.extend(
         pieces, args.vocab_size, args.min_frequency, progress=True), old)
-
-
-def learn(args: argparse.Namespace, pattern: str, make: Callable[[dict[bytes, int]], Tokenizer],
-          old: Tokenizer | None = None) -> None:
-    """Count the pieces of files, `make` a tokenizer of them, save it, and say what it became."""
-    start, held_out = time.time(), None if args.no_held_out else []
-    if not Path(args.out).parent.is_dir():
-        raise FileNotFoundError(f"no such folder: {Path(args.out).parent}, for --out={args.out}")
-    texts = read_blocks(args.files, pattern, args.errors, held_out=held_out, progress=True)
-    tok = make(pieces := count_pieces(texts, pattern, args.num_proc))
-    tok.save(args.out)
-    print(f"{sum(map(os.path.getsize, args.files)):,} bytes, {len(pieces):,} distinct pieces, "
-          f"vocabulary {tok.vocab_size:,}, {time.time() - start:.1f} s: {args.out}")
-    print_report(tok, held_out or [], old)
 
 
 def encode_command(args: argparse.Namespace) -> None:

@@ -1,7 +1,10 @@
 """What `python bpe.py` asks and says: the options of its commands, the report of a training."""
 import argparse
+import time
+from pathlib import Path
 from typing import Any, Callable, Iterable
 
+from fast.bpe_counts import count_pieces, read_blocks
 from fast.bpe_pieces import PATTERNS
 from formats.tokenizer import readable
 
@@ -31,6 +34,8 @@ def parse(argv: list[str] | None, about: str, commands: Iterable[Callable]) -> a
         option("--no-held-out", action="store_true",
                help="else a tenth is kept to measure compression")
     train("--pattern", default="gpt2", help=f"{', '.join(PATTERNS)}, or a regex (default gpt2)")
+    train("--tie", choices=("ids", "bytes"), default="ids", help="of pairs that are as frequent, "
+          "the smaller one, or the one of larger bytes, as in CS336 (default ids)")
     train("--special", action="append", metavar="TOKEN", help="repeatable (default <|endoftext|>)")
     extend("--pattern", help="can only be the tokenizer's, and is taken from it")
     for option in (train, extend, compare):
@@ -43,9 +48,25 @@ def parse(argv: list[str] | None, about: str, commands: Iterable[Callable]) -> a
     return parser.parse_args(argv)
 
 
-def print_report(tok: Any, held_out: list[str], old: Any = None) -> None:
-    """How well a tokenizer compresses text that it has not seen, beside the `old` one that it was
-    extended from, and some of what it has learned."""
+def learn(args: argparse.Namespace, pattern: str, make: Callable[[dict[bytes, int]], Any],
+          old: Any = None) -> None:
+    """Count the pieces of files, `make` a tokenizer of them, save it, and say what it became."""
+    start, held_out = time.time(), None if args.no_held_out else []
+    if not Path(args.out).parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {Path(args.out).parent}, for --out={args.out}")
+    texts = read_blocks(args.files, pattern, args.errors, held_out=held_out, progress=True)
+    tok = make(pieces := count_pieces(texts, pattern, args.num_proc))
+    tok.save(args.out)
+    print_report(args, len(pieces), time.time() - start, tok, held_out or [], old)
+
+
+def print_report(args: argparse.Namespace, pieces: int, seconds: float, tok: Any,
+                 held_out: list[str], old: Any = None) -> None:
+    """What was done, how well the tokenizer compresses text that it has not seen, beside the `old`
+    one that it was extended from, and some of what it has learned."""
+    size = sum(Path(file).stat().st_size for file in args.files)
+    print(f"{size:,} bytes, {pieces:,} distinct pieces, vocabulary {tok.vocab_size:,}, "
+          f"{seconds:.1f} s: {args.out}")
     if held_out:
         size = sum(len(text.encode()) for text in held_out)
         ratio = [f"{size / sum(map(len, t.encode_batch(held_out))):.3f} bytes per token"

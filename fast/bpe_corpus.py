@@ -1,7 +1,8 @@
 """A corpus into ids: those of `bpe.encode_slowly` for each text, in arrays, by blocks in threads.
 
 Text repeats its pieces. With GPT-2's pattern a block is split in numpy, each distinct piece is
-encoded once, and the ids are gathered; other patterns go through tiktoken text by text.
+encoded once, and the ids are gathered. Other patterns go through tiktoken text by text, and so do
+blocks that follow one of mostly new pieces: in Chinese a piece is what stands between two commas.
 """
 import functools
 import os
@@ -19,6 +20,7 @@ from fast.bpe_pieces import GPT2_PATTERN, NO_PATTERN
 from fast.bpe_table import PieceTable, gpt2_starts
 
 AHEAD = 8                       # blocks that are read ahead of the reader of ids, for each thread
+PLAIN = 15                      # blocks that go the plain way after one of mostly new pieces
 BETWEEN, MARK = "\U0010ffff", 1 << 30   # a character that is none, and an id that nothing has
 
 
@@ -32,8 +34,11 @@ def encode_corpus(encoding: tiktoken.Encoding, pattern: str, texts: Iterable[str
         parts = [text for text, _ in batch]
         if pattern == GPT2_PATTERN:
             if not hasattr(own, "encoder"):
-                own.encoder = PieceEncoder(whole)
-            found = own.encoder.encode(parts)
+                own.encoder, own.plain = PieceEncoder(whole), 0
+            own.plain -= 1
+        if pattern == GPT2_PATTERN and own.plain < 0:
+            found, repeats = own.encoder.encode(parts)
+            own.plain = 0 if repeats else PLAIN
         else:
             found = [np.array(encode_with_tiktoken(encoding, text), np.uint32) for text in parts]
         return [(ids, last) for ids, (_, last) in zip(found, batch)]
@@ -77,8 +82,8 @@ class PieceEncoder:
         self.ids = np.zeros(0, np.uint32)               # of all pieces, end to end
         self.count = self.offset = np.zeros(0, np.int64)    # of each piece's ids in these
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text."""
+    def encode(self, texts: list[str]) -> tuple[list[np.ndarray], bool]:
+        """The ids of each text, and whether half of it or more were pieces that had been before."""
         if self.table.is_full():
             self.begin()
         encoded = [text.encode() for text in texts]
@@ -86,11 +91,13 @@ class PieceEncoder:
         data = b"".join(encoded)
         starts = gpt2_starts(data, ends[:-1])
         number = self.table.look_up(data, starts)
-        self.learn(self.table.pieces[len(self.count):])
+        new = self.table.pieces[len(self.count):]
+        self.learn(new)
         count = self.count[number]
         stops = np.append(0, count.cumsum())            # of the pieces' ids in the block's
         ids = self.ids[np.repeat(self.offset[number] - stops[:-1], count) + np.arange(stops[-1])]
-        return np.split(ids, stops[np.searchsorted(starts, ends[1:-1])])
+        repeats = 2 * sum(map(len, new)) <= len(data)
+        return np.split(ids, stops[np.searchsorted(starts, ends[1:-1])]), repeats
 
     def learn(self, pieces: list[bytes]) -> None:
         """Encode new pieces, all at once."""

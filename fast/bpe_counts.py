@@ -25,12 +25,13 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from fast.bpe_pieces import (GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, check_surrogates,
-                             compile_pattern, kinds, shown_as, split)
+from fast.bpe_pieces import (GPT2_PATTERN, GPT4_PATTERN, NANOCHAT_PATTERN, O200K_PATTERN,
+                             check_surrogates, compile_pattern, kinds, shown_as, split)
 from fast.bpe_table import PieceTable, gpt2_starts
 
 # Patterns whose texts can be cut, with what stands behind a `safe_cut`, and those with fewer last.
-SAFE_PATTERNS = {GPT2_PATTERN: r"^\p{L}\p{N}", GPT4_PATTERN: r"^\p{L}\p{N}", O200K_PATTERN: r"\s"}
+SAFE_PATTERNS = {GPT2_PATTERN: r"^\p{L}\p{N}", GPT4_PATTERN: r"^\p{L}\p{N}",
+                 NANOCHAT_PATTERN: r"^\p{L}\p{N}", O200K_PATTERN: r"\s"}
 BLOCK = 1 << 18       # characters that are read, split and counted at once; fits the cache
 MAX_PIECE = 1 << 22   # bytes
 

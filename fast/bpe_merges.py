@@ -25,8 +25,8 @@ Positions = list[int] | np.ndarray
 
 
 def learn_merges(pieces: dict[Sequence[int], int], num_merges: int, min_frequency: int = 1,
-                 progress: bool = False, ids: Sequence[int] = range(256, 1 << 40)
-                 ) -> list[tuple[int, int]]:
+                 progress: bool = False, ids: Sequence[int] = range(256, 1 << 40),
+                 tie: str = "ids") -> list[tuple[int, int]]:
     """The merges of `train_slowly`, fast. ValueError if positions and ids do not fit 63 bits.
 
     New pairs always hold the newest token, so the count of a pair can only fall after the merge
@@ -37,6 +37,12 @@ def learn_merges(pieces: dict[Sequence[int], int], num_merges: int, min_frequenc
     """
     corpus = Corpus(pieces, ids[:num_merges])
     merges, heap, floor = [], [], None
+    keys = [larger_first(bytes([i])) for i in range(256)] if tie == "bytes" else []
+
+    def ranked(pair: tuple) -> tuple:
+        """A pair of the heap with what decides ties, where that is not its ids."""
+        count, a, b, at = pair
+        return (count, keys[a], keys[b], a, b, at) if keys else pair
     with tqdm(total=num_merges, desc="merging", unit="merge",
               disable=None if progress else True) as bar:   # None: only on a terminal
         while len(merges) < num_merges:
@@ -46,16 +52,26 @@ def learn_merges(pieces: dict[Sequence[int], int], num_merges: int, min_frequenc
                 heap, floor = corpus.index(min_frequency)
                 if not heap:
                     break
-            upper_bound, a, b, at = heapq.heappop(heap)
+                if keys:
+                    heap = list(map(ranked, heap))
+                    heapq.heapify(heap)
+            upper_bound, *_, a, b, at = heapq.heappop(heap)
             count, at = corpus.recount(a, b, at)
             if count == -upper_bound:
+                if keys:
+                    keys.append(keys[a][:-1] + keys[b])
                 for pair in corpus.merge(a, b, ids[len(merges)], at, floor):
-                    heapq.heappush(heap, pair)
+                    heapq.heappush(heap, ranked(pair))
                 merges.append((a, b))
                 bar.update()
             elif count >= floor:
-                heapq.heappush(heap, (-count, a, b, at))
+                heapq.heappush(heap, ranked((-count, a, b, at)))
     return merges
+
+
+def larger_first(token: bytes) -> str:
+    """What sorts tokens by their bytes, the largest first, and a longer one before its beginning."""
+    return "".join(chr(255 - byte) for byte in token) + chr(256)
 
 
 class Corpus:

@@ -5,7 +5,7 @@ pattern that would lose characters is refused. And letters newer than the Unicod
 `regex` or of tiktoken's engine (some thousand since 2024) are taken for what tiktoken takes them
 for, so that a tokenizer is trained on the pieces that it will encode.
 
-References: GPT-2's pattern, Radford et al. 2019; those of GPT-4 and o200k, tiktoken.
+References: GPT-2's pattern, Radford et al. 2019; those of GPT-4 and o200k, tiktoken; nanochat's.
 """
 import functools
 import itertools
@@ -27,8 +27,10 @@ O200K_PATTERN = (       # of GPT-4o: a new piece at a capital letter, and marks 
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+NANOCHAT_PATTERN = GPT4_PATTERN.replace("{1,3}", "{1,2}")       # two digits a piece, not three
 NO_PATTERN = r"[\s\S]+"    # the whole text is one piece
-PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "o200k": O200K_PATTERN, "none": NO_PATTERN}
+PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "o200k": O200K_PATTERN,
+            "nanochat": NANOCHAT_PATTERN, "none": NO_PATTERN}
 
 # What these patterns tell apart, each with an example; everything else is like U+0378, unassigned.
 CLASSES = ((r"[\p{Lu}\p{Lt}]+", "A"), (r"\p{Ll}+", "a"), (r"[\p{Lm}\p{Lo}]+", "中"),

@@ -360,3 +360,65 @@ def test_pattern_none_refuses_a_text_that_is_too_long_for_one_piece(monkeypatch)
         Tokenizer.train(["ab" * 1000], 300, pattern="none")
     tok = Tokenizer.train(["ab" * 100], 258, pattern="none", special_tokens=())
     assert tok.merges[0] == (97, 98)
+
+
+# ---- ties by bytes, and patterns, each against its reference
+
+@examples
+@given(texts, patterns, st.integers(0, 30), st.integers(1, 3), st.sampled_from([0, 16]),
+       st.sampled_from([1, 2, 2000]))
+def test_merges_with_ties_by_bytes_equal_the_slow_trainer(texts, pattern, num, least, few, size):
+    pieces = naive_pieces(texts, pattern)
+    index = bpe_merges.Corpus.index
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe_merges, "FEW", few)
+        patch.setattr(bpe_merges.Corpus, "index", lambda self, least: index(self, least, size))
+        fast = learn_merges(pieces, num, least, tie="bytes")
+    assert fast == train_slowly(pieces, num, least, tie="bytes")
+
+
+def test_ties_by_bytes_go_to_the_larger_bytes():
+    """A longer token is larger than its beginning: (" b", "c") before (" ", "bd")."""
+    pieces = {b"xy": 2, b"ab": 2, b"ac": 2}
+    assert learn_merges(pieces, 3, tie="bytes") == [(120, 121), (97, 99), (97, 98)]
+    assert train_slowly(pieces, 3, tie="bytes") == [(120, 121), (97, 99), (97, 98)]
+
+
+def test_ties_by_bytes_give_the_reference_merges_of_stanfords_course(shared):
+    """CS336, assignment 1: a vocabulary of 500 with one special token."""
+    folder = shared / "bpe_reference"
+    text = (folder / "corpus.en").read_text(encoding="utf-8")
+    tok = Tokenizer.train(text, 500, tie="bytes")
+    lines = (folder / "train-bpe-reference-merges.txt").read_text(encoding="utf-8").splitlines()
+    expected = [tuple(bytes(bpe.files.CHAR_TO_BYTE[char] for char in token)
+                      for token in line.split(" ")) for line in lines]
+    assert [(tok.token_bytes[a], tok.token_bytes[b]) for a, b in tok.merges] == expected
+
+
+def published_patterns():
+    """Where tiktoken has them, from there; nanochat's as in its tokenizer.py."""
+    from tiktoken_ext import openai_public
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+            patch.setattr(openai_public, name, lambda *args, **kwargs: {})
+        made = {"gpt2": openai_public.gpt2, "gpt4": openai_public.cl100k_base,
+                "o200k": openai_public.o200k_base}
+        patterns = {name: make()["pat_str"] for name, make in made.items()}
+    return patterns | {"nanochat": (
+        r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"""
+        r"""| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+""")}
+
+
+def test_patterns_cut_texts_as_the_published_ones_do(shared, size=30_000):
+    """By the `regex` package; 30,000 characters of each file. White space at the end is left out:
+    newer versions of tiktoken cut it in another way than GPT-4's pattern did first."""
+    for name, pattern in published_patterns().items():
+        published = bpe_pieces.regex.compile(pattern)
+        for text in texts_in(shared):
+            text = text[:size].rstrip()
+            assert split(bpe.PATTERNS[name], text) == published.findall(text), name
+
+
+@pytest.mark.slow
+def test_patterns_cut_whole_files_as_the_published_ones_do(shared):
+    test_patterns_cut_texts_as_the_published_ones_do(shared, size=None)

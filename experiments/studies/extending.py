@@ -2,7 +2,7 @@
 
     python -m experiments.studies.extending --novels=FOLDER [--seeds=3] [--out=out/extending]
 
-The base is the demo (Python's documentation, vocabulary 4,096). Its tokenizer is extended to 8,192
+The base is a small GPT on Python's documentation (vocabulary 4,096) after --base_steps. Its tokenizer is extended to 8,192
 on the novels' training part. Both then train with equal CPU time: each gets the steps that
 `--seconds` of it have room for, by the time of a step in short runs taken in turn, on one thread.
 In: a folder of .txt. Out: RESULTS/extending.json and a table: bits per byte of the novel that is
@@ -22,18 +22,22 @@ from data.corpus import CorpusConfig, prepare, split_documents
 from data.texts import find_files, read_documents
 from formats.files import write_json
 from run.config import build, parse, run_command
-from run.presets import PRESETS
 from train import TrainConfig, train
 
 RESULTS = Path(__file__).parent.parent / "results"
-VALIDATION, PACE_STEPS, PACE_RUNS = 0.05, 20, 3
+VALIDATION, PACE_STEPS, PACE_RUNS = 0.05, 10, 3
+SETTINGS = dict(batch_tokens=16 * 64, micro_batch=16, eval_tokens=50_000, eval_every=0, save_every=0,
+                sample_tokens=0, compile="off", device="cpu", log_every=100, dtype="float32",
+                learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=20,
+                model=dict(block_size=64, n_layer=2, n_head=2, n_embd=64))
 
 
 @dataclass(frozen=True)
 class ExtendingConfig:
     novels: str = ""  # folder of .txt, one a document
     seeds: int = 3  # of each, 0, 1, ...
-    seconds: float = 50.0  # CPU time of a run's steps
+    base_steps: int = 400  # of the model that goes on
+    seconds: float = 10.0  # CPU time of a run's steps
     vocab_size: int = 8192  # of the extended tokenizer
     out: str = "out/extending"  # folder of data and runs
 
@@ -60,10 +64,7 @@ def texts_and_tokenizers(config: ExtendingConfig, folder: Path) -> dict[str, Pat
 
 def run(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """A run's summary; of one that has ended, the one that is there."""
-    quiet = dict(sample_tokens=0, eval_every=0, save_every=0, compile="off", device="cpu",
-                 log_every=100)
-    return train(build(TrainConfig, {**PRESETS["demo"].settings, **quiet, "data": str(data),
-                                     "out": str(out), **changes}))
+    return train(build(TrainConfig, {**SETTINGS, "data": str(data), "out": str(out), **changes}))
 
 
 def seconds_a_step(data: dict[str, Path], base: Path, folder: Path) -> dict[str, float]:
@@ -75,7 +76,8 @@ def seconds_a_step(data: dict[str, Path], base: Path, folder: Path) -> dict[str,
             for steps in (1, 1 + PACE_STEPS):
                 start = time.process_time()
                 run(data[name], folder / f"pace-{name}-{number}-{steps}", init_from=str(base),
-                    max_steps=steps, eval_tokens=1)
+                    max_steps=steps, eval_tokens=1, seed=number,
+                    warmup_steps=0)
                 taken.append(time.process_time() - start)
             times.append((taken[1] - taken[0]) / PACE_STEPS)
     return {name: statistics.median(times) for name, times in found.items()}
@@ -87,17 +89,18 @@ def main(words: list[str]) -> None:
     folder = Path(config.out)
     data = texts_and_tokenizers(config, folder)
     base = folder / "base"
-    run(data["docs"], base)
+    run(data["docs"], base, max_steps=config.base_steps)
     pace = seconds_a_step(data, base, folder)
     steps = {name: int(config.seconds / pace[name]) for name in pace}
     rows = []
     for name, docs in (("novels", "docs"), ("novels-wide", "docs-wide")):
-        still = dict(init_from=str(base), max_steps=1, learning_rate=0.0, min_learning_rate=0.0)
+        still = dict(init_from=str(base), max_steps=1, learning_rate=0.0, min_learning_rate=0.0,
+                     warmup_steps=0)
         before = run(data[name], folder / f"{name}-before", **still)
         old_text = run(data[docs], folder / f"{docs}-before", **still)
         for seed in range(config.seeds):
             end = run(data[name], folder / f"{name}-{seed}", init_from=str(base), seed=seed,
-                      max_steps=steps[name], learning_rate=1e-3, min_learning_rate=1e-4)
+                      max_steps=steps[name])
             rows.append({"data": name, "seed": seed, "steps": steps[name],
                          "seconds_a_step": round(pace[name], 4), "loss": end["val_loss"],
                          "bits_per_byte": end["val_bits_per_byte"],
