@@ -30,7 +30,7 @@ import torch
 from data.sets import find_or_make, open_data
 from eval import hellaswag
 from eval.fit import fit_report
-from eval.loss import evaluate_loss, token_lengths
+from eval.loss import evaluate_data, token_lengths
 from fast.attention import any_shape
 from fast.linear import use_fast_products
 from lora import LoRAConfig, add_lora
@@ -59,7 +59,7 @@ class TrainConfig:
     """Every setting of a run, as `train.py --help` lists it. ValueError for what cannot be."""
     out: str = "out/run"  # folder of the run; a run that is there goes on
     data: str = "corpus"  # data set: a name under data/ or a folder, of token shards, conversations
-        # or texts with classes
+        # or texts with classes; several of tokens by weight: fineweb:0.7,mine:0.3
     init_from: str = "scratch"  # scratch, gpt2, gpt2-medium, ..., a Hugging Face folder or a run:
         # where the weights of a new run come from
     seed: int = 0  # of weights, batch order and dropout
@@ -277,8 +277,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
         if evaluating or scoring or sampling:
             whole = parallel.whole()
             if evaluating:
-                figures = evaluate_loss(whole, data.validation(config, world), device, lengths,
-                                        dtype, fixed)
+                figures = evaluate_data(whole, data, config, world, lengths, dtype, fixed)
                 log.evaluation(step, figures)
                 saver.wait()                            # is best.pt the one before, or the new one?
                 better = figures["loss"] < world.from_first(saver.best_loss)

@@ -9,10 +9,16 @@ from token w * T and has the tokens one further on as targets; the last one is s
 with IGNORE targets. So every token (the very first has no context) is a target exactly once per
 epoch. Rows of conversations: data/samples.py.
 
+A mixture of sources (--data=a:0.7,b:0.3) deals its rows out to them in proportion to their weights,
+each row as near to it as whole rows allow, so that this too depends on the row's number alone; each
+source has its own epochs.
+
     loader = WindowLoader(tokens, block_size=1024, batch_tokens=2**19, micro_batch=16, seed=0)
+    loader = MixtureLoader([loader, other], weights=[0.7, 0.3])
     for x, y in loader.batches(step): ...          # x, y (B, T) int64, this rank's micro-batches
 """
-from typing import Iterator
+from fractions import Fraction
+from typing import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -50,8 +56,11 @@ class RowLoader:
     def order(self, step: int) -> np.ndarray:
         """The rows of a step, for all ranks together: (batch_tokens / T,) int64."""
         first = step * self.rows_per_step
-        epochs, places = np.divmod(np.arange(first, first + self.rows_per_step),
-                                   self.rows_per_epoch)
+        return self.rows(np.arange(first, first + self.rows_per_step))
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows that are served as number 0, 1, 2 ... since the run began."""
+        epochs, places = np.divmod(numbers, self.rows_per_epoch)
         chosen = np.empty_like(places)
         for epoch in np.unique(epochs):
             if self._epoch[0] != epoch:
@@ -92,19 +101,95 @@ class WindowLoader(RowLoader):
 
     def labels(self, step: int) -> int:
         """Labelled tokens of a step over all ranks, known without reading or communicating."""
-        short = self.rows_per_epoch * self.block_size - (len(self.tokens) - 1)  # of the last window
-        last = np.count_nonzero(self.order(step) == self.rows_per_epoch - 1)
-        return self.rows_per_step * self.block_size - short * int(last)
+        return self.labels_of(self.order(step))
+
+    def labels_of(self, rows: np.ndarray) -> int:
+        """Labelled tokens of these rows: the last window is short."""
+        short = self.rows_per_epoch * self.block_size - (len(self.tokens) - 1)
+        last = np.count_nonzero(rows == self.rows_per_epoch - 1)
+        return len(rows) * self.block_size - short * int(last)
 
     def where(self, step: int) -> str:
         """The places in the shards that a step reads, for a person to look at."""
-        places = []
-        for start in self.order(step) * self.block_size:
-            i = int(np.searchsorted(self.tokens.starts, start, side="right")) - 1
-            name = getattr(self.tokens.shards[i], "filename", f"shard {i}")
-            places.append(f"{name} at token {start - self.tokens.starts[i]:,}")
+        places = self.places(self.order(step))
         more = f" and {len(places) - 4} more" if len(places) > 4 else ""
         return f"{self.block_size} tokens each from {', '.join(places[:4])}{more}"
+
+    def places(self, rows: np.ndarray) -> list[str]:
+        """File and token at which each row begins."""
+        found = []
+        for start in rows * self.block_size:
+            i = int(np.searchsorted(self.tokens.starts, start, side="right")) - 1
+            name = getattr(self.tokens.shards[i], "filename", f"shard {i}")
+            found.append(f"{name} at token {start - self.tokens.starts[i]:,}")
+        return found
+
+
+class MixtureLoader(WindowLoader):
+    """Serves the windows of several sources, by weight. Its rows are theirs, one after another."""
+
+    def __init__(self, sources: list[WindowLoader], weights: Sequence[float | Fraction]):
+        one, self.sources = sources[0], sources
+        self.weights = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+        self.starts = np.cumsum([0, *(source.rows_per_epoch for source in sources)])
+        # An epoch ends where the first source has been served once.
+        epoch = min(source.rows_per_epoch * sum(self.weights) / weight
+                    for source, weight in zip(sources, self.weights))
+        RowLoader.__init__(self, int(epoch), one.block_size, one.rows_per_step * one.block_size,
+                           one.micro_batch, one.seed, one.rank, one.world, one.pin)
+
+    def rows(self, numbers: np.ndarray) -> np.ndarray:
+        """As RowLoader's, among the rows of all sources."""
+        which, place = deal(numbers, self.weights)
+        chosen = np.empty_like(numbers)
+        for i, source in enumerate(self.sources):
+            chosen[which == i] = self.starts[i] + source.rows(place[which == i])
+        return chosen
+
+    def split(self, rows: np.ndarray) -> Iterator[tuple[WindowLoader, np.ndarray, np.ndarray]]:
+        """Each source, which of the rows are its own, and their numbers there."""
+        which = np.searchsorted(self.starts, rows, side="right") - 1
+        for i, source in enumerate(self.sources):
+            yield source, which == i, rows[which == i] - self.starts[i]
+
+    def read(self, rows: np.ndarray) -> Batch:
+        """These windows as inputs and targets, (B, T) int64 each."""
+        x = torch.empty(len(rows), self.block_size, dtype=torch.int64)
+        y = torch.empty_like(x)
+        for source, here, theirs in self.split(rows):
+            x[torch.from_numpy(here)], y[torch.from_numpy(here)] = source.read(theirs)
+        return x, y
+
+    def labels_of(self, rows: np.ndarray) -> int:
+        """Labelled tokens of these rows."""
+        return sum(source.labels_of(theirs) for source, _, theirs in self.split(rows))
+
+    def places(self, rows: np.ndarray) -> list[str]:
+        """File and token at which each row begins, a source after the other."""
+        return [place for source, _, theirs in self.split(rows) for place in source.places(theirs)]
+
+
+def deal(numbers: np.ndarray, weights: Sequence[Fraction]) -> tuple[np.ndarray, np.ndarray]:
+    """Deal rows 0, 1, 2 ... out to sources: of each, its source, and how many that had before.
+
+    Of the first n rows the last source's are those that are not the others', and the others' are
+    their share of n, rounded; among those the same is done again. So each source's number never
+    strays from its share by more than a row for each source, and no row but n has to be known.
+    """
+    source, place = np.zeros_like(numbers), numbers.copy()
+    left = np.ones(len(numbers), bool)                  # rows that no source has yet
+    for i in range(len(weights) - 1, 0, -1):
+        share = sum(weights[:i]) / sum(weights[:i + 1])             # of the sources before i
+        before, after = (_rounded(share, n) for n in (place, place + 1))
+        others = left & (after > before)
+        mine = left & ~others
+        source[mine], place[mine] = i, (place - before)[mine]
+        place[others], left = before[others], others
+    return source, place
+
+
+def _rounded(share: Fraction, n: np.ndarray) -> np.ndarray:
+    return (2 * share.numerator * n + share.denominator) // (2 * share.denominator)
 
 
 def divide_step(batch_tokens: int, micro_batch: int, block_size: int,

@@ -6,7 +6,7 @@
     for batch in batches.batches(step): model(*batch, reduction="sum")
     for batch in data.validation(config, world): ...
 
-It is a TokenSet (token shards), a ChatSet (conversations) or a ClassSet (texts with a class each).
+It is a TokenSet (token shards), a MixtureSet of some (a:0.7,b:0.3), a ChatSet (conversations) or a ClassSet (texts with a class each).
 Each has: tokenizer (or None), vocab_size, fingerprint, template ("" of texts), unigram_entropy
 (nats, or None), prompts, which is what to ask a model that learns from it, classes, how many a
 Classifier chooses among (0 where the next token is learned), parts, what tokens consist of that are
@@ -16,6 +16,7 @@ here).
 import dataclasses
 import importlib
 import itertools
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -75,6 +76,27 @@ class PlannedSet(TokenSet):
         self.published, self.train = published, range(int(published["tokens"]))
 
 
+class MixtureSet:
+    """Several sources of tokens, name to set, read in proportion to their weights."""
+    template, prompts, classes, unigram_entropy = "", (), 0, None
+
+    def __init__(self, sources: dict[str, TokenSet], weights: list[Fraction]):
+        (name, one), *others = sources.items()
+        for other, source in others:
+            if source.meta["tokenizer_hash"] != one.meta["tokenizer_hash"]:
+                raise ValueError(f"data={name} and {other} were made with different tokenizers; "
+                                 f"prepare one with --tokenizer={name}, the other's")
+        self.sources, self.weights = sources, weights
+        self.tokenizer, self.vocab_size, self.parts = one.tokenizer, one.vocab_size, one.parts
+        self.fingerprint = prepared.hash_facts([[source.fingerprint, str(weight)] for source, weight
+                                                in zip(sources.values(), weights)])
+
+    def loader(self, config: Any, world: Any, pin: bool = False) -> loader.MixtureLoader:
+        """Training batches: the sources' own, dealt out by weight."""
+        return loader.MixtureLoader([source.loader(config, world, pin)
+                                     for source in self.sources.values()], self.weights)
+
+
 class _SampleSet:
     """Samples, `train` and `val`, which are padded or packed into rows."""
     unigram_entropy, parts, published = None, {}, {}
@@ -124,9 +146,30 @@ class ClassSet(_SampleSet):
                                 for split in ("train", "val"))
 
 
-def find_or_make(name: str, world: Any, dry_run: bool = False) -> Path | None:
+def mixture_of(name: str) -> dict[str, Fraction]:
+    """{"a": 7/10, "b": 3/10} of "a:0.7,b:0.3"; nothing of the name of one data set."""
+    if "," not in name or Path(name).is_dir():
+        return {}
+    weights: dict[str, Fraction] = {}
+    for part in name.split(","):
+        source, _, text = part.strip().rpartition(":")
+        try:
+            weight = Fraction(text)
+        except (ValueError, ZeroDivisionError):
+            weight = Fraction(0)
+        if not source or source in weights or not 0 < weight <= 10**6:
+            raise ValueError(f"data={name}: {part!r} is not NAME:WEIGHT with a weight above 0 and "
+                             f"a name of its own; write --data=fineweb:0.7,mine:0.3")
+        weights[source] = weight
+    return weights
+
+
+def find_or_make(name: str, world: Any, dry_run: bool = False) -> Path | list[Path] | None:
     """The folder of a data set, its files verified; a small one is made if it is not there yet.
-    None of one that is not there, where a dry run can do with what is published of it."""
+    Those of a mixture. None of one that is not there, where a dry run can do with what is published
+    of it."""
+    if mixture := mixture_of(name):
+        return [find_or_make(source, world) for source in mixture]
     try:
         folder = shards.find(name)
     except FileNotFoundError:
@@ -144,8 +187,8 @@ def find_or_make(name: str, world: Any, dry_run: bool = False) -> Path | None:
     return folder
 
 
-def open_data(folder: Path | None, config: Any, tokenizer: Tokenizer | None, block_size: int
-              ) -> TokenSet | ChatSet | ClassSet:
+def open_data(folder: Path | list[Path] | None, config: Any, tokenizer: Tokenizer | None,
+              block_size: int) -> TokenSet | MixtureSet | ChatSet | ClassSet:
     """What a prepared folder holds, as a model reads it that has this tokenizer and context.
 
     tokenizer: None of a model that is new and takes the data's, or of one that has none. A
@@ -153,6 +196,15 @@ def open_data(folder: Path | None, config: Any, tokenizer: Tokenizer | None, blo
     """
     if folder is None:
         return PlannedSet(PUBLISHED[config.data])
+    if isinstance(folder, list):
+        mixture = mixture_of(config.data)
+        sources = {name: open_data(one, dataclasses.replace(config, data=name), tokenizer,
+                                   block_size) for name, one in zip(mixture, folder)}
+        for name, source in sources.items():
+            if not isinstance(source, TokenSet):
+                raise ValueError(f"data={config.data}: {name} holds no token shards, and only such "
+                                 f"can be mixed; train on it alone")
+        return MixtureSet(sources, list(mixture.values()))
     what = kind(folder)
     if what != "tokens" and config.init_from == "scratch":
         raise ValueError(f"data={config.data} holds {prepared.KINDS[what][0]}, and "

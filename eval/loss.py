@@ -112,6 +112,26 @@ def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.
     return result
 
 
+def evaluate_data(model: nn.Module, data: Any, config: Any, world: Any, *rest: Any
+                  ) -> dict[str, float]:
+    """`evaluate_loss` on the validation split of a run's data. Of a mixture the mean by weight,
+    and each source's loss as loss/NAME."""
+    if not isinstance(data, sets.MixtureSet):
+        return evaluate_loss(model, data.validation(config, world), world.device, *rest)
+    each = {name: evaluate_data(model, source, config, world, *rest)
+            for name, source in data.sources.items()}
+    total = float(sum(data.weights))
+    shares = [float(weight) / total for weight in data.weights]
+    loss = sum(share * found["loss"] for share, found in zip(shares, each.values()))
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)),
+              "tokens": sum(found["tokens"] for found in each.values())}
+    if all("bits_per_byte" in found for found in each.values()):
+        spelled = sum(share * found["loss"] / found["bits_per_byte"]            # bytes a token, ln 2
+                      for share, found in zip(shares, each.values()))
+        result["bits_per_byte"] = loss / spelled
+    return {**result, **{f"loss/{name}": found["loss"] for name, found in each.items()}}
+
+
 def strided_batches(tokens: shards.Tokens, block_size: int, stride: int, batch_size: int,
                     limit: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Windows that begin every `stride` tokens, as (x, y); labels where no window before had them.

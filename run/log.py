@@ -178,7 +178,7 @@ class RunLog:
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Log what was measured at a step, and say it."""
-        self.write({"step": step, **{f"val_{key}" if key in VALIDATION else key: value
+        self.write({"step": step, **{f"val_{key}" if key.split("/")[0] in VALIDATION else key: value
                                      for key, value in figures.items() if key != "tokens"}})
         self.say(f"step {step}: " + ", ".join(
             f"{NAMES.get(key, key)} {in_digits(value)}" for key, value in figures.items()
