@@ -78,7 +78,7 @@ class PlannedSet(TokenSet):
 
 class MixtureSet:
     """Several sources of tokens, name to set, read in proportion to their weights."""
-    template, prompts, classes, unigram_entropy = "", (), 0, None
+    template, prompts, classes, unigram_entropy, published = "", (), 0, None, {}
 
     def __init__(self, sources: dict[str, TokenSet], weights: list[Fraction]):
         (name, one), *others = sources.items()
