@@ -7,6 +7,7 @@ base_run: the preset `demo` stopped early. 4 blocks, 4 heads, 128 channels, 128 
 4,096 tokens of vocabulary: 1.3 M parameters, trained on the documentation that Python carries. It
 is an ordinary run in out/notebooks/base, so any notebook finds it finished; delete that folder to
 train it again. Two notebooks that ask for it at once get the same one: the second waits.
+`needs` leaves a cell out where something that it needs is not there.
 """
 import contextlib
 import fcntl
@@ -47,3 +48,12 @@ def small_run(name: str, **changes) -> tuple[GPT, Tokenizer]:
 def base_run() -> tuple[GPT, Tokenizer]:
     """The model that several notebooks go on from."""
     return small_run("base")
+
+
+def needs(name: str, cell: str) -> None:
+    """The cell magic `%%needs NAME`: run the cell if the notebook's variable is something."""
+    shell = get_ipython()                               # noqa: F821: IPython's, in a notebook
+    if shell.user_ns.get(name.strip()) is None:
+        print(f"left out: this cell needs {name.strip()}, which is not here")
+    else:
+        shell.run_cell(cell).raise_error()

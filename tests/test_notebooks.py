@@ -38,6 +38,22 @@ def test_the_notebook_runs_with_its_solutions(path, request):
     client.execute()   # raises CellExecutionError with the cell and its traceback
 
 
+@pytest.mark.slow
+def test_the_tokenizer_notebook_runs_without_gpt2s_vocabulary_and_says_what_it_leaves_out(
+        tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")         # nobody answers there
+    path = next(path for path in NOTEBOOKS if path.stem.startswith("02"))
+    notebook = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",
+                            resources={"metadata": {"path": str(path.parent)}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    left_out = [cell for cell in cells if cell.source.startswith("%%needs gpt2")]
+    said = [cell for cell in cells if "left out: " in str(cell.outputs)]
+    assert said == left_out and 0 < len(said) < len(cells) / 1.5
+    assert "cannot download" in str(cells[0].outputs)
+
+
 def test_two_notebooks_at_once_train_their_base_once(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(NOTEBOOKS[0].parent)
     import small
