@@ -45,11 +45,12 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES.values() for command in 
 # ---- names and commands
 
 def defined(path, name):
-    """Whether a file defines a dotted name: a class, function, method or constant."""
+    """Whether a file defines a dotted name: a class, function, method, field or constant."""
     body = ast.parse(path.read_text()).body
     for part in name.split("."):
         found = [node for node in body if getattr(node, "name", None) == part
-                 or isinstance(node, ast.Assign) and part in map(ast.unparse, node.targets)]
+                 or isinstance(node, ast.Assign) and part in map(ast.unparse, node.targets)
+                 or isinstance(node, ast.AnnAssign) and part == ast.unparse(node.target)]
         if not found:
             return False
         body = getattr(found[0], "body", [])

@@ -35,12 +35,16 @@ def test_the_map_names_every_lesson_and_folder():
         assert there == set(re.findall(r"^\| `(\w+(?:\.py|/))` \|", page, re.M))
 
 
-def test_every_notebook_and_page_is_listed():
-    for path in [*REPOSITORY.glob("notebooks/*.ipynb"), *REPOSITORY.glob("docs/*.md")]:
+def test_every_page_is_listed():
+    """Pages in both READMEs, in Chinese where they have a twin; notebooks by tests/test_course.py."""
+    for path in (REPOSITORY / "docs").glob("*.md"):
         name = path.relative_to(REPOSITORY).as_posix()
-        for page, folder in ((README, "."), (CHINESE, "docs")):
-            link = posixpath.relpath(name, folder)
-            assert f"| [{name}]({link}) |" in page or path.name == "README.zh-CN.md", name
+        if name.endswith(".zh-CN.md"):
+            assert path.name == "README.zh-CN.md" or Path(str(path).replace(".zh-CN", "")).exists()
+            continue
+        twin = path.with_suffix(".zh-CN.md")
+        assert f"| [{name}]({name}) |" in README, name
+        assert f"| [{name}]({(twin if twin.exists() else path).name}) |" in CHINESE, name
 
 
 def known_tests():
@@ -111,8 +115,9 @@ def test_figures_of_the_readme_are_those_that_their_command_wrote():
 # ---- the two READMEs
 
 def links(text, folder):
-    """Where the links of a page lead, from the repository's root; but for those to its twin."""
-    found = [posixpath.normpath(posixpath.join(folder, link))
+    """Where the links of a page lead, from the repository's root, those to a page in Chinese to
+    that in English; but for those to the page's twin."""
+    found = [posixpath.normpath(posixpath.join(folder, link)).replace(".zh-CN.md", ".md")
              for link in re.findall(r"\]\(([^)#]*)\)", text)]
     return [link for link in found if not posixpath.basename(link).startswith("README")]
 
