@@ -680,8 +680,8 @@ def first_step(model: nn.Module, config: LoRAConfig, rate: float) -> str:
     if config.init != "kaiming":
         return text
     wider = rate if config.use_rslora else rate * math.sqrt(2)
-    return (f"{text}; r={2 * config.r} would as far with {wider:.2g}, "
-            f"alpha={2 * config.alpha:g} with {rate / 2:.2g}")
+    return (f"{text}; as far at r={2 * config.r} with {wider:.2g}, "
+            f"at alpha={2 * config.alpha:g} with {rate / 2:.2g}")
 
 
 def say(text: str) -> None:

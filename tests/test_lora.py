@@ -684,7 +684,7 @@ def test_a_first_step_moves_the_weights_as_far_as_is_said_and_as_far_at_the_rate
     assert float(re.search(r"by ([\d.]+)% of", said)[1]) == pytest.approx(100 * size, rel=0.1)
     if config.init == "kaiming":
         r, wider, alpha, higher = map(float, re.search(
-            r"r=(\d+) would as far with ([\d.e-]+), alpha=(\d+) with ([\d.e-]+)$", said).groups())
+            r"as far at r=(\d+) with ([\d.e-]+), at alpha=(\d+) with ([\d.e-]+)$", said).groups())
         for other, rate in ((dict(r=int(r)), wider), (dict(alpha=alpha), higher)):
             found, _ = moved(dataclasses.replace(config, **other), rate)
             assert found == pytest.approx(size, rel=0.1)
