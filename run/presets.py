@@ -121,7 +121,9 @@ PRESETS = {
         "on 2 CPU cores with bf16", SFT_DEMO),
     "lora-demo": Preset(
         "the same with an adapter of rank 8 on all linear layers; offline, after demo",
-        "not measured", dict(SFT_DEMO, **LORA, lora=dict(r=8, target_modules=("all-linear",)))),
+        "not measured; on a base of this size the LoRA study (docs/LOG.md, 50 steps) was best at "
+        "--learning_rate=1.6e-2, 16 times this preset's, and diverged at 6.4e-2: try that too",
+        dict(SFT_DEMO, **LORA, lora=dict(r=8, target_modules=("all-linear",)))),
     "imdb-demo": Preset(
         "the demo run learns whether a film review is positive; after demo and python -m data.imdb "
         "--task=classes [--from=FILES]",

@@ -206,3 +206,5 @@ def test_presets_of_fine_tuning_say_what_they_start_from():
         config = build(TrainConfig, PRESETS[name].settings)
         assert config.init_from != "scratch" and (config.lora is not None) == ("lora" in name)
         assert math.isfinite(config.learning_rate)
+    # Its rate is not the one that the LoRA study found best, so it has to say that one.
+    assert "--learning_rate=1.6e-2" in PRESETS["lora-demo"].expect
