@@ -2,6 +2,7 @@
 # make test    set up .venv with the test packages, then run the tests
 # make test-all  and those that take minutes
 # make notebooks  set up .venv with Jupyter and GPT-2's vocabulary, then open the notebooks
+# make PYTHON=python3.12 ...  picks an interpreter
 # make bench   speed of training, data, start-up and ranks on this machine, in under 15 minutes
 PYTHON ?= python3
 BIN := .venv/bin

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import bpe
+import learn.__main__ as learn
 import train
 from eval.hellaswag import HellaSwagConfig
 from eval.judge import JudgeConfig
@@ -111,6 +112,9 @@ def check_module(name, words):
     if name == "experiments.compare":
         compare.read(words)
         return
+    if name == "learn.__main__":
+        learn.read(["attention" if word == "NAME" else word for word in words])
+        return
     if name == "bpe":
         bpe.parse(words, bpe.__doc__, bpe.COMMANDS)         # exits where a word is wrong
         return
@@ -183,6 +187,7 @@ def test_commands_can_be_parsed(command):
     "python -m run.export out/demo --to=x", "python -m eval.nothing",
     "python -m tests.test_fuzz --input=3",
     "python -m experiments.compare demo --set=optim.optimiser=muon",
+    "python -m learn start atention",
     "FOO=1 torchrun --nproc_per_node=8 train.py gpt2-124m --shards=fsdp"])
 def test_the_check_of_commands_finds_what_is_wrong(command):
     with pytest.raises((AssertionError, KeyError, ValueError, SyntaxError, ImportError,

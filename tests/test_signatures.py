@@ -20,7 +20,7 @@ from model import GPT, GPTConfig
 from run.presets import PRESETS
 
 REPOSITORY = Path(__file__).parent.parent
-FOLDERS = ("run", "fast", "formats", "data", "eval")
+FOLDERS = ("run", "fast", "formats", "data", "eval", "learn")
 MODULES = [path for folder in ("", *FOLDERS) for path in sorted((REPOSITORY / folder).glob("*.py"))
            if path.name != "__init__.py"]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
