@@ -46,7 +46,11 @@ def small_run(name: str, **changes) -> tuple[GPT, Tokenizer]:
 
 
 def base_run() -> tuple[GPT, Tokenizer]:
-    """The model that several notebooks go on from."""
+    """The model that several notebooks go on from.
+
+    Another number of threads, kind of CPU or Python (its documentation is the text) ends at a loss
+    some hundredths away; so may yours from the outputs that are stored.
+    """
     return small_run("base")
 
 
