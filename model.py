@@ -28,6 +28,7 @@ from fast.cross_entropy import IGNORE, linear_cross_entropy
 __all__ = ["GPT", "GPTConfig", "KVCache", "SIZES", "sample_token"]      # what pydoc is to show
 
 INIT_STD = 0.02
+STOPS_ASKED = {"cpu": 1}    # tokens between looks for stop ids; to ask a GPU is to wait for it
 SIZES = {               # parameters: 124,439,808  354,823,168  774,030,080  1,557,611,200
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
@@ -224,9 +225,10 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         (B, T), block_size = idx.shape, self.config.block_size
-        stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=idx.device)
+        stop_ids = sorted(stop_ids)
+        stops = torch.tensor(stop_ids, dtype=torch.long, device=idx.device)
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        out = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
+        out = torch.cat([idx, idx.new_full((B, max_new_tokens), (stop_ids or [0])[0])], dim=1)
         cache = self.new_cache(B, min(block_size, T + max_new_tokens)) if T < block_size else None
         unread = idx[:, -block_size:]                               # what the cache has not seen
         for end in range(T, T + max_new_tokens):
@@ -238,11 +240,11 @@ class GPT(nn.Module):
             unread = out[:, end:end + 1]
             if len(stops):
                 ended |= torch.isin(out[:, end], stops)
-                if ended.all():
-                    out = out[:, :end + 1]
+                if (end - T) % STOPS_ASKED.get(idx.device.type, 16) == 0 and ended.all():
                     break
         self.train(was_training)
-        return out
+        unended = (~torch.isin(out[:, T:], stops)).any(dim=0).sum()         # columns
+        return out[:, :T + 1 + unended] if len(stops) else out
 
     @sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     def next_logits(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -257,11 +259,6 @@ class GPT(nn.Module):
         kind = weight.device.type                                   # keys come in autocast's dtype
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         return KVCache(weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype))
-
-    def compile_generation(self) -> None:
-        """Compile what `generate` calls for each token, in place: seconds, at the first tokens."""
-        for module in (*self.transformer.h, self.lm_head):          # the blocks share their code
-            module.compile()
 
     def crop_context(self, block_size: int) -> None:
         """Shorten the context, in place: the last positions are left out."""

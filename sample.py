@@ -32,6 +32,7 @@ from bpe import Tokenizer
 from data import conversations
 from data.chat import extend_tokenizer, find_template, render_prompt
 from data.conversations import Message
+from fast.decoding import compile_blocks, record_steps
 from model import GPT, sample_token
 from run.config import parse, run_command
 from run.device import autocast, pick_device, pick_dtype
@@ -320,8 +321,11 @@ def main(words: list[str]) -> None:
         from eval.explain import write_page
         return write_page(model, tokenizer, words[0], template, config)
     if config.compile:
-        model.compile_generation()
-    with autocast(device, pick_dtype(config.dtype, device)):
+        compile_blocks(model)
+    dtype = pick_dtype(config.dtype, device)
+    if device.type == "cuda":
+        record_steps(model, dtype)
+    with autocast(device, dtype):
         if config.chat:
             chat = Chat(model, tokenizer, template, config.max_new_tokens, config.temperature,
                         config.top_k, config.top_p, config.seed)

@@ -192,7 +192,8 @@ def waits(place: Place) -> Iterator[Row]:
 
 def generation(place: Place) -> Iterator[Row]:
     for what in ("generate-tiny",) if place.config.tiny else ("generate", "generate-32"):
-        for who, mode in {(OURS, place.mode): 0, (OURS, "eager"): 0, ("transformers", "eager"): 0}:
+        for who, mode in {(OURS, "recorded"): 0, (OURS, f"recorded {place.mode}"): 0,
+                          (OURS, "eager"): 0, ("transformers", "eager"): 0}:
             if who == OURS or importlib.util.find_spec("transformers"):
                 row = place.measured(versus_peers.measure, what, who, place.dtype, mode, place.kind,
                                      1 if place.config.tiny else 3)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import model as network
+from fast.decoding import compile_blocks
 from fast.linear import use_fast_products
 from model import GPT, IGNORE, SIZES, GPTConfig, sample_token
 
@@ -173,7 +175,7 @@ def test_compiled_generation_equals_uncompiled_with_a_graph_for_each_kind_of_pas
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=lower):
         expected = by_token()
-        model.compile_generation()
+        compile_blocks(model)
         found = by_token()
     # In bfloat16 the products of one row are more exact compiled than not: 8 bits, three layers.
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1 if lower else 1e-4)
@@ -200,7 +202,9 @@ def test_rows_of_a_batch_do_not_touch_each_other():
         assert torch.equal(model.generate(idx[row:row + 1], 20, temperature=0)[0], together[row])
 
 
-def test_each_row_ends_at_its_first_stop_id():
+@pytest.mark.parametrize("asked", [1, 4, 16])
+def test_each_row_ends_at_its_first_stop_id(asked, monkeypatch):
+    monkeypatch.setitem(network.STOPS_ASKED, "cpu", asked)
     model = randomised(tiny())
     idx = torch.randint(61, (4, 6))
     free = model.generate(idx, 20, temperature=0)
