@@ -1,16 +1,16 @@
 """HellaSwag against EleutherAI's lm-evaluation-harness: the same model, items and decisions.
 
     pip install -c constraints.txt lm-eval
-    python -m bench.lm_eval --model=RUN|FOLDER|gpt2 --hellaswag_file=FILE [--limit=N]
+    python -m bench.lm_eval --model=RUN|FOLDER|gpt2 [--hellaswag_file=FILE] [--limit=N]
 
 The model is exported to a folder that transformers loads; the harness scores it by its own task
 "hellaswag", whose data is replaced by the file; we score it by --style=harness. Both in float32.
-Items are compared one by one: the sums of the four endings, and what acc, acc_norm choose. Works
-offline. Writes bench/results/lm_eval.json.
+Items are compared one by one: the sums of the four endings, and what acc, acc_norm choose. With a
+file it works offline. Writes bench/results/lm_eval.json.
 """
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from bench.machine import publish, table, where
-from eval.hellaswag import Scores, load_items, score
+from eval.hellaswag import Scores, score
+from eval.hellaswag_items import load_items, official_file
 from run.config import parse, run_command
 from run.device import pick_device
 from run.export import export
@@ -35,7 +36,7 @@ training_split: null
 @dataclass(frozen=True)
 class LMEvalConfig:
     model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium
-    hellaswag_file: str = ""  # local HellaSwag file with official records
+    hellaswag_file: str = ""  # local file of official records; empty: theirs, downloaded once
     limit: int = 0  # the first so many items; 0 is all
     batch_size: int = 16  # rows at a time of the harness
     device: str = "cpu"  # cpu, cuda, cuda:N
@@ -79,8 +80,7 @@ def compare(sums: torch.Tensor, theirs: dict[str, torch.Tensor], ours: Scores,
 
 
 def measure(config: LMEvalConfig) -> dict[str, Any]:
-    if not config.hellaswag_file:
-        raise ValueError("hellaswag_file is empty; give one, as the harness is offline")
+    config = replace(config, hellaswag_file=config.hellaswag_file or str(official_file()))
     items = load_items(config.hellaswag_file)[:config.limit or None]
     model, tokenizer = load_writer(config.model, pick_device(config.device))
     with tempfile.TemporaryDirectory() as name:

@@ -1,6 +1,7 @@
 """HellaSwag: does the model find the right ending of a text more likely than three wrong ones?
 
     python -m eval.hellaswag --model=gpt2|FOLDER|RUN [--hellaswag_file=PATH] [--style=harness]
+    ... --file=PATH                                # the same, shorter
 
     items = load_items()                           # the 10,042 official validation items
     result = evaluate(model, tokenizer, items)     # acc, acc_norm, acc_bytes, n, 95% intervals
@@ -22,6 +23,7 @@ if __name__ == "__main__":
     from run.config import interruptible
     interruptible()
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Iterator, Literal, Sequence, get_args
 
@@ -247,6 +249,7 @@ def evaluate(model: nn.Module, tokenizer: Any, items: Sequence[Item], style: Sty
 
 
 def main(words: list[str]) -> None:
+    words = [re.sub("^--file(?==|$)", "--hellaswag_file", word) for word in words]
     config = parse(HellaSwagConfig, words, "python -m eval.hellaswag", about=__doc__)
     device = pick_device(config.device)
     items = load_items(config.hellaswag_file or None)[:config.limit or None]

@@ -38,7 +38,7 @@ def load_items(path: str | Path | None = None) -> list[Item]:
 
     None is the official validation file, downloaded once. In a process group all ranks must call.
     """
-    path = _download() if path is None else path
+    path = official_file() if path is None else path
     return [_item(record, place) for place, record in read_objects(path)]
 
 
@@ -54,7 +54,8 @@ def items_of_run(config: Any, tokenizer: Any) -> list[Item]:
     return load_items(file or None)
 
 
-def _download() -> Path:
+def official_file() -> Path:
+    """The official validation file, downloaded once; in a process group all ranks must call."""
     instead = "--hellaswag_file=FILE; or, in training, --hellaswag_every=0"
     if not dist.is_initialized():
         return download(URL, FILE, SHA256, instead)

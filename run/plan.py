@@ -149,7 +149,7 @@ def about_resources(config: Any, model: torch.nn.Module, world: Processes, dtype
         return lines
     lines.append(f"  the first of these on {node} ranks: " + ", ".join(
         f"{gb(memory(shard, node)[0])} with --shard={shard}" for shard in SHARDS))
-    lines.append(f"on rented GPUs at {MFU:.0%} of their peak (assumed), without evaluations; "
+    lines.append(f"on rented GPUs, predicted at {MFU:.0%} of their peak, without evaluations; "
                  f"prices of 2026-11, run/plan.py:CARDS:")
     for name, (memory_gb, price) in CARDS.items():
         hours = flops / (PEAK_FLOPS[name] * MFU) / 3600

@@ -181,9 +181,8 @@ def test_folders_written_here_and_by_transformers_give_the_same_figures(
     transformers.GPT2LMHeadModel.from_pretrained(ours).save_pretrained(theirs)
     transformers.AutoTokenizer.from_pretrained(ours).save_pretrained(theirs)
     shown = []
-    for folder in (ours, theirs):
-        hellaswag.main([f"--model={folder}", f"--hellaswag_file={file}", "--device=cpu",
-                        "--dtype=float32"])
+    for folder, flag in ((ours, "hellaswag_file"), (theirs, "file")):
+        hellaswag.main([f"--model={folder}", f"--{flag}={file}", "--device=cpu", "--dtype=float32"])
         shown.append(capsys.readouterr().out.splitlines()[1:])          # the first names the model
     assert shown[0] == shown[1] and len(shown[0]) == 3
     result = evaluate(model, tokenizer, items)
@@ -364,6 +363,6 @@ def test_the_download_is_made_once_and_checked(monkeypatch, tmp_path, file):
 def test_the_hint_of_a_download_that_fails_names_flags_that_training_has(monkeypatch):
     hints = []
     monkeypatch.setattr(hellaswag_items, "download", lambda *arguments: hints.append(arguments[-1]))
-    hellaswag_items._download()
+    hellaswag_items.official_file()
     flags = re.findall(r"--(\w+)", hints[0])
     assert flags == ["hellaswag_file", "hellaswag_every"] and {*flags} <= {*settings_of(TrainConfig)}
