@@ -40,7 +40,7 @@ from run import plan, resume
 from run.checkpoint import Saver
 from run.classifier import Pooling
 from run.config import check_finite, flatten, parse, run_command
-from run.device import autocast, pick_dtype
+from run.device import autocast, pick_dtype, settled
 from run.inside import Inside
 from run.load import load_start, model_for
 from run.log import RunLog
@@ -205,9 +205,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     work = config.max_steps * config.batch_tokens / world.size * model.flops_per_token()
     held.enter_context(any_shape(not batches.one_shape))
     network = compiled(parallel, config.compile, batches, work, world, dtype)
-    # On a GPU windows are evaluated compiled too; FSDP's copy would be compiled each time.
-    fixed = (device.type == "cuda" and network is not parallel.network and batches.one_shape
-             and not config.packing and config.shard == "none")
+    fixed = parallel.same_when_evaluated(network, batches) and not config.packing
     step, ended, figures = progress.step, "", {}
     lengths = token_lengths(data.tokenizer) if data.tokenizer else None
     saver = Saver(out, config.keep_last, config.save_total_limit, config.max_failed_saves,
@@ -219,6 +217,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     profiler = Profiler(out, config, step, model.config.padded_vocab_size, log)
     if data.template:
         log.say(data.train.summary())
+    held.enter_context(settled(device))
     began = time.monotonic()
 
     def due(every: int) -> bool:

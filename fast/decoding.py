@@ -96,8 +96,8 @@ class RecordedSteps:
         kind = idx.device.type
         try:
             # Weights that autocast keeps for a while would be gone when the graph reads them.
-            with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind),
-                                cache_enabled=False):
+            with torch.autocast(kind, torch.get_autocast_dtype(kind),
+                                torch.is_autocast_enabled(kind), cache_enabled=False):
                 self._step(cache)                                   # libraries set themselves up
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
@@ -121,7 +121,7 @@ def record_steps(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)  # tied no more
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)  # not tied
     plain = type(model)
     model.__class__ = type(plain.__name__, (RecordedSteps, plain), {"broken": False})
     return model

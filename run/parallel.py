@@ -108,6 +108,12 @@ class Parallel:
             setattr(plain.get_submodule(module), key, gathered[id(p)])
         return plain
 
+    def same_when_evaluated(self, network: nn.Module, batches: Any) -> bool:
+        """Whether evaluation is to be compiled as the network is: on a GPU, for windows of a shape.
+        The copy that FSDP evaluates would be compiled each time."""
+        return (next(self.model.parameters()).is_cuda and network is not self.network
+                and batches.one_shape and self.shard == "none")
+
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Weights (of an adapter's run those that it trains) and optimizer state, whole, in the
         format of one rank. All ranks call it, rank 0 has the result; what is split passes through

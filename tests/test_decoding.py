@@ -24,7 +24,8 @@ def model():
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=1.2, top_k=20)], ids=str)
+@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=1.2, top_k=20)],
+                         ids=str)
 @pytest.mark.parametrize("changed", ["", "an adapter", "compiled"])
 def test_static_steps_give_the_ids_of_plain_ones(model, rows, settings, changed):
     """Beyond the context too, where there is no cache."""
@@ -76,7 +77,8 @@ class Graph:
 
 
 @pytest.mark.parametrize("right", [True, False, None])
-def test_a_graph_is_used_where_it_gives_what_the_plain_step_gives(model, monkeypatch, capsys, right):
+def test_a_graph_is_used_where_it_gives_what_the_plain_step_gives(model, monkeypatch, capsys,
+                                                                  right):
     """Another is said and not used; None: it cannot be recorded at all."""
     idx = torch.randint(61, (2, 5))
     plain = copy.deepcopy(model).generate(idx, 20, temperature=0)

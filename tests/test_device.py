@@ -1,4 +1,6 @@
 """The machine: what it is asked for and has not, in a line; precision, peaks, strict arithmetic."""
+import gc
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,7 +10,7 @@ from fast.nf4 import NF4Linear
 from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
 from run import device as devices
-from run.device import peak_flops, pick_device, pick_dtype
+from run.device import peak_flops, pick_device, pick_dtype, settled
 from run.parallel import Parallel
 from run.presets import PRESETS
 from run.processes import Processes, deterministic, processes
@@ -85,6 +87,14 @@ def test_deterministic_is_strict_on_a_gpu(kind, warn_only):
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_on_a_gpu_what_stays_is_not_looked_at_for_garbage(kind):
+    with pytest.raises(ZeroDivisionError), settled(torch.device(kind)):
+        assert (gc.get_freeze_count() > 10_000) == (kind == "cuda")
+        raise ZeroDivisionError
+    assert gc.get_freeze_count() == 0
 
 
 def test_presets_for_gpus_leave_the_order_of_sums_open():
