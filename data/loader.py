@@ -56,9 +56,9 @@ class RowLoader:
     def order(self, step: int) -> np.ndarray:
         """The rows of a step, for all ranks together: (batch_tokens / T,) int64."""
         first = step * self.rows_per_step
-        return self.rows(np.arange(first, first + self.rows_per_step))
+        return self.served(np.arange(first, first + self.rows_per_step))
 
-    def rows(self, numbers: np.ndarray) -> np.ndarray:
+    def served(self, numbers: np.ndarray) -> np.ndarray:
         """The rows that are served as number 0, 1, 2 ... since the run began."""
         epochs, places = np.divmod(numbers, self.rows_per_epoch)
         chosen = np.empty_like(places)
@@ -138,12 +138,12 @@ class MixtureLoader(WindowLoader):
         RowLoader.__init__(self, int(epoch), one.block_size, one.rows_per_step * one.block_size,
                            one.micro_batch, one.seed, one.rank, one.world, one.pin)
 
-    def rows(self, numbers: np.ndarray) -> np.ndarray:
+    def served(self, numbers: np.ndarray) -> np.ndarray:
         """As RowLoader's, among the rows of all sources."""
         which, place = deal(numbers, self.weights)
         chosen = np.empty_like(numbers)
         for i, source in enumerate(self.sources):
-            chosen[which == i] = self.starts[i] + source.rows(place[which == i])
+            chosen[which == i] = self.starts[i] + source.served(place[which == i])
         return chosen
 
     def split(self, rows: np.ndarray) -> Iterator[tuple[WindowLoader, np.ndarray, np.ndarray]]:
