@@ -20,7 +20,7 @@ is train_slowly, and tiktoken encodes. What is made of text is kept in a readabl
     python bpe.py extend FILE... --tokenizer=gpt2 --vocab-size=60000 --out=tok.json
     python bpe.py encode --tokenizer=tok.json < text > ids
     python bpe.py decode --tokenizer=tok.json < ids > text
-    python bpe.py compare FILE... --tokenizer=gpt2 --tokenizer=tok.json
+    python bpe.py compare FILE... --tokenizer=gpt2 --tokenizer=tok.json [--html=page.html]
 
     >>> tok = Tokenizer.train(["aaabdaaabac"], 259, special_tokens=())
     >>> tok.merges, tok.encode("aaabdaaabac")
@@ -351,10 +351,10 @@ def decode_command(args: argparse.Namespace) -> None:
 
 
 def compare_command(args: argparse.Namespace) -> None:
-    """Tokens and compression, per file and language."""
+    """Compression per file and language, and what the vocabulary is used for."""
     toks = {name: Tokenizer.load(name) for name in args.tokenizer or ["gpt2"]}
-    for row in compare_tokenizers(args.files, toks, args.errors):
-        print("| " + " | ".join(row) + " |")
+    for head, *rows in compare_tokenizers(args.files, toks, args.errors, args.html):
+        print(*(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), sep="\n")
 
 
 COMMANDS = train_command, extend_command, encode_command, decode_command, compare_command

@@ -3,7 +3,8 @@
     python -m bench.bpe [--data=FOLDER] [--sizes=20,100] [--repeats=3] [--minbpe=CHECKOUT]
 
 Every figure comes from a process of its own; times are medians of runs taken in turn, and each is
-given as a ratio to ours. Memory is the most that the process and its workers held together
+given as a ratio to ours. Training is timed twice: the call, and the whole process, imports included.
+Memory is the most that the process and its workers held together
 (proportional set size), or its own peak resident size if that is more.
 
 In: a folder with novels/*.txt, imdb/*.jsonl, chinese/*.txt; the code is this Python's standard
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -24,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from bench.machine import (CPU, Row, in_process, lasting, median_row, publish, table, take_turns,
-                           where)
+from bench.machine import (CPU, REPOSITORY, Row, in_process, lasting, median_row, publish, table,
+                           take_turns, where)
 from bpe import GPT2_PATTERN, Tokenizer
 from fast.bpe_counts import read_blocks
 from fast.bpe_encode import TIKTOKEN_GPT2
@@ -149,6 +151,28 @@ def encode_hugging_face(texts: list[str]) -> Callable[[], Any]:
     return lambda: [encoding.ids for encoding in tok.encode_batch(texts)]
 
 
+# The same as commands, for the time of a whole process: Python's start and imports included.
+COMMANDS = {
+    "ours": "from bpe import Tokenizer; from fast.bpe_counts import read_blocks\n"
+            "Tokenizer.train(read_blocks([path]), size, special_tokens=())",
+    "Hugging Face": "from tokenizers import Tokenizer, models, pre_tokenizers, trainers\n"
+                    "level = pre_tokenizers.ByteLevel; tok = Tokenizer(models.BPE())\n"
+                    "tok.pre_tokenizer = level(add_prefix_space=False, use_regex=True)\n"
+                    "tok.train([path], trainers.BpeTrainer(vocab_size=size, "
+                    "initial_alphabet=level.alphabet(), show_progress=False))",
+    "rustbpe": "import rustbpe\nfile = open(path, encoding='utf-8')\n"
+               "blocks = iter(lambda: ''.join(file.readlines(1 << 20)), '')\n"
+               "rustbpe.Tokenizer().train_from_iterator(blocks, size, buffer_size=16, "
+               "pattern=pattern)"}
+
+
+def whole_process(who: str, path: str, vocab_size: int) -> float:
+    """Seconds of a Python that trains and does nothing else."""
+    given = f"path, size, pattern = {path!r}, {vocab_size}, {GPT2_PATTERN!r}\n"
+    return lasting(lambda: subprocess.run([sys.executable, "-c", given + COMMANDS[who]], check=True,
+                                          cwd=REPOSITORY))
+
+
 TRAINERS = {"ours": train_ours, "Hugging Face": train_hugging_face, "rustbpe": train_rustbpe,
             "minbpe": train_minbpe}
 ENCODERS = {"ours": encode_ours, "tiktoken": encode_tiktoken, "Hugging Face": encode_hugging_face}
@@ -198,12 +222,18 @@ def memory_of_tree(pid: int) -> float:
 def compare(case: str, kind: str, who: tuple[str, ...], path: Path, vocab_size: int, repeats: int,
             memory: bool) -> Row:
     """The row of a text: median seconds of each contestant in turn, and the memory of a run."""
-    turns = take_turns(
-        who, lambda name, _: in_process(measure, kind, name, str(path), vocab_size), repeats)
+    def turn(name: str, _: list[Row]) -> Row:
+        row = in_process(measure, kind, name, str(path), vocab_size)
+        if kind == "train" and name in COMMANDS:
+            row["process_ms"] = 1000 * whole_process(name, str(path), vocab_size)
+        return row
+    turns = take_turns(who, turn, repeats)
     return {"case": case, "kind": kind, "megabytes": round(path.stat().st_size / 1e6, 1),
             "vocab_size": vocab_size,
             "seconds": {name: round(median_row(rows, "ms")["ms"] / 1000, 2)
                         for name, rows in turns.rows.items()},
+            "process_seconds": {name: round(median_row(rows, "process_ms")["process_ms"] / 1000, 2)
+                                for name, rows in turns.rows.items() if "process_ms" in rows[0]},
             "memory_mb": {name: in_process(measure, kind, name, str(path), vocab_size, True)["mb"]
                           for name in who if memory},
             "states": turns.states}
@@ -213,6 +243,9 @@ def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
     def cells(row: Row) -> Row:
         return {name: f"{seconds:.2f} s ({seconds / row['seconds']['ours']:.2f}x)"
+                + (f", process {row['process_seconds'][name]:.2f} s "
+                   f"({row['process_seconds'][name] / row['process_seconds']['ours']:.2f}x)"
+                   if name in row.get("process_seconds", {}) else "")
                 + (f", {row['memory_mb'][name]:,} MB" if name in row["memory_mb"] else "")
                 for name, seconds in row["seconds"].items()}
     return (f"`python -m bench.bpe`, {where(found)}, medians of {found['repeats']} in turn; times "

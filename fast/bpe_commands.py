@@ -45,6 +45,8 @@ def parse(argv: list[str] | None, about: str, commands: Iterable[Callable]) -> a
     for option in (extend, encode, decode):
         option("--tokenizer", default="gpt2", help="gpt2, a file or a folder (default gpt2)")
     compare("--tokenizer", action="append", help="the same; repeatable (default gpt2)")
+    compare("--html", default="", metavar="FILE", help="a page to write: the tables, the texts in "
+            "colour, unused tokens")
     return parser.parse_args(argv)
 
 

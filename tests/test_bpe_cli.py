@@ -85,13 +85,34 @@ def test_compare_counts_tokens_and_split_characters(tmp_path, capsys):
     assert bpe.main(["compare", *(str(tmp_path / name) for name in files),
                      f"--tokenizer={tmp_path / 'tok.json'}"]) == 0
     rows = [[cell.strip() for cell in line.strip("| ").split("|")]
-            for line in capsys.readouterr().out.splitlines()[2:]]
+            for line in capsys.readouterr().out.splitlines()[2:-3]]
     assert [[Path(row[0]).name, *row[1:]] for row in rows] == [
         ["en.txt", "LATIN", "4", "4", "1.00", "0.0%"],
         ["zh.txt", "CJK", "7", "5", "1.40", "66.7%"],
         ["zh2.txt", "CJK", "4", "3", "1.33", "50.0%"],
         ["all LATIN", "LATIN", "4", "4", "1.00", "0.0%"],
         ["all CJK", "CJK", "11", "8", "1.38", "60.0%"]]
+
+
+def test_compare_says_what_the_vocabulary_is_for_in_a_page_without_scripts(tmp_path, capsys):
+    """ab is used; abc is made of it and of c, and used; xy is not, and nothing needs it."""
+    tok = bpe.Tokenizer([(97, 98), (256, 99), (120, 121), (228, 184)])
+    tok.save(tmp_path / "tok.json")
+    (tmp_path / "a.txt").write_text("abc <b>中</b>", encoding="utf-8")
+    (tmp_path / "a.py").write_text("abc", encoding="utf-8")
+    page = tmp_path / "page.html"
+    assert bpe.main(["compare", str(tmp_path / "a.txt"), str(tmp_path / "a.py"),
+                     f"--tokenizer={tmp_path / 'tok.json'}", f"--html={page}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # used: abc, space, < b > / 中's two; not used: 256 bytes but those six, 3 merges; parts: ab,
+    # a, c, and the two bytes that make the beginning of 中
+    cells = [cell.strip() for cell in lines[-1].strip("| ").split("|")]
+    assert cells[1:5] == ["261", "8", "252", "5"] and "| code |" in lines[3]
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text and "<b>" not in text and "&lt;" in text
+    assert '<span class="t0">abc</span><span class="t1"> </span>' in text
+    assert 'cut">\\xe4\\xb8</span>' in text and '<code class="part">ab</code>' in text
+    assert '<code class="t0">xy</code>' not in text.split("unused")[0]
 
 
 @pytest.mark.parametrize("options, message", [
