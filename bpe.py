@@ -236,8 +236,8 @@ class Tokenizer:
 
     def encode_corpus(self, texts: Iterable[str], num_threads: int | None = None
                       ) -> Iterator[np.ndarray]:
-        """Ids of each text as an array, special tokens as ordinary text; for many texts or long ones,
-        which are read as the ids are taken, and encoded in threads (None: one per core)."""
+        """Ids of each text as an array, special tokens as ordinary text; for many texts or long
+        ones, which are read as ids are taken, and encoded in threads (None: one per core)."""
         return encode_corpus(self.to_tiktoken(), self.pattern, texts, num_threads)
 
     def encode_batch(self, texts: Iterable[str], num_threads: int | None = None

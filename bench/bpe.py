@@ -3,7 +3,7 @@
     python -m bench.bpe [--data=FOLDER] [--sizes=20,100] [--repeats=3] [--minbpe=CHECKOUT]
 
 Every figure comes from a process of its own; times are medians of runs taken in turn, and each is
-given as a ratio to ours. Training is timed twice: the call, and the whole process, imports included.
+given as a ratio to ours. Training is timed twice: the call, and the whole process with its imports.
 Memory is the most that the process and its workers held together
 (proportional set size), or its own peak resident size if that is more.
 

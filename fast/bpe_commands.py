@@ -15,7 +15,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str] | None, about: str, commands: Iterable[Callable]) -> argparse.Namespace:
-    """The words of a command line; about: bpe.py's own words; `run` is the function of its command."""
+    """The words of a command line; `run` is the function of its command. about: bpe.py's docs."""
     parser = _Parser(prog="bpe.py", description=about.split("\n")[0],
                      epilog="all options: python bpe.py COMMAND --help")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

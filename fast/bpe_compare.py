@@ -5,6 +5,7 @@ vocabulary: tokens that the files never use, and those among them that only buil
 longest ones. The page shows a sentence of each file as every tokenizer cuts it, too.
 """
 import html
+import itertools
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -43,15 +44,16 @@ def compare_tokenizers(paths: Iterable[str | Path], toks: dict[str, Any], errors
     named tokenizers, what its tokens are for. page: a file for both, and more, in HTML."""
     found = [count_file(path, list(toks.values()), errors) for path in dict.fromkeys(paths)]
     kinds = {one.kind: [other for other in found if other.kind == one.kind] for one in found}
-    sums = [Found(f"all {kind}", kind, sum(one.rows for one in of), []) for kind, of in kinds.items()
-            ] if len(found) > 1 else []
+    sums = [Found(f"all {kind}", kind, sum(one.rows for one in of), [])
+            for kind, of in kinds.items() if len(found) > 1]
     figures = [cell for name in toks for cell in (f"{name}: tokens", "bytes/token",
                                                   "split characters")]
     texts = [["file", "language (script) or code", "bytes", *figures]]
     for one in found + sums:
         (size, characters), *counts = one.rows
-        texts.append([one.name, one.kind, f"{size:,}", *(cell for tokens, cut in counts for cell in (
-            f"{tokens:,}", f"{size / tokens:.2f}", f"{cut / characters:.1%}"))])
+        cells = ((f"{tokens:,}", f"{size / tokens:.2f}", f"{cut / characters:.1%}")
+                 for tokens, cut in counts)
+        texts.append([one.name, one.kind, f"{size:,}", *itertools.chain(*cells)])
     used = [sum(one.used[i] for one in found) for i in range(len(toks))]
     vocabularies = [["tokenizer", "tokens", "used", "unused", "of these only parts of used ones",
                      "longest"]]
@@ -112,8 +114,8 @@ def make_page(texts: Table, vocabularies: Table, found: list[Found], toks: dict[
         body.append(f"<h3>{html.escape(one.name)}</h3>")
         body += [f"<p>{html.escape(name)}, {len(ids := tok.encode(one.sample))} tokens:<br><code>"
                  f"{coloured(tok, ids)}</code></p>" for name, tok in toks.items()]
-    body += ["<h2>Vocabularies</h2>", html_table(vocabularies), "<p>Unused tokens in grey are parts "
-             "that only build others.</p>"]
+    body += ["<h2>Vocabularies</h2>", html_table(vocabularies),
+             "<p>Unused tokens in grey are parts that only build others.</p>"]
     for (name, tok), counts in zip(toks.items(), used):
         unused, parts = unused_tokens(tok, counts)
         longest = sorted(filter(None, tok.token_bytes), key=len)[:-LONGEST - 1:-1]
@@ -140,8 +142,9 @@ def coloured(tok: Any, ids: list[int]) -> str:
 def listed(tokens: list[bytes], grey: Iterable[bool] = ()) -> str:
     """Tokens in a row."""
     grey = [*grey] or [False] * len(tokens)
-    return " ".join(f'<code class="{"part" if part else "t0"}">{html.escape(readable(token))}</code>'
-                    for token, part in zip(tokens, grey))
+    shown = [(html.escape(readable(token)), "part" if part else "t0")
+             for token, part in zip(tokens, grey)]
+    return " ".join(f'<code class="{look}">{text}</code>' for text, look in shown)
 
 
 def html_table(rows: Table) -> str:

@@ -70,7 +70,7 @@ def learn_merges(pieces: dict[Sequence[int], int], num_merges: int, min_frequenc
 
 
 def larger_first(token: bytes) -> str:
-    """What sorts tokens by their bytes, the largest first, and a longer one before its beginning."""
+    """What sorts tokens by their bytes, the largest first, a longer one before its beginning."""
     return "".join(chr(255 - byte) for byte in token) + chr(256)
 
 

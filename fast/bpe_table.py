@@ -4,8 +4,8 @@
     numbers = table.look_up(data, gpt2_starts(data, begins))        # of each piece of a block
     table.pieces[numbers[0]]                                        # the first piece, in bytes
 
-Text repeats its pieces, so what is done for each distinct one (counting, encoding) is done once, and
-the rest is arithmetic on whole blocks. In: UTF-8. Out: what regex.findall gives, as numbers.
+Text repeats its pieces, so what is done for each distinct one (counting, encoding) is done once,
+and the rest is arithmetic on whole blocks. In: UTF-8. Out: what regex.findall gives, as numbers.
 """
 import functools
 from collections import Counter
@@ -86,8 +86,8 @@ def gpt2_starts(data: bytes, begins: np.ndarray) -> np.ndarray:
 class PieceTable:
     """Distinct pieces, numbered as they come.
 
-    A hash table with open addressing: a row is a piece as two integers (its bytes, and its length in
-    the last of 16) and its number. Longer pieces are in a dict.
+    A hash table with open addressing: a row is a piece as two integers (its bytes, and its length
+    in the last of 16) and its number. Longer pieces are in a dict.
     """
 
     def __init__(self):

@@ -1,8 +1,8 @@
-"""Tokenizer files: our tok.json, GPT-2's two files, Hugging Face's tokenizer.json, tiktoken's ranks.
+"""Tokenizer files: our tok.json, GPT-2's two, Hugging Face's tokenizer.json, tiktoken's ranks.
 
-Those of others hold the same thing in different spellings. GPT-2 and Hugging Face write a token as printable
-characters, one per byte, so "Ġthe" is " the" (`BYTE_TO_CHAR`); their merges are pairs of such
-spellings. tiktoken keeps the bytes of each token and its id, and no merges.
+Those of others hold the same thing in different spellings. GPT-2 and Hugging Face write a token as
+printable characters, one per byte, so "Ġthe" is " the" (`BYTE_TO_CHAR`); their merges are pairs of
+such spellings. tiktoken keeps the bytes of each token and its id, and no merges.
 
 In: a file's content. Out: a dict of what makes a byte-level BPE: its merges, pattern,
 special_tokens, byte_ids (the id of each byte) and first_merge (the id that merge 0 makes).

@@ -123,7 +123,8 @@ def test_the_command_extends_and_says_what_it_gained(files, capsys):
 
 
 @pytest.mark.parametrize("name, options, message", [
-    ("zh.txt", ["--vocab-size=270"], "vocab_size=270 leaves nothing to learn: the tokenizer has 280"),
+    ("zh.txt", ["--vocab-size=270"],
+     "vocab_size=270 leaves nothing to learn: the tokenizer has 280"),
     ("zh.txt", ["--vocab-size=290", "--pattern=gpt4"], "pattern=gpt4 is not that of "),
     ("zh.txt", ["--vocab-size=290", "--min-frequency=0"], "min_frequency=0 is not allowed"),
     ("en.txt", ["--vocab-size=290", "--no-held-out", "--min-frequency=9"],
@@ -226,4 +227,5 @@ def test_an_adapter_on_a_grown_model_comes_back(grown):
     model, tokenizer = load_model(grown / "adapter")
     assert tokenizer.vocab_size == model.config.vocab_size == 300
     batches = loader.evaluation_batches(shards.open_split(grown / "zh-wide", "val"), 32, 128)
-    assert evaluate_loss(model, batches, torch.device("cpu"))["loss"] == pytest.approx(summary["val_loss"], 1e-5)
+    loss = evaluate_loss(model, batches, torch.device("cpu"))["loss"]
+    assert loss == pytest.approx(summary["val_loss"], 1e-5)

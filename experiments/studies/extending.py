@@ -1,10 +1,11 @@
-"""Does extending a tokenizer pay? A base goes on with novels, with its tokenizer and an extended one.
+"""Does extending a tokenizer pay? A base goes on with novels, with its tokenizer or a wider one.
 
     python -m experiments.studies.extending --novels=FOLDER [--seeds=3] [--out=out/extending]
 
-The base is a small GPT on Python's documentation (vocabulary 4,096) after --base_steps. Its tokenizer is extended to 8,192
-on the novels' training part. Both then train with equal CPU time: each gets the steps that
-`--seconds` of it have room for, by the time of a step in short runs taken in turn, on one thread.
+The base is a small GPT on Python's documentation (vocabulary 4,096) after --base_steps. Its
+tokenizer is extended to 8,192 on the novels' training part. Both then train with equal CPU time:
+each gets the steps that `--seconds` of it have room for, by the time of a step in short runs taken
+in turn, on one thread.
 In: a folder of .txt. Out: RESULTS/extending.json and a table: bits per byte of the novel that is
 held out, before and after, and of the documentation.
 """
@@ -26,9 +27,9 @@ from train import TrainConfig, train
 
 RESULTS = Path(__file__).parent.parent / "results"
 VALIDATION, PACE_STEPS, PACE_RUNS = 0.05, 10, 3
-SETTINGS = dict(batch_tokens=16 * 64, micro_batch=16, eval_tokens=50_000, eval_every=0, save_every=0,
-                sample_tokens=0, compile="off", device="cpu", log_every=100, dtype="float32",
-                learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=20,
+SETTINGS = dict(batch_tokens=16 * 64, micro_batch=16, eval_tokens=50_000, eval_every=0,
+                save_every=0, sample_tokens=0, compile="off", device="cpu", log_every=100,
+                dtype="float32", learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=20,
                 model=dict(block_size=64, n_layer=2, n_head=2, n_embd=64))
 
 
