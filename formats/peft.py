@@ -36,8 +36,8 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")       # PEFT's
 
 
 def positive(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
-    """Whether this is a finite number above 0."""
-    return type(value) in kinds and 0 < value < math.inf
+    """Whether this is a number above 0 that a float can hold and divide by."""
+    return type(value) in kinds and 0 < value < 1e30
 
 
 FIELDS = {      # of adapter_config.json: our name, the default, whether a value may be, in words
@@ -160,7 +160,7 @@ def _fields(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if value is None:
             raise ValueError(f"{file} has no {key}; it must be {what}")
         if not allowed(value):
-            raise ValueError(f"{file}: {key}={value!r} must be {what}")
+            raise ValueError(f"{file}: {key}={value!r:.80} must be {what}")
         fields[name] = value
     return fields
 

@@ -85,10 +85,13 @@ def check_state(state: Any, size: int) -> None:
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"its weight {bad[0]:.80} is not finite")
     check_settings(config)
+    if config.get("model") is None and not config.get("lora"):
+        raise ValueError("its settings do not say what model it is")
     shape = build(GPTConfig, config.get("model") or {})
+    sizes = {**dataclasses.asdict(shape), "vocab_size": shape.padded_vocab_size}
     if config.get("lora"):              # whose shapes are compared where its base is known
         build(lora.LoRAConfig, config["lora"])
-    elif shape.n_layer > len(tensors) or count_weights(dataclasses.asdict(shape)) > 4 * sum(
+    elif shape.n_layer > len(tensors) or count_weights(sizes) > 4 * sum(
             tensor.numel() for tensor in tensors.values()):
         raise ValueError(f"its settings ask for {shape}, which is more than its tensors hold")
     elif "head.weight" in tensors and tensors["head.weight"].dim() != 2:

@@ -202,6 +202,8 @@ def _load_run(folder: Path, dropout: float, which: str
     state, file = _checkpoint_of(folder, which), folder / "tokenizer.json"
     tokenizer = Tokenizer.load(file) if file.exists() else None
     settings = state["config"]
+    if settings.get("model") is None or settings.get("lora") and settings.get("init_from") is None:
+        raise ValueError(f"the settings in {folder}'s checkpoint lack the model's, or its base")
     shape = build(GPTConfig, {**settings["model"], "dropout": dropout})
     if not settings.get("lora"):
         model = with_head(GPT(shape), state)
@@ -219,6 +221,10 @@ def _load_run(folder: Path, dropout: float, which: str
     if parts is None:
         raise ValueError(f"{file} neither is nor extends the tokenizer of {folder}'s base, "
                          f"{settings['init_from']:.200}; put its own back")
+    if shape.vocab_size < model.config.vocab_size:
+        raise ValueError(f"{folder} has a vocabulary of {shape.vocab_size}, and its base "
+                         f"{settings['init_from']:.200} has {model.config.vocab_size}: it was "
+                         f"trained on another")
     model = with_head(grow_embedding(model, shape.vocab_size, parts), state)
     return _with_adapter(model, state, folder, quiet=True), tokenizer
 

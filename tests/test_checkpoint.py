@@ -190,7 +190,8 @@ def test_a_part_that_is_listed_as_a_folder_is_refused(tmp_path):
         checkpoint.load(tmp_path / "a.pt")
 
 
-HUGE = {"n_layer": 10**7, "n_embd": 10**6, "vocab_size": 10**9, "block_size": 10**9}
+HUGE = {"n_layer": 10**7, "n_embd": 10**6, "vocab_size": 10**9, "block_size": 10**9,
+        "vocab_multiple": 10**9}
 
 
 @pytest.mark.parametrize("change", [
@@ -198,6 +199,8 @@ HUGE = {"n_layer": 10**7, "n_embd": 10**6, "vocab_size": 10**9, "block_size": 10
     lambda s: s.update(best_loss=math.nan), lambda s: s.update(recent=["a"]),
     lambda s: s["model"].update(x=1), lambda s: s["config"].update(lora={"r": "a"}),
     lambda s: s["config"].update(lora=[]), lambda s: s["config"].update(model={"n_head": "2"}),
+    lambda s: s["config"].pop("model"), lambda s: s["config"].update(model=None),
+    lambda s: s["model"].update({"lm_head.weight": torch.full((300, 8), math.nan)}),
     lambda s: s["config"].update(init_from=3), lambda s: s["config"].update({1: 2}),
     lambda s: s["model"].update(x=torch.zeros(1).expand(10**9)),
     lambda s: s["model"].update(x=torch.zeros(1, device="meta")),
@@ -213,6 +216,16 @@ def test_what_no_run_saves_is_refused_before_anything_is_made_of_it(tmp_path, ch
         with pytest.raises(ValueError, match="cannot be read|no checkpoint in .* can be read") as e:
             read(tmp_path)
         assert len(str(e.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("change", [{"model": None}, {"init_from": None}])
+def test_an_adapter_without_its_base_is_refused(tmp_path, change):
+    state = state_of()
+    state["config"].update(lora={"r": 2}, **change)
+    checkpoint.save(tmp_path / "best.pt", state)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="the settings in .* lack the model's, or its base"):
+        load_model(tmp_path)
 
 
 def test_weights_of_another_shape_than_the_settings_say_are_named(tmp_path):

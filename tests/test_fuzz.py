@@ -318,6 +318,7 @@ class Adapter:
     hostile = [{"adapter_config.json": json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4,
                                                    **change}).encode()}
                for change in ({"r": HUGE}, {"r": None}, {"lora_alpha": 1e999},
+                              {"lora_alpha": 10**400},
                               {"rank_pattern": {"(a+)+$": 3, "(.*.*)*x": 3}}, {"bias": "al"},
                               {"modules_to_save": [""]})] + [
         {"adapter_config.json": DEEP}, {"adapter_config.json": b"[]"},
