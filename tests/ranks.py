@@ -182,3 +182,23 @@ def with_an_idle_parameter(settings):
         self.idle_gain = torch.nn.Parameter(torch.ones(3))
     GPT.__init__ = larger
     commanded(settings)
+
+
+def on_a_full_disk(settings, first, last):
+    """The disk of the run has no byte left from step `first` to step `last`."""
+    at, filler = faults.Watch.at, Path(settings["out"]).parent / "filler"
+
+    def filling(self, step, phase):
+        at(self, step, phase)
+        if (step, phase) == (first, "computing"):
+            with open(filler, "wb", buffering=0) as file:
+                for size in (1 << 16, 1 << 10, 1):
+                    try:
+                        while True:
+                            file.write(b"\0" * size)
+                    except OSError:
+                        continue
+        if (step, phase) == (last, "computing"):
+            filler.unlink()
+    faults.Watch.at = filling
+    train(build(TrainConfig, settings))
