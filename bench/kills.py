@@ -9,13 +9,20 @@ than the newest one before. Dropout is on; the disk is made slow, so that saves 
 kills are aimed at a random moment of a save, the others at one of the start or of the next steps.
 
 With --save, bench/results/kills.json has the kills so far, and the same command goes on with them.
+
+    python -m bench.kills --every=60 [--minutes=6] [--save]
+
+What surviving costs: torchrun with 2 ranks, both killed every so many seconds and started again by
+it; useful steps as a share of those of a run that is left in peace, and where the others went.
 """
 import json
 import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -44,7 +51,7 @@ SETTINGS = dict(device="cpu", dtype="float32", compile="off", batch_tokens=256, 
                 learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2, sample_every=20,
                 sample_tokens=8, timeout_minutes=2.0)
 # Of 100 kills, with 1 rank and with 2. A start that compiles takes as long as ten others.
-SHARES = {"pretraining": (20, 16), "sft": (17, 13), "lora": (18, 13), "compiled": (2, 1)}
+SHARES = {"pretraining": (20, 16), "sft": (17, 13), "lora": (25, 6), "compiled": (2, 1)}
 
 
 PRELOADED = ["train", "torch._dynamo"]
@@ -56,6 +63,8 @@ class KillsConfig:
     kind: Literal[("all", *SHARES)] = "all"  # what is trained; all shares the kills out
     ranks: int = 0  # processes of the run; 0: 1 and 2
     seed: int = 0  # of the moments; 0: the clock
+    every: float = 0.0  # seconds between kills, to see what they cost; 0: count what they lose
+    minutes: float = 6.0  # how long, with every
     save: bool = False  # keep the kills in bench/results/kills.json, and go on with those there
 
 
@@ -236,9 +245,123 @@ def settings_of(kind: str, folder: Path) -> dict[str, Any]:
     return sft if kind == "sft" else {**sft, "lora": dict(r=2, dropout=0.1)}
 
 
+# ---------------------------------------------------------------------- what surviving costs
+
+LARGER = {**SETTINGS, "model": dict(block_size=128, n_layer=4, n_head=4, n_embd=128),
+          "batch_tokens": 4096, "micro_batch": 16, "max_steps": 1_000_000, "eval_every": 0,
+          "save_every": 5, "milestone_every": 0, "sample_tokens": 0, "schedule": "constant",
+          "log_every": 10, "timeout_minutes": 10.0}
+SCRIPT = """import json, os, sys, time
+sys.path.insert(0, {repository!r})
+events, rank = open({events!r}, "a", buffering=1), os.environ["RANK"]
+def note(what, number):
+    events.write(f"{{time.time()}} {{what}} {{number}}\\n")
+note("pid", os.getpid())
+import torch
+import train
+from run.config import build
+from run.watch import Watch
+torch.set_num_threads(1)
+at = Watch.at
+def noted(self, step, phase):
+    if rank == "0":
+        note(phase, step)
+    at(self, step, phase)
+if rank == "0":
+    note("imported", 0)
+Watch.at = noted
+train.train(build(train.TrainConfig, json.loads({settings!r})))
+"""
+Event = tuple[float, str, int]          # when (time.time()), what, a process or a step
+
+
+def disturbed(folder: Path, settings: dict[str, Any], every: float, minutes: float
+              ) -> tuple[list[Event], list[float]]:
+    """Run 2 ranks under torchrun, and kill both every so many seconds: what they noted, and when
+    they were started and killed."""
+    file, script = folder / "events", folder / "run.py"
+    script.write_text(SCRIPT.format(repository=str(machine.REPOSITORY), events=str(file),
+                                    settings=json.dumps({**settings, "out": str(folder / "run")})))
+    times = [time.time()]
+    with open(folder / "printed.txt", "w") as printed:
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+             "--max-restarts=1000", str(script)], stdout=printed, stderr=printed,
+            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while len(times) <= 60 * minutes / every:
+        time.sleep(max(0.0, times[0] + len(times) * every - time.time()))
+        if agent.poll() is not None:
+            raise RuntimeError((folder / "printed.txt").read_text()[-2000:])
+        now = time.time()
+        for when, what, number in read_events(file):
+            if what == "pid" and when > times[-1]:
+                os.kill(number, signal.SIGKILL)
+        times.append(now)
+        if len(times) > 60 * minutes / every:
+            agent.kill()
+    agent.wait()
+    return [event for event in read_events(file) if event[0] < times[-1]], times
+
+
+def read_events(file: Path) -> list[Event]:
+    """What the ranks noted; the last line may be half written."""
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return [(float(when), what, int(number)) for when, what, number in map(str.split, lines)]
+
+
+def costs(events: list[Event], times: list[float]) -> dict[str, Any]:
+    """Where the time between the kills went, in seconds. A step that had to be taken again is a
+    loss; a run in peace starts once, and takes its steps and saves as fast as this one did."""
+    parts = [[event for event in events if begin < event[0] <= end and event[1] != "pid"]
+             for begin, end in zip(times, times[1:])]
+    row = {"ranks": 2, "kills": len(times) - 2, "seconds": times[-1] - times[0], "steps": 0,
+           "imports": 0.0, "start": 0.0, "saves": 0.0}
+    loops, taken, kept, first_start = 0.0, 0, 0, 0.0
+    for begin, end, part in zip(times, times[1:], parts):
+        imported = next((when for when, what, _ in part if what == "imported"), end)
+        loop = [event for event in part if event[1] in PHASES]
+        started = loop[0][0] if loop else end
+        row["imports"] += imported - begin
+        row["start"] += started - imported
+        loops, first_start = loops + end - started, first_start or started - begin
+        row["saves"] += sum(after[0] - event[0] for event, after in zip(loop, [*loop[1:], (end,)])
+                            if event[1] == "saving")
+        if loop:
+            taken += loop[-1][2] - loop[0][2]
+            kept = loop[-1][2]                          # since step 0: what was lost is not in it
+    second = loops / max(taken, 1)                      # of a step, its saves included
+    row.update(steps=kept, replay=(taken - kept) * second, seconds_a_step=second, share=kept /
+               max((row["seconds"] - first_start) / second, 1e-9))
+    return {key: round(value, 3) for key, value in row.items()}
+
+
+def report_costs(found: dict[str, Any]) -> str:
+    """What surviving costs, as markdown."""
+    return (f"`python -m bench.kills --every=60`, {where(found)}"
+            f"{', beside other work' if found.get('crowded') else ''}: both ranks of a run killed "
+            f"every {found['every']:g} s and started again by torchrun. share: useful steps over "
+            f"those of a run in peace in the same time (at least 0.90: "
+            f"{machine.held(found['rows'][0]['share'] >= 0.9)}). In seconds, of all: imports (of "
+            f"PyTorch above all, and torchrun's), the rest of the start, waiting for saves, and "
+            f"steps that were taken again:\n\n" + table(
+                "ranks | kills | seconds=seconds:.0f | useful steps=steps | share=share:.3f | "
+                "imports=imports:.1f | start=start:.1f | saves=saves:.1f | replay=replay:.1f | "
+                "s a step=seconds_a_step:.3f", found["rows"]))
+
+
+def measure_costs(config: KillsConfig) -> None:
+    """Measure and publish what surviving costs."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = settings_of("pretraining", Path(folder))["data"]
+        row = costs(*disturbed(Path(folder), {**LARGER, "data": data}, config.every,
+                               config.minutes))
+    busy = os.getloadavg()[0] > (os.cpu_count() or 1) + 3
+    publish(report_costs, "survival", config.save, CPU, [row], [], every=config.every, crowded=busy)
+
+
 def report(found: dict[str, Any]) -> str:
     """Results as markdown: the sum, and a row for each kind of run."""
-    total = {key: sum(row[key] for row in found["rows"]) for key in ("kills", "exact", "lost")}
+    total = total_of(found["rows"])
     return (f"`python -m bench.kills`, {where(found)}: SIGKILL at random moments of short runs, "
             f"**{total['kills']:,} kills, {total['exact']:,} exact, {total['lost']:,} lost**. "
             f"exact: the run ended as one left in peace; lost: a checkpoint that had been there "
@@ -248,13 +371,21 @@ def report(found: dict[str, Any]) -> str:
                             "in a save")), found["rows"]))
 
 
+def total_of(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """Kills of all kinds: how many, how many exact, how many that lost a checkpoint."""
+    return {key: sum(row[key] for row in rows) for key in ("kills", "exact", "lost")}
+
+
 def main(words: list[str]) -> None:
     config = parse(KillsConfig, words, "python -m bench.kills", about=__doc__)
+    torch.set_num_threads(1)                            # as the ranks do, for the report
+    if config.every:
+        measure_costs(config)
+        return
     kinds = [(kind, ranks, share) for kind, shares in SHARES.items() if config.kind in ("all", kind)
              for ranks, share in enumerate(shares, 1) if config.ranks in (0, ranks)]
     if not kinds:
         raise ValueError(f"ranks={config.ranks} is not allowed; give 1, 2, or 0 for both")
-    torch.set_num_threads(1)                            # as the ranks do, for the report
     PRELOADED.append("torch._inductor.compile_fx")      # seconds of each start that compiles
     rng, file = random.Random(config.seed or time.time_ns()), machine.RESULTS / "kills.json"
     rows = json.loads(file.read_text())["rows"] if config.save and file.exists() else []
@@ -269,7 +400,8 @@ def main(words: list[str]) -> None:
                 counts = campaign(Path(folder), settings_of(kind, Path(folder)), ranks,
                                   min(missing, at_once), rng)
             row.update({key: row.get(key, 0) + count for key, count in counts.items()})
-            publish(report, "kills", config.save, CPU, [row for row in rows if "kills" in row], [])
+            done = [row for row in rows if "kills" in row]
+            publish(report, "kills", config.save, CPU, done, [], total=total_of(done))
     if any(row["exact"] != row["kills"] or row["lost"] for row in rows):
         raise ValueError("not every kill was survived; see above")
 

@@ -32,7 +32,8 @@ TITLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {     # files: 
     "lm_eval": ("HellaSwag beside the harness", lm_eval.report),
     "shakespeare": ("A whole run beside nanoGPT", shakespeare.report),
     "saves-*": ("Checkpoints", saves.report),
-    "kills-*": ("Kills", kills.report),
+    "kills": ("Kills", kills.report),
+    "survival": ("What surviving kills costs", kills.report_costs),
 }
 
 
@@ -64,7 +65,7 @@ def page() -> str:
              + summary()]
     for pattern, (title, report) in TITLES.items():
         results = found(pattern)
-        if pattern in ("kills-*", "hellaswag_*") and results:           # a row each: one table
+        if pattern == "hellaswag_*" and results:                        # a row each: one table
             results = [{**results[-1], "rows": [row for one in results for row in one["rows"]]}]
         if results:
             parts.append("\n\n".join([f"## {title}", *map(report, results)]))

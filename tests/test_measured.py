@@ -315,9 +315,8 @@ def test_the_page_says_what_was_measured(results):
         {"shape": "demo", "ranks": 2, "of_threads": 0.85, "sequences": 16,
          "tokens_per_s": {"ranks": 85.0}}], [], rounds=1)
     counts = {name: 0 for name in (*PHASES, "runs", "kills", "exact", "lost", "in a save")}
-    for count in (1, 2):
-        machine.publish(kills.report, f"kills-sft-{count}", True, CPU,
-                        [{"kind": "sft", "ranks": count, **counts}], [])
+    machine.publish(kills.report, "kills", True, CPU, [{"kind": "sft", "ranks": count, **counts}
+                                                       for count in (1, 2)], [])
     text = measured.page()
     for part in ("2,000,000 tokens/s take 4.1% of a core (at most 5%: held)", "10.0 MB/s",
                  "has 0.85 of the speed of tiktoken's", "(at least 0.9: NOT held)"):
@@ -325,6 +324,20 @@ def test_the_page_says_what_was_measured(results):
     rows = rows_of(text)
     assert ["demo", "16", "2", "85", "0.85", "NOT held"] in rows
     assert [cells[:2] for cells in rows if cells[0] == "sft"] == [["sft", "1"], ["sft", "2"]]
+
+
+def test_what_surviving_costs_is_counted_right():
+    """By hand: a start and a kill at second 60; the end at 120. Steps take a second. The first
+    part imports for 4 s, begins at 5 and is killed in step 55, of which 50 to 54 have to be taken
+    again; 2 s of them wait for a save, so that 55 s hold 55 steps. The second one begins at 66."""
+    first = [(0.5, "pid", 7), (4.0, "imported", 0), (5.0, "computing", 0), (30.0, "saving", 25),
+             (32.0, "computing", 25), (59.0, "computing", 55)]
+    second = [(60.5, "pid", 8), (64.0, "imported", 0), (66.0, "computing", 50),
+              (119.0, "computing", 104)]
+    row = kills.costs([*first, *second], [0.0, 60.0, 120.0])
+    assert row == {"ranks": 2, "kills": 1, "seconds": 120.0, "steps": 104, "imports": 8.0,
+                   "start": 3.0, "saves": 2.0, "replay": 5.0, "seconds_a_step": 1.0,
+                   "share": round(104 / 115, 3)}
 
 
 def test_the_checked_in_page_is_what_the_results_give():
