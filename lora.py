@@ -758,14 +758,14 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
     if here and notes.get("base_hash", here) != here:
         raise ValueError(f"{folder} was trained on another base ({notes['base'] or 'unnamed'}, "
                          f"hash {notes['base_hash'][:8]}); this model's hash is {here[:8]}")
-    for key, p in trained_parameters(model, config, layers).items():
-        if key not in others or others[key].shape != p.shape:
-            raise ValueError(f"{folder} has no tensor {key} of shape {tuple(p.shape)}")
-    with torch.random.fork_rng(devices=[]):             # its random start is overwritten
-        try:
+    try:
+        for key, p in trained_parameters(model, config, layers).items():
+            if key not in others or others[key].shape != p.shape:
+                raise ValueError(f"it has no tensor {key} of shape {tuple(p.shape)}")
+        with torch.random.fork_rng(devices=[]):         # its random start is overwritten
             add_lora(model, config, name, quiet=True)
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     for layer, found in layers.items():
         change = model.get_submodule(layer).lora_adapters[name]["whole"]
         change.lora_A.copy_(found["A"])
