@@ -263,7 +263,8 @@ class GPT(nn.Module):
     def crop_context(self, block_size: int) -> None:
         """Shorten the context, in place: the last positions are left out."""
         if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"block_size={block_size} is not in 1 to {self.config.block_size}")
+            raise ValueError(f"block_size={block_size} is not in 1 to {self.config.block_size}, "
+                             f"the context of the model")
         wpe = self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
         wpe.num_embeddings = block_size

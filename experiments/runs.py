@@ -185,7 +185,8 @@ def status(run: Run) -> str:
     if not len(run):
         return f"{run.name}: no training step so far"
     last = {key: values[-1] for key, values in run.steps.items()}
-    most, val = run.config.get("max_steps") or 0, run.measured("val_loss", "steps")[1]
+    most, val = run.config.get("max_steps"), run.measured("val_loss", "steps")[1]
+    most = most if isinstance(most, int) else 0                     # of a damaged config.json
     speed = max(last["tokens_per_s"], 1e-9)
     left = duration((most - last["step"]) * last["tokens"] / last["step"] / speed)
     end = ", finished" if run.finished else f", {left} left" if most > last["step"] else ""

@@ -1,7 +1,7 @@
 """Exercises: functions of this project to write yourself, tried inside the project in seconds.
 
     python -m learn list                what there is, in order, with minutes
-    python -m learn start attention     exercises/attention.py: what is asked, signature, no body
+    python -m learn start attention     a file in exercises/: what is asked, signature, no body
     python -m learn check attention     your function in the project's place: what differs
     python -m learn hint attention      one hint
     python -m learn solution attention  the project's own function

@@ -52,7 +52,7 @@ def run(settings, **changes):
 def evaluations(monkeypatch, losses):
     """Let the evaluations of a run find these losses."""
     found = iter(losses)
-    monkeypatch.setattr(train_module, "evaluate_loss",
+    monkeypatch.setattr(train_module, "evaluate_data",
                         lambda *arguments: {"loss": next(found), "tokens": 1})
 
 
