@@ -28,7 +28,9 @@ def with_solutions(notebook):
     return notebook
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem == "09_better"))
+    for path in NOTEBOOKS])                             # 09 takes minutes: make test-all
 def test_the_notebook_runs_with_its_solutions(path, request):
     notebook = with_solutions(nbformat.read(path, as_version=4))
     if "Tokenizer.gpt2()" in str(notebook):
