@@ -130,7 +130,7 @@ class MixtureLoader(WindowLoader):
 
     def __init__(self, sources: list[WindowLoader], weights: Sequence[float | Fraction]):
         one, self.sources = sources[0], sources
-        self.weights = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+        self.weights = [Fraction(weight) for weight in weights]
         self.starts = np.cumsum([0, *(source.rows_per_epoch for source in sources)])
         # An epoch ends where the first source has been served once.
         epoch = min(source.rows_per_epoch * sum(self.weights) / weight
@@ -179,7 +179,8 @@ def deal(numbers: np.ndarray, weights: Sequence[Fraction]) -> tuple[np.ndarray, 
     source, place = np.zeros_like(numbers), numbers.copy()
     left = np.ones(len(numbers), bool)                  # rows that no source has yet
     for i in range(len(weights) - 1, 0, -1):
-        share = sum(weights[:i]) / sum(weights[:i + 1])             # of the sources before i
+        # Of the sources before i, to 1e-9 at worst: its product with 4e9 rows has to fit 64 bits.
+        share = (sum(weights[:i]) / sum(weights[:i + 1])).limit_denominator(10**9)
         before, after = (_rounded(share, n) for n in (place, place + 1))
         others = left & (after > before)
         mine = left & ~others

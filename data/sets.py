@@ -6,7 +6,8 @@
     for batch in batches.batches(step): model(*batch, reduction="sum")
     for batch in data.validation(config, world): ...
 
-It is a TokenSet (token shards), a MixtureSet of some (a:0.7,b:0.3), a ChatSet (conversations) or a ClassSet (texts with a class each).
+It is a TokenSet (token shards), a MixtureSet of some (a:0.7,b:0.3), a ChatSet (conversations) or a
+ClassSet (texts with a class each).
 Each has: tokenizer (or None), vocab_size, fingerprint, template ("" of texts), unigram_entropy
 (nats, or None), prompts, which is what to ask a model that learns from it, classes, how many a
 Classifier chooses among (0 where the next token is learned), parts, what tokens consist of that are

@@ -54,6 +54,18 @@ def test_a_row_is_dealt_alike_alone_and_among_others():
     assert np.bincount(source).tolist() == [700, 200, 100]
 
 
+def test_weights_of_many_digits_are_dealt_right_far_into_a_run():
+    """Their products are beyond 64 bits: 0.123457 to 1 / 999983 to 7, at row 10^9."""
+    weights = [Fraction("0.123457"), Fraction(1, 999983), Fraction(7)]
+    numbers = np.arange(10**9, 10**9 + 1000)
+    source, place = deal(numbers, weights)
+    for i, weight in enumerate(weights):            # each share is off by 10^-9, a row here
+        had = float(weight / sum(weights)) * numbers[source == i]
+        assert (abs(place[source == i] - had) <= 2 * len(weights)).all()
+    weights = [Fraction(1), Fraction(1, 10**7)]     # a share that is nearly all: not rounded to it
+    assert abs(deal(np.array([10**9]), weights)[1][0] - 10**9 / (1 + 1e-7)) <= 4
+
+
 def test_every_window_of_a_source_comes_once_before_any_comes_twice():
     loader, seen = mixed([401, 81], [0.75, 0.25]), [[], []]     # 100 and 20 windows
     for step in range(loader.rows_per_epoch // loader.rows_per_step):   # 80 rows: 60 and 20
