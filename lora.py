@@ -112,9 +112,8 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
-             quiet: bool = False, rate: float = 0.0) -> nn.Module:
+             quiet: bool = False) -> nn.Module:
     """Give the model an adapter, in place: it computes and trains, everything else is frozen.
-    What it is is said, unless `quiet`, and how far a learning rate, if given, will move it.
 
     Returns the model. ValueError where no layer matches, the name is taken, or a layer cannot have
     one; then nothing has changed.
@@ -138,7 +137,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
                               for key in extras}
     set_adapter(model, name)
     if not quiet:
-        say(describe(model) + (f"\n{first_step(model, config, rate)}" if rate else ""))
+        say(describe(model))
     return model
 
 

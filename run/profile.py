@@ -33,6 +33,9 @@ class Profiler:
         self.out, self.rows, self.log, self.cuda = out, rows, log, log.device.type == "cuda"
         self.steps = config.profile if log.active else 0
         self.first, self.running = start + SKIPPED, None
+        if self.steps and self.first + self.steps > config.max_steps:   # a run that goes on
+            log.say(f"no profile: it takes {SKIPPED + self.steps} steps, and "
+                    f"{config.max_steps - start} are left")
 
     def batches(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same, with the time that reading them takes noted as data's."""
