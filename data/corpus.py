@@ -130,7 +130,9 @@ def behind_end_of_text(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
 def print_summary(folder: Path, meta: dict[str, Any]) -> None:
     """Say in a line what a folder of shards holds."""
     train, val = (meta["splits"].get(split, {}).get("tokens", 0) for split in ("train", "val"))
-    print(f"{folder}: {train:,} tokens to train on, {val:,} to validate, {meta['documents']:,} "
+    here = Path(folder).absolute()
+    name = here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else folder
+    print(f"{name}: {train:,} tokens to train on, {val:,} to validate, {meta['documents']:,} "
           f"documents, vocabulary {meta['vocab_size']:,}, unigram entropy "
           f"{meta['unigram_entropy']:.3f} nats")
 
