@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 
@@ -26,12 +27,15 @@ class OptimConfig:
     beta1: float = 0.9  # AdamW: decay of the mean of gradients
     beta2: float = 0.95  # AdamW: decay of their mean square (GPT-3's; PyTorch has 0.999)
     eps: float = 1e-8  # AdamW: added to the root of the mean square
+    embedding_lr: float = 1.0  # learning rate of the embeddings, over that of the rest
     lora_plus_ratio: float = 1.0  # LoRA+: learning rate of B over that of A; the paper's choice is
         # 16
     galore_rank: int = 128  # GaLore: rank of the projected gradients
     galore_every: int = 200  # GaLore: steps between projections
     galore_scale: float = 0.25  # GaLore: factor of its updates
     muon_momentum: float = 0.95  # Muon: decay of the mean of gradients
+    muon_warmup: int = 0  # Muon: steps in which that decay rises from 0.85
+    muon_weight_decay: float | None = None  # Muon: of its matrices; none: weight_decay
     power: float = 1.0  # exponent of the polynomial schedule
     decay_share: float = 0.2  # share of the steps in which the wsd schedule decays
     decay_to: float = 0.01  # what the exponential schedule ends at, as a share of the way from the
@@ -41,7 +45,8 @@ class OptimConfig:
         for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optim.{name}={getattr(self, name)} is not in [0, 1)")
-        for name in ("lora_plus_ratio", "galore_rank", "galore_every", "galore_scale"):
+        for name in ("embedding_lr", "lora_plus_ratio", "galore_rank", "galore_every",
+                     "galore_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be positive")
         if self.optimizer not in RULES:
@@ -53,23 +58,26 @@ class OptimConfig:
                 raise ValueError(f"optim.{name}={getattr(self, name)} is not in (0, 1]")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float,
-                     lora_plus_ratio: float = 1.0) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, lora_plus_ratio: float = 1.0,
+                     embedding_lr: float = 1.0) -> list[dict[str, Any]]:
     """Trainable parameters: matrices and embeddings decay, biases and gains not.
 
-    A group's `lr_scale` is what the learning rate is multiplied by: the ratio for the B of adapters
-    in LoRA+, in a group of their own, else 1.
+    A group's `lr_scale` is what the learning rate is multiplied by: 1, the ratio of LoRA+ for the B
+    of adapters, or that of embeddings, which a tied head shares.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    fast = {name for name, _ in named if name.endswith("lora_B") and lora_plus_ratio != 1}
-    groups = [
-        {"params": [p for name, p in named if p.dim() >= 2 and name not in fast],
-         "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0, "lr_scale": 1.0}]
-    if fast:
-        groups.append({"params": [p for name, p in named if name in fast],
-                       "weight_decay": weight_decay, "lr_scale": lora_plus_ratio})
-    return groups
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    found: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            scale = lora_plus_ratio if name.endswith("lora_B") else 1.0
+            scale = embedding_lr if p in embeddings else scale
+            found.setdefault((p.dim() >= 2, scale), []).append(p)
+    return [{"params": params, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+            for (decays, scale), params in found.items()]
+
+
+# Layers whose rows are several matrices: queries, keys and values. Muon takes each by itself.
+FUSED = {"c_attn": 3}
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float,
@@ -78,48 +86,64 @@ def make_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float,
 
     Its `lr` are to be set before every step, as at the head of this file.
     """
-    groups = parameter_groups(model, weight_decay, config.lora_plus_ratio)
+    groups = parameter_groups(model, weight_decay, config.lora_plus_ratio, config.embedding_lr)
     for group in groups:
         group["lr"] = learning_rate * group["lr_scale"]
     if config.optimizer == "adamw":     # fused: one kernel updates all parameters of a group
         return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps,
                                  fused=True)
     # The same parameters in the same order, with the matrices of linear layers apart.
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = {module.weight for module in model.modules()
-                if isinstance(module, nn.Linear)} - embeddings
+    linear = {module.weight: name.rpartition(".")[2] for name, module in model.named_modules()
+              if isinstance(module, nn.Linear)}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            linear.pop(module.weight, None)             # a head that is tied to it
     split = []
     for group in groups:
         for rule, wanted in ((config.optimizer, True), ("adamw", False)):
-            params = [p for p in group["params"] if (p in matrices) == wanted]
+            params = [p for p in group["params"] if (p in linear) == wanted]
             if params:
                 split.append({**group, "params": params, "rule": rule})
-    return ByRule(split, config)
+                if rule == "muon" and config.muon_weight_decay is not None:
+                    split[-1]["weight_decay"] = config.muon_weight_decay
+    return ByRule(split, config, {p: FUSED[name] for p, name in linear.items() if name in FUSED})
 
 
-class ByRule(torch.optim.Optimizer):
-    """An optimizer whose groups have a `rule`, one of RULES: gradient to update.
+class ByRule(torch.optim.AdamW):
+    """PyTorch's AdamW, but groups with another `rule` take their updates from one of RULES.
 
     All that a rule remembers is in the state, so saving and loading it continues exactly.
-    `found_inf` is as in PyTorch's fused AdamW: 1, on the device, for a step that changes nothing.
+    `found_inf` is as in PyTorch's: 1, on the device, for a step that changes nothing.
     """
     found_inf = torch.zeros(())
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig):
-        super().__init__(groups, {})
-        self.config = config
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig,
+                 parts: dict[nn.Parameter, int]):
+        super().__init__(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+        self.config, self.parts = config, parts
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)     # AdamW's looks for a step in each state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """p -= lr * (weight_decay * p + update), for each parameter that has a gradient."""
-        skip = self.found_inf > 0
-        for group in self.param_groups:
+        skip, groups = self.found_inf > 0, self.param_groups
+        for group in groups:
+            if group["rule"] == "adamw":
+                continue
+            params = [p for p in group["params"] if p.grad is not None]
+            updates = [RULES[group["rule"]](p.grad, self.state[p], self.config, skip)
+                       for p in params]
+            if group["rule"] == "muon":                 # all at once
+                updates = orthogonal(updates, [self.parts.get(p, 1) for p in params])
             decay = torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"])
-            for p in group["params"]:
-                if p.grad is not None:
-                    update = RULES[group["rule"]](p.grad, self.state[p], self.config, skip)
-                    p.mul_(decay)
-                    p.sub_(torch.where(skip, 0.0, update), alpha=group["lr"])
+            for p, update in zip(params, updates):
+                p.mul_(decay)
+                p.sub_(torch.where(skip, 0.0, update), alpha=group["lr"])
+        self.param_groups = [group for group in groups if group["rule"] == "adamw"]
+        super().step()
+        self.param_groups = groups
 
 
 def follow(mean: torch.Tensor, value: torch.Tensor, decay: float,
@@ -169,28 +193,64 @@ def galore(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig,
 
 def muon(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig,
          skip: torch.Tensor) -> torch.Tensor:
-    """The nearest orthogonal matrix to the mean of gradients with Nesterov's step, roughly.
-
-    Five Newton-Schulz steps bring every singular value near 1. A matrix (n, m) so has entries of
-    root mean square 1 / sqrt(max(n, m)); 0.2 is that of AdamW's updates.
-    """
+    """The mean of gradients with Nesterov's step, of which `orthogonal` makes Muon's update."""
     if "mean" not in state:
         state["mean"] = torch.zeros_like(gradient)
-    mean = follow(state["mean"], gradient, config.muon_momentum, skip)
-    x = gradient.lerp(mean, config.muon_momentum)
-    tall = x.size(0) > x.size(1)
-    x = (x.t() if tall else x).to(torch.bfloat16 if x.is_cuda else torch.float32)
-    x = x / x.norm().clamp_min(1e-7)
+    momentum: Any = config.muon_momentum
+    if config.muon_warmup:
+        state.setdefault("steps", torch.zeros((), device=gradient.device))
+        share = (state["steps"].add_(~skip) / config.muon_warmup).clamp(max=1)
+        momentum = 0.85 + (momentum - 0.85) * share
+    mean = follow(state["mean"], gradient, momentum, skip)
+    return gradient.lerp(mean, momentum)
+
+
+def orthogonal(matrices: list[torch.Tensor], parts: list[int]) -> list[torch.Tensor]:
+    """Of each matrix (n, m), or each of its `parts` of rows, roughly the nearest orthogonal one.
+
+    Its entries have a root mean square of 1 / sqrt(max(n, m)); it is brought to 0.2, that of
+    AdamW's updates. Those of one shape are one stack, and each rank computes its share of it: the
+    ranks have the same gradients.
+    """
+    pieces = [piece for matrix, count in zip(matrices, parts) for piece in matrix.chunk(count)]
+    wide = [piece if piece.size(0) <= piece.size(1) else piece.t() for piece in pieces]
+    for shape in {x.shape: 0 for x in wide}:
+        numbers = [i for i, x in enumerate(wide) if x.shape == shape]
+        found = on_all_ranks(five_steps, [wide[i] for i in numbers])
+        for i, x in zip(numbers, found):
+            x = x.to(pieces[i].dtype) * (0.2 * math.sqrt(max(shape)))
+            pieces[i] = x if x.shape == pieces[i].shape else x.t()
+    left = iter(pieces)
+    return [torch.cat([next(left) for _ in range(count)]) for count in parts]
+
+
+def on_all_ranks(function: Callable[[torch.Tensor], torch.Tensor], matrices: list[torch.Tensor]
+                 ) -> torch.Tensor:
+    """function of all these in one stack, (k, n, m), whose first axis the ranks divide."""
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if ranks == 1:
+        return function(torch.stack(matrices))
+    share = -(-len(matrices) // ranks)
+    first = share * dist.get_rank()
+    found = function(torch.stack((matrices + ranks * share * matrices[:1])[first:first + share]))
+    whole = found.new_empty(ranks * share, *found.shape[1:])
+    dist.all_gather_into_tensor(whole, found.contiguous())
+    return whole[:len(matrices)]
+
+
+def five_steps(x: torch.Tensor) -> torch.Tensor:
+    """Of a stack (k, n, m), n <= m, matrices whose singular values are all near 1."""
+    x = x.to(torch.bfloat16) if x.is_cuda else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
         x = newton_schulz(x)
-    x = (x.t() if tall else x).to(gradient.dtype)
-    return 0.2 * math.sqrt(max(x.shape)) * x
+    return x
 
 
 def newton_schulz(x: torch.Tensor) -> torch.Tensor:
-    """One step towards an orthogonal matrix: x (n, m) keeps its singular directions, and a singular
-    value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which five steps bring near 1."""
-    square = x @ x.t()                                              # (n, n)
+    """One step towards an orthogonal matrix: x (..., n, m) keeps its singular directions, and a
+    singular value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5, which five steps bring near 1."""
+    square = x @ x.mT                                               # (..., n, n)
     return 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
 
 

@@ -174,18 +174,19 @@ def adamw() -> Trial:
     yield "update 4, after a NaN to skip", optim.adamw(torch.ones(4), state, config, no)
     model = tiny()
     model(IDS, TARGETS)[1].backward()
-    optim.make_optimizer(model, optim.OptimConfig("muon"), 0.1, weight_decay=0.1).step()
-    yield "a GPT's token table after a step", model.lm_head.weight
+    optim.make_optimizer(model, optim.OptimConfig("galore"), 0.1, weight_decay=0.1).step()
+    yield "a GPT's weight after a step of GaLore", model.transformer.h[0].mlp.c_fc.weight
 
 
 def newton_schulz() -> Trial:
     """The step that Muon takes five times, towards an orthogonal matrix
 
-    a X + b (X X^T) X + c (X X^T)^2 X, where a = 3.4445, b = -4.7750, c = 2.0315."""
+    a X + b (X X^T) X + c (X X^T)^2 X, where a = 3.4445, b = -4.7750, c = 2.0315, of each matrix
+    of a stack (..., n, m)."""
     torch.manual_seed(0)
     gradient = torch.randn(3, 5)
     yield "a matrix (3, 5)", optim.newton_schulz(gradient / gradient.norm())
-    yield "Muon's update", optim.muon(gradient, {}, optim.OptimConfig(), torch.tensor(False))
+    yield "Muon's update", optim.orthogonal([gradient], [1])[0]
 
 
 def top_p() -> Trial:

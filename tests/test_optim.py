@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
-from optim import (RULES, SCHEDULES, OptimConfig, learning_rate, make_optimizer, parameter_groups,
-                   take_step)
+from optim import (RULES, SCHEDULES, OptimConfig, adamw, learning_rate, make_optimizer, muon,
+                   parameter_groups, take_step)
 from run.config import parse
 from train import TrainConfig
 
@@ -155,21 +155,88 @@ def test_a_muon_step_is_nearly_orthogonal_and_pytorchs(shape):
 
 
 def test_adamw_written_out_equals_pytorchs():
+    weight, state, config = torch.nn.Parameter(torch.randn(4, 6)), {}, OptimConfig()
+    expected, no = weight.detach().clone(), torch.tensor(False)
+    theirs = torch.optim.AdamW([weight], 1e-2, (config.beta1, config.beta2), weight_decay=0.1)
+    for _ in range(3):
+        weight.grad = torch.randn(4, 6)
+        theirs.step()
+        expected -= 1e-2 * (0.1 * expected + adamw(weight.grad, state, config, no))
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_takes_no_rule_takes_pytorchs_adamw_bit_for_bit():
     model, other = GPT(SHAPE), GPT(SHAPE)
     other.load_state_dict(model.state_dict())
-    # rank 8 is the whole of c_attn's shorter side, but embeddings and gains take plain AdamW
-    ours = make_optimizer(model, OptimConfig(optimizer="galore"), 1e-2, 0.1)
-    theirs = make_optimizer(other, OptimConfig(), 1e-2, 0.1)
-    for step in range(3):
-        torch.manual_seed(step)
+    ours = make_optimizer(model, OptimConfig(optimizer="muon", embedding_lr=2.0), 1e-2, 0.1)
+    theirs = make_optimizer(other, OptimConfig(embedding_lr=2.0), 1e-2, 0.1)
+    for _ in range(3):
         for p, q in zip(model.parameters(), other.parameters()):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         ours.step()
         theirs.step()
-    for (name, p), q in zip(model.named_parameters(), other.parameters()):
-        if "ln" in name or "wte" in name or "bias" in name:
-            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    for (name, p), q in zip(model.named_parameters(), other.named_parameters()):
+        assert torch.equal(p, q[1]) == ("c_" not in name or "bias" in name), name
+
+
+def first_update(model, config, name, weight_decay=0.0):
+    """How one step at the learning rate 1, with random gradients, changes a parameter."""
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    p = model.get_parameter(name)
+    before = p.detach().clone()
+    make_optimizer(model, config, 1.0, weight_decay).step()
+    return before - p.detach()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_embeddings_have_a_learning_rate_of_their_own(optimizer):
+    for name, ratio in (("transformer.wte.weight", 3.0), ("transformer.wpe.weight", 3.0),
+                        ("transformer.ln_f.weight", 1.0),
+                        ("transformer.h.0.mlp.c_fc.weight", 1.0)):
+        plain, own = (first_update(GPT(SHAPE), OptimConfig(optimizer, embedding_lr=ratio), name)
+                      for ratio in (1.0, 3.0))
+        torch.testing.assert_close(own, ratio * plain, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_takes_queries_keys_and_values_each_by_itself():
+    config, name = OptimConfig("muon"), "transformer.h.1.attn.c_attn.weight"
+    model = GPT(SHAPE)
+    update = first_update(model, config, name)
+    gradient = model.get_parameter(name).grad                           # (3C, C)
+    for part, theirs in zip(update.chunk(3), gradient.chunk(3)):
+        alone = torch.nn.Linear(8, 8, bias=False)
+        alone.weight.grad = theirs.clone()
+        before = alone.weight.detach().clone()
+        make_optimizer(alone, config, 1.0, 0.0).step()
+        torch.testing.assert_close(part, before - alone.weight.detach(), rtol=1e-5, atol=1e-6)
+        values = torch.linalg.svdvals(part) / (0.2 * math.sqrt(8))
+        assert values.min() > 0.3 and values.max() < 1.25   # one alone; of all rows together 0.58
+
+
+def test_muons_matrices_have_a_weight_decay_of_their_own():
+    config = OptimConfig("muon", muon_weight_decay=0.5)
+    for name, decay in (("transformer.h.0.mlp.c_fc.weight", 0.5), ("transformer.wte.weight", 0.1)):
+        torch.manual_seed(1)
+        model = GPT(SHAPE)
+        weight = model.get_parameter(name).detach().clone()
+        torch.manual_seed(1)
+        plain = first_update(GPT(SHAPE), OptimConfig("muon"), name)
+        found = first_update(model, config, name, weight_decay=0.1)
+        torch.testing.assert_close(found - plain, decay * weight, rtol=1e-4, atol=1e-5)
+
+
+def test_muons_momentum_rises_from_085_over_its_warmup():
+    """Of equal gradients g the mean after n steps is (1 - product of the n decays) g."""
+    state, config, left = {}, OptimConfig("muon", muon_warmup=4), 1.0
+    for step in range(1, 7):
+        decay = 0.85 + 0.1 * min(step / 4, 1)
+        left *= decay
+        found = muon(torch.ones(2, 2), state, config, torch.tensor(False))
+        assert state["mean"].flatten().tolist() == pytest.approx(4 * [1 - left])
+        assert found.flatten().tolist() == pytest.approx(4 * [1 - decay * left])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "galore", "muon"])

@@ -16,6 +16,7 @@ from data.loader import divide_step
 from fast.cross_entropy import head_memory
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
+from optim import OptimConfig, make_optimizer
 from run import plan
 from run.config import build
 from run.device import PEAK_FLOPS, autocast
@@ -281,3 +282,38 @@ def test_a_dry_run_of_a_sharded_run_counts_its_shard(tmp_path, monkeypatch, caps
     monkeypatch.setattr(shards, "DATA", tmp_path)
     train(build(TrainConfig, {**PRESETS["gpt2-1558m"].settings, "dry_run": True, "shard": "fsdp"}))
     assert "9.6 GB weights, gradients, AdamW and copies, 14.2 GB act" in capsys.readouterr().out
+
+
+def muon_steps(out):
+    """The weights after three steps of Muon with the same gradients on each rank."""
+    with processes("cpu") as world:
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**TINY))
+        optimizer = make_optimizer(model, OptimConfig("muon"), 0.01, 0.1)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        torch.save(model.state_dict(), Path(out, f"{world.size}-{world.rank}.pt"))
+
+
+def test_muon_divided_over_ranks_equals_muon_undivided(tmp_path):
+    """Four ranks share stacks of 12 and of 6 matrices; of the second the last rank has none."""
+    for size in (1, 4):
+        ranks = start(muon_steps, size, str(tmp_path))
+        for process in ranks:
+            process.join(timeout=120)
+        assert [process.exitcode for process in ranks] == size * [0]
+    alone, first, *others = (torch.load(tmp_path / f"{name}.pt", weights_only=True)
+                             for name in ("1-0", "4-0", "4-1", "4-2", "4-3"))
+    for name, weight in alone.items():
+        # products of another number of matrices may round in another way
+        torch.testing.assert_close(first[name], weight, rtol=0, atol=1e-6)
+        assert all(torch.equal(first[name], other[name]) for other in others), name
+
+
+@pytest.mark.parametrize("shard", ["fsdp", "zero2"])
+@pytest.mark.parametrize("optimizer", ["muon", "galore"])
+def test_rules_that_need_whole_matrices_are_refused_where_shard_splits_them(shard, optimizer):
+    with pytest.raises(ValueError, match=f"shard={shard} splits .* optim.optimizer={optimizer} "):
+        TrainConfig(max_steps=1, shard=shard, optim=OptimConfig(optimizer))
