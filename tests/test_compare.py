@@ -4,6 +4,7 @@ import math
 import os
 import random
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from data import pydocs
 from experiments import compare
@@ -309,6 +311,53 @@ def test_a_patch_is_in_its_variant_alone_and_its_source_in_the_result(words, tmp
     patch.write_text("\nimport nothing_like_it\n")
     with pytest.raises(ValueError, match="the patch fails, line 2: ModuleNotFoundError"):
         found(words, f"--patch={patch}", "--seeds=2")
+
+
+def test_what_a_patch_changes_at_the_start_stays(monkeypatch):
+    init = GPT.__init__
+
+    def patched(self, config):
+        init(self, config)
+        torch.nn.init.zeros_(self.transformer.wpe.weight)
+        self.transformer.h[0].mlp.c_fc.weight.data.mul_(2)
+    monkeypatch.setattr(GPT, "__init__", patched)
+    config = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8)
+    with drawn_by_name(0):
+        patched_one = GPT(config)
+    monkeypatch.setattr(GPT, "__init__", init)
+    with drawn_by_name(0):
+        plain = GPT(config)
+    assert not patched_one.transformer.wpe.weight.any()
+    for name, p in plain.named_parameters():
+        if "wpe" not in name:
+            same = torch.equal(p, patched_one.get_parameter(name))
+            assert same == (name != "transformer.h.0.mlp.c_fc.weight"), name
+
+
+def test_the_rotary_example_sees_distances_only(monkeypatch):
+    monkeypatch.setattr(GPT, "__init__", GPT.__init__)                  # to be put back
+    monkeypatch.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
+    patch = runpy.run_path(str(STUDIES / "rotary.py"))
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    for distance in (0, 3, 50):                     # wherever the two are; lengths stay
+        products = [(patch["rotated"](q, start + distance) * patch["rotated"](k, start)).sum()
+                    for start in (0, 1, 70)]
+        torch.testing.assert_close(products, 3 * products[:1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(patch["rotated"](q, 9).norm(), q.norm())
+    # by hand, at position 1: channels 0 and 8 are turned by one radian
+    turned, one = patch["rotated"](q, 1).flatten().tolist(), q.flatten().tolist()
+    assert turned[0] == pytest.approx(one[0] * math.cos(1) - one[8] * math.sin(1), abs=1e-6)
+
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)).eval()
+    idx = torch.randint(50, (1, 16))
+    with torch.no_grad():                           # large, so that what it attends to matters
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.3 if p.dim() > 1 and p.requires_grad else p)
+        whole, _ = model(idx)
+        cache = model.new_cache(1, 16)
+        parts = torch.cat([model(part, cache=cache)[0] for part in idx.split([7, 1, 8], dim=1)], 1)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(whole[0, 1:], model(idx.flip(1))[0][0, 1:])      # order is seen
 
 
 def test_several_at_once_find_the_same_and_no_times(words, tmp_path):
