@@ -5,7 +5,7 @@
 Writes bench/results/*.json (`--save=false`: only prints); `python -m bench.measured` puts them into
 docs/measured.md. Beside these there are benchmarks that need others' programs (bench.versus_peers,
 bench.bpe, bench.lora, bench.lm_eval) or more time (bench.step for all shapes, which has to save all
-its rows at once; bench.kills; bench.shakespeare).
+its rows at once; bench.kills; bench.race).
 """
 import subprocess
 import sys

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from bench import (bpe, gpu, hellaswag, kills, ladder, lm_eval, loading, lora, machine, ranks, saves,
-                   shakespeare, step, versus_peers)
+                   race, step, versus_peers)
 from bench.machine import REPOSITORY, table
 from run.config import parse, run_command
 
@@ -30,7 +30,7 @@ TITLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {     # files: 
     "bpe": ("Tokenizers", bpe.report),
     "hellaswag_*": ("HellaSwag", hellaswag.report),
     "lm_eval": ("HellaSwag beside the harness", lm_eval.report),
-    "shakespeare": ("A whole run beside nanoGPT", shakespeare.report),
+    "race": ("A whole run beside nanoGPT", race.report),
     "saves-*": ("Checkpoints", saves.report),
     "kills": ("Kills", kills.report),
     "survival": ("What surviving kills costs", kills.report_costs),

@@ -46,20 +46,21 @@ def follow(settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _pretraining(n_layer: int, n_head: int, n_embd: int, learning_rate: float,
-                 micro_batch: int) -> dict[str, Any]:
-    """10 B tokens of FineWeb-Edu in batches of 0.5 M tokens. As all gpt2 presets it leaves
-    the order of sums to the GPU, which is faster; --deterministic=true asks for the same bits.
+def _pretraining(n_layer: int, n_head: int, n_embd: int, learning_rate: float, micro_batch: int,
+                 **more: Any) -> dict[str, Any]:
+    """FineWeb-Edu in batches of 0.5 M tokens. As all gpt2 presets it leaves the order of sums to
+    the GPU, which is faster; --deterministic=true asks for the same bits.
 
-    Learning rates, and warmup over 375 M tokens (715 steps): GPT-3 (2005.14165), table 2.1 and
-    appendix B. For 124M GPT-3 used batches of 0.5 M tokens, so 19,073 steps are 10 B.
+    Linear decay to zero, and three times the learning rates of GPT-3 (2005.14165, table 2.1): what
+    was found for 124M (KellerJordan/modded-nanogpt, record of 2024-06), taken for the other sizes
+    as a rule. For 124M GPT-3 used batches of 0.5 M tokens.
     """
     return dict(
         data="fineweb", max_steps=19073, batch_tokens=524288, micro_batch=micro_batch,
-        learning_rate=learning_rate, min_learning_rate=learning_rate / 10, warmup_steps=715,
+        learning_rate=learning_rate, min_learning_rate=0.0, schedule="linear", warmup_steps=250,
         eval_every=250, eval_tokens=10_485_760, hellaswag_every=1000, save_every=1000,
         sample_every=1000, deterministic=False,
-        model=dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_multiple=128))
+        model=dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_multiple=128)) | more
 
 
 SHAKESPEARE_CPU = dict(
@@ -105,16 +106,28 @@ PRESETS = {
              model=dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2,
                         bias=False))),
     "gpt2-124m": Preset(
-        "GPT-2 124M on 10 B tokens of FineWeb-Edu",
+        "GPT-2 124M on 5 B tokens of FineWeb-Edu, AdamW at a tuned rate",
+        "predicted: validation loss 3.28 to 3.31, in 23 minutes and for $12 on 8 H100 "
+        "(docs/scaling.md, Which recipe)", _pretraining(12, 12, 768, 1.8e-3, 32, max_steps=9536)),
+    "gpt2-124m-muon": Preset(
+        "the same on 3.25 B tokens, with Muon",
+        "predicted: validation loss 3.28 to 3.31, in 15 minutes and for $8 on 8 H100 (likewise)",
+        _pretraining(12, 12, 768, 1.8e-3, 32, max_steps=6200, warmup_steps=0, weight_decay=0.0,
+                     schedule="wsd", optim=dict(optimizer="muon", embedding_lr=2.0,
+                                                decay_share=0.29))),
+    "gpt2-124m-gpt3": Preset(
+        "the same on 10 B tokens, by GPT-3's recipe",
         "validation loss 3.29 and HellaSwag 29.9% are published for this recipe (build-nanogpt, "
         "llm.c: 94 minutes on 8 A100-80GB); predicted, not measured here",
-        _pretraining(12, 12, 768, 6e-4, 32)),
+        _pretraining(12, 12, 768, 6e-4, 32, min_learning_rate=6e-5, schedule="cosine",
+                     warmup_steps=715)),
     "gpt2-350m": Preset(
-        "GPT-2 medium, 350M, likewise", "not measured", _pretraining(24, 16, 1024, 3e-4, 16)),
+        "GPT-2 medium, 350M, on 10 B tokens", "not measured",
+        _pretraining(24, 16, 1024, 9e-4, 16)),
     "gpt2-774m": Preset(
-        "GPT-2 large, 774M, likewise", "not measured", _pretraining(36, 20, 1280, 2.5e-4, 8)),
+        "GPT-2 large, 774M, likewise", "not measured", _pretraining(36, 20, 1280, 7.5e-4, 8)),
     "gpt2-1558m": Preset(
-        "GPT-2 XL, 1558M, likewise", "not measured", _pretraining(48, 25, 1600, 2e-4, 4)),
+        "GPT-2 XL, 1558M, likewise", "not measured", _pretraining(48, 25, 1600, 6e-4, 4)),
     "sft-demo": Preset(
         "the demo run learns to answer questions on Python's documentation; offline, after demo",
         "validation loss of the answers from 5.1 (training, step 20) to 4.2, in about 75 seconds "

@@ -263,7 +263,7 @@ def test_two_ranks_hold_exchange_and_gather_what_is_counted(tmp_path):
 def test_a_dry_run_without_data_says_the_memory_of_the_tables_and_time_cost_and_disk(
         tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shards, "DATA", tmp_path)       # nothing is prepared
-    for name, row in zip(("gpt2-124m", "gpt2-1558m"), (0, 3)):
+    for name, row in zip(("gpt2-124m-gpt3", "gpt2-1558m"), (0, 3)):
         train(build(TrainConfig, {**PRESETS[name].settings, "dry_run": True,
                                   "out": str(tmp_path / "run")}))
         text = capsys.readouterr().out
