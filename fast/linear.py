@@ -11,6 +11,8 @@ float32, and two of their products are slow:
 - The product of a single row, which writing text is made of, reads the weights once and computes
   next to nothing. Both libraries read at a third of the memory's bandwidth then; a loop that
   torch.compile writes itself reads at most of it.
+- For few rows MKL takes one core on processors that are not Intel's (PyTorch's issue 96643), and
+  oneDNN all. Its linear layer, which torch.compile uses, has no gradient: only inference takes it.
 
 Shapes: N rows, C channels in, O channels out.
 """
@@ -19,20 +21,26 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 FEW_ROWS = 32                           # below, both libraries wait for the weights
+LARGE = 2**21                           # weights: of fewer, another core reads no faster
 
 
-def mkl_is_slow() -> bool:
-    """Whether this is a processor with AVX-512 that is not Intel's."""
+def processor() -> str:
+    """What Linux says of the first core; "" elsewhere."""
     try:
         with open("/proc/cpuinfo") as file:
-            about = file.read(4096)                                 # the first of its cores
-    except OSError:                                                 # not Linux
-        return False
-    return ("avx512f" in about and "GenuineIntel" not in about
+            return file.read(4096)
+    except OSError:
+        return ""
+
+
+def mkl_is_foreign(about: str) -> bool:
+    """Whether PyTorch has MKL and oneDNN for a processor that is not Intel's."""
+    return (bool(about) and "GenuineIntel" not in about and torch.backends.mkl.is_available()
             and torch.backends.mkldnn.is_available())
 
 
-MKL_IS_SLOW = mkl_is_slow()             # a constant: torch.compile cannot read files
+MKL_IS_FOREIGN = mkl_is_foreign(processor())    # constants: torch.compile cannot read files
+MKL_IS_SLOW = MKL_IS_FOREIGN and "avx512f" in processor()
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -44,8 +52,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             y = torch.mv(weight, x.flatten().to(weight.dtype))
             y = (y if bias is None else y + bias).view(*x.shape[:-1], -1)
             return y.to(torch.get_autocast_dtype("cpu") if lower else x.dtype)
-        if rows >= FEW_ROWS and x.dtype == weight.dtype == torch.float32 and not lower \
-                and MKL_IS_SLOW:
+        float32 = x.dtype == weight.dtype == torch.float32 and not lower
+        if 0 < rows <= FEW_ROWS and weight.numel() >= LARGE and float32 and MKL_IS_FOREIGN \
+                and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        if rows >= FEW_ROWS and float32 and MKL_IS_SLOW:
             image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)   # (1, C, 1, N), channels last
             y = F.conv2d(image, weight[:, :, None, None], bias)     # (1, O, 1, N), likewise
             return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

@@ -1,6 +1,5 @@
 """Linear layers: equal to F.linear whichever product is taken, and the fast one is taken."""
 import copy
-import io
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ SHAPES = [(1, 8), (FEW_ROWS - 1, 8), (FEW_ROWS, 8), (5, 30, 8)]         # of x
 @pytest.fixture(params=[True, False], ids=["slow MKL", "fast MKL"])
 def slow(request, monkeypatch):
     monkeypatch.setattr(module, "MKL_IS_SLOW", request.param)
+    monkeypatch.setattr(module, "MKL_IS_FOREIGN", request.param)
     return request.param
 
 
@@ -50,18 +50,22 @@ def test_autocast_has_its_own_dtype(shape, slow):
 
 
 def calls(function, *arguments):
-    """How often which of PyTorch's products ran."""
+    """How often each of PyTorch's operations ran."""
     with torch.no_grad(), torch.profiler.profile() as profile:
         function(*arguments)
-    counts = {event.key: event.count for event in profile.key_averages()}
+    return {event.key: event.count for event in profile.key_averages()}
+
+
+def products(function, *arguments):
+    counts = calls(function, *arguments)
     return counts.get("aten::addmm", 0), counts.get("aten::conv2d", 0)
 
 
 def test_many_rows_are_a_convolution_where_mkl_is_slow(slow):
     layer = FastLinear(8, 6)
-    assert calls(layer, torch.randn(FEW_ROWS, 8)) == ((0, 1) if slow else (1, 0))
-    assert calls(layer, torch.randn(FEW_ROWS - 1, 8)) == (1, 0)
-    assert calls(layer.double(), torch.randn(FEW_ROWS, 8).double()) == (1, 0)
+    assert products(layer, torch.randn(FEW_ROWS, 8)) == ((0, 1) if slow else (1, 0))
+    assert products(layer, torch.randn(FEW_ROWS - 1, 8)) == (1, 0)
+    assert products(layer.double(), torch.randn(FEW_ROWS, 8).double()) == (1, 0)
 
 
 def test_the_compiler_makes_its_own_product_for_one_row_and_leaves_more_rows_alone():
@@ -71,7 +75,7 @@ def test_the_compiler_makes_its_own_product_for_one_row_and_leaves_more_rows_alo
         compiled, x = torch.compile(layer), torch.randn(rows, 8)
         with torch.no_grad():
             torch.testing.assert_close(compiled(x), layer(x))
-        assert calls(compiled, x) == expected
+        assert products(compiled, x) == expected
 
 
 def test_a_model_computes_by_fast_products_with_the_parameters_that_it_had():
@@ -91,14 +95,41 @@ def test_a_model_computes_by_fast_products_with_the_parameters_that_it_had():
     assert isinstance(model[0], torch.nn.Linear)        # what LoRA and NF4 look for
 
 
-@pytest.mark.parametrize("about, slow", [
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("rows", [1, FEW_ROWS])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_few_rows_of_a_large_weight_are_onednns_where_no_gradient_is_wanted(rows, with_bias, slow,
+                                                                            monkeypatch):
+    """Equal to float64 up to the rounding of 8 products; rows and weight of any strides."""
+    monkeypatch.setattr(module, "LARGE", 48)
+    x, weight, bias = torch.randn(2, rows, 8)[1:], torch.randn(6, 16)[:, ::2], torch.randn(6)
+    tensors = [x, weight, bias][:2 + with_bias]
+    with torch.no_grad():
+        y = linear(*tensors)
+        expected = F.linear(*(tensor.double() for tensor in tensors))
+    assert y.shape == (1, rows, 6)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    counts, own = calls(linear, *tensors), "mkldnn::_linear_pointwise"
+    assert (own in counts) == slow
+    assert own not in calls(linear, torch.randn(FEW_ROWS + 1, 8), weight)
+    assert own not in calls(linear, x, weight[:5]) and own not in calls(linear, x.double(),
+                                                                        weight.double())
+    weight.requires_grad_()
+    linear(x, weight).sum().backward()                  # with a gradient: PyTorch's own
+    torch.testing.assert_close(weight.grad, x.sum((0, 1)).expand(6, 8))
+
+
+@pytest.mark.parametrize("about, foreign", [
     ("vendor_id: AuthenticAMD\nflags: avx2 avx512f", True),
-    ("vendor_id: GenuineIntel\nflags: avx2 avx512f", False),
-    ("vendor_id: AuthenticAMD\nflags: avx2", False), (None, False)])
-def test_mkl_is_left_on_processors_that_it_uses_and_on_unknown_ones(about, slow, monkeypatch):
+    ("vendor_id: GenuineIntel\nflags: avx2 avx512f", False), ("", False)])
+def test_mkl_is_left_on_intels_processors_and_on_unknown_ones(about, foreign):
+    assert module.mkl_is_foreign(about) == (foreign and torch.backends.mkl.is_available()
+                                            and torch.backends.mkldnn.is_available())
+
+
+def test_a_processor_that_says_nothing_is_unknown(monkeypatch):
     def open_(path):
-        if about is None:
-            raise FileNotFoundError(path)
-        return io.StringIO(about)
+        raise FileNotFoundError(path)
+    assert not module.MKL_IS_SLOW or module.MKL_IS_FOREIGN and "avx512f" in module.processor()
     monkeypatch.setattr(module, "open", open_, raising=False)
-    assert module.mkl_is_slow() == (slow and torch.backends.mkldnn.is_available())
+    assert module.processor() == ""
