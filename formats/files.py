@@ -11,6 +11,7 @@ A kill leaves a `NAME.PID.tmp`; two processes never share one, and whoever owns 
 remove it.
 """
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:    # the content before the name, should the power fail
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:                    # a full disk's own names no file
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -13,7 +13,6 @@ import dataclasses
 import math
 import os
 import pickle
-import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -27,7 +26,7 @@ import lora
 from formats.files import atomic_write
 from formats.gpt2 import count_weights
 from model import GPTConfig
-from run.config import build
+from run.config import build, warn
 
 FORMAT_VERSION = 1
 BLOCK, ALIGNED = 2**26, 64              # bytes: of host memory at once, and where tensors begin
@@ -45,7 +44,8 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
     except (OSError, RuntimeError) as error:    # PyTorch's writer hides the disk's error in its own
         reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path} could not be written: {reason}") from error
+        raise OSError(f"{path} could not be written: {getattr(reason, 'strerror', 0) or reason}"
+                      ) from error
     _sync_folder(path.parent)
 
 
@@ -245,7 +245,7 @@ def load_last(folder: str | Path) -> dict[str, Any] | None:
         try:
             return load(path)
         except ValueError as error:
-            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+            warn(f"warning: {error}; trying the one before it")
     if kept := milestones(folder):
         raise ValueError(f"no last.pt in {folder} can be read, and {kept[-1].name} is there: to go "
                          f"on from it, cp {kept[-1]} {folder / 'last.pt'}; to start anew, move "
@@ -305,8 +305,8 @@ class Saver:
             self.failed = 0
             return
         self.failed += 1
-        print(f"WARNING: NO CHECKPOINT WAS SAVED ({self.failed} in a row): {error}; the one before "
-              f"it is intact; make room", file=sys.stderr, flush=True)
+        warn(f"WARNING: NO CHECKPOINT WAS SAVED ({self.failed} in a row): {error}; the one before "
+             f"it is intact; make room")
         if self.failed > self.max_failed:
             raise OSError(f"{self.failed} checkpoints in a row could not be written, "
                           f"max_failed_saves={self.max_failed}: {error}")

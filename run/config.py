@@ -173,6 +173,14 @@ def print_error(error: BaseException) -> int:
     return code
 
 
+def warn(text: str) -> None:
+    """Say on stderr what ends nothing; nor does a screen that has gone away."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")      # the old one would fail again at Python's end
+
+
 def told_by_pytorch(error: BaseException) -> str:
     """In a line what PyTorch and Python have no class of errors for: memory, scores that are NaN;
     "" of all else."""

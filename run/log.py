@@ -4,7 +4,6 @@ A run is a folder: config.json, run.json (how it was made, and its final figures
 object a line: every step has step, loss, lr, grad_norm, tokens, tokens_per_s; an evaluation has
 step and what was measured), tokenizer.json, last.pt, best.pt. Only rank 0 writes.
 """
-import contextlib
 import json
 import math
 import os
@@ -22,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from formats.files import write_text
+from run.config import warn
 from run.device import device_name, peak_flops, peak_memory, synchronize
 from run.processes import Processes
 
@@ -78,7 +78,7 @@ class RunLog:
         if not self.active:
             return
         self.path = repaired_log(out / "log.jsonl", start)
-        self.file, self.unwritten = open(self.path, "ab", buffering=0), b""
+        self.file, self.unwritten, self.synced = open(self.path, "ab", buffering=0), b"", True
         self.board = (summary_writer()(str(out / "tensorboard"))
                       if config.report_to == "tensorboard" else None)
         self.bar = tqdm(total=self.max_steps, initial=start, unit="step", dynamic_ncols=True,
@@ -150,13 +150,17 @@ class RunLog:
         if not self.active:
             return
         self._append((json.dumps(line) + "\n").encode())
-        if self.board:
-            for key, value in line.items():
+        try:
+            for key, value in line.items() if self.board else ():
                 several = {f"{key}/{i}": v for i, v in enumerate(value)} \
                     if isinstance(value, list) else {key: value}
                 for name, number in several.items():
                     if isinstance(number, (int, float)) and key != "step":
                         self.board.add_scalar(name, number, line["step"])
+        except OSError as error:
+            self.board = None
+            warn(f"WARNING: {self.out}/tensorboard cannot be written: {error}; it ends here, "
+                 f"{self.path} goes on")
 
     def _append(self, data: bytes = b"") -> None:
         """Write to log.jsonl; on a full disk keep the lines until there is room."""
@@ -166,15 +170,21 @@ class RunLog:
                 self.unwritten = self.unwritten[self.file.write(self.unwritten):]
         except OSError as error:
             if not waiting:
-                print(f"WARNING: {self.path} cannot be written: {error}; its lines are kept and "
-                      f"written when there is room", file=sys.stderr, flush=True)
+                warn(f"WARNING: {self.path} cannot be written: {error}; its lines are kept and "
+                     f"written when there is room")
 
     def sync(self) -> None:
         """Have the disk hold what is logged so far: a checkpoint must not be ahead of its log."""
         if self.active:
             self._append()
-            with contextlib.suppress(OSError):          # on a full disk, said by _append
+            synced, self.synced = self.synced, True
+            try:
                 os.fsync(self.file.fileno())
+            except OSError as error:
+                self.synced = False
+                if synced:
+                    warn(f"WARNING: {self.path} cannot be forced to the disk: {error}; should the "
+                         f"machine fail now, its last lines may be missing")
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Log what was measured at a step, and say it."""
@@ -197,8 +207,7 @@ class RunLog:
                 sys.stdout.flush()
             except OSError as error:        # `train.py | head`, or a full disk: the run goes on
                 sys.stdout = open(os.devnull, "w")
-                print(f"warning: the screen cannot be written ({error}); {self.path} goes on",
-                      file=sys.stderr)
+                warn(f"warning: the screen cannot be written ({error}); {self.path} goes on")
 
     def close(self) -> None:
         """End the bar and the files."""
@@ -251,7 +260,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     *texts, _ = path.read_bytes().split(b"\n")                      # what follows the last \n
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_int=_whole)
         except (ValueError, RecursionError):                        # nested too deep is not ours
             line = None
         if isinstance(line, dict) and type(line.get("step")) is int:
@@ -259,9 +268,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         else:
             damaged.append(number)
     if damaged:
-        print(f"warning: {path}: line {damaged[0]} is damaged and left out"
-              + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""), file=sys.stderr)
+        warn(f"warning: {path}: line {damaged[0]} is damaged and left out"
+             + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""))
     return lines
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 19:
+        raise ValueError(f"{digits:.20}... is no number of a run")  # nor one that a float can be
+    return int(digits)
 
 
 def final_figures(log: RunLog, figures: dict[str, Any], best_loss: float, step: int

@@ -13,7 +13,6 @@ PyTorch's own.
 """
 import copy
 import inspect
-import sys
 from pathlib import Path
 from typing import Any, Callable
 
@@ -23,6 +22,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from run.checkpoint import check_moments, load_trainable_state, trainable_state
+from run.config import warn
 from run.device import autocast, has_compiler
 from run.processes import Processes
 
@@ -182,8 +182,8 @@ def compiled(parallel: Parallel, mode: str, batches: Any, flops: float, world: P
                              reduction="sum")
         nats.backward()
     except Exception as error:                          # whatever the compiler's many parts raise
-        print(f"warning: torch.compile failed, going on without it: {type(error).__name__}: "
-              f"{str(error)[:200]!r}", file=sys.stderr)
+        warn(f"warning: torch.compile failed, going on without it: {type(error).__name__}: "
+             f"{str(error)[:200]!r}")
         worked.zero_()
     network.zero_grad(set_to_none=True)
     if world.size > 1:                                  # all ranks do the same

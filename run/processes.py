@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Callable, Iterator
@@ -18,7 +18,7 @@ from typing import Any, Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from run.config import print_error
+from run.config import print_error, warn
 from run.device import pick_device
 
 
@@ -146,9 +146,7 @@ def stop_signals() -> Iterator[StopRequest]:
         if not stop.is_set():
             stop.number = number
             stop.set()
-            with suppress(OSError):                     # nobody may be there to read
-                print("\nstopping after this step; Ctrl-C once more to stop at once",
-                      file=sys.stderr)
+            warn("\nstopping after this step; Ctrl-C once more to stop at once")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

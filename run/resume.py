@@ -7,16 +7,15 @@ import contextlib
 import dataclasses
 import math
 import signal
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 
 from formats.files import read_json, write_json
 from run import checkpoint
-from run.config import flatten
+from run.config import flatten, warn
 from run.log import (RunLog, final_figures, in_digits, in_words, provenance, read_log,
                      summary_writer, this_command, this_python)
 from run.processes import Processes
@@ -72,9 +71,9 @@ def with_step_counts(config: Any, batches: Any) -> Any:
     steps = math.ceil(steps) or config.max_steps
     passes = steps * batches.rows_per_step / batches.rows_per_epoch
     if passes > MANY_PASSES and batches.rank == 0:
-        print(f"warning: {passes:,.0f} passes over the {batches.rows_per_epoch:,} rows of "
-              f"{config.data}, which will be learned by heart; lower max_steps or epochs, or "
-              f"prepare more data", file=sys.stderr)
+        warn(f"warning: {passes:,.0f} passes over the {batches.rows_per_epoch:,} rows of "
+             f"{config.data}, which will be learned by heart; lower max_steps or epochs, or "
+             f"prepare more data")
     warmup = config.warmup_steps or round(config.warmup_ratio * steps)
     return dataclasses.replace(config, max_steps=steps, epochs=0.0, warmup_steps=warmup,
                                warmup_ratio=0.0)
@@ -84,17 +83,24 @@ def hold_folder(out: Path, keep_last: int, world: Processes, held: contextlib.Ex
     """Make the run's folder, hold it against other runs for as long as `held` lasts, and clear up
     what a killed run left half done."""
     if world.rank == 0:
-        try:
+        with writing(out):
             out.mkdir(parents=True, exist_ok=True)
             (out / "log.jsonl").open("a").close()
             held.enter_context(locked(out))
             for left in out.glob("*.tmp"):
                 left.unlink()
             checkpoint.complete_renames(out, keep_last)
-        except OSError as error:
-            raise PermissionError(f"out={out} cannot be written: {error.strerror}; choose another "
-                                  f"--out") from None
     world.wait()
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """What the disk refuses before the first step, as an error of the setting that asked for it."""
+    try:
+        yield
+    except OSError as error:
+        raise PermissionError(f"out={out} cannot be written: {error.strerror}; choose another "
+                              f"--out") from None
 
 
 def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Processes
@@ -130,10 +136,9 @@ def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Process
     if world.rank == 0 and not finished:
         threads = state.get("threads", torch.get_num_threads())
         if world.device.type == "cpu" and threads != torch.get_num_threads():
-            print(f"warning: {out} was trained with {threads} threads, now there are "
-                  f"{torch.get_num_threads()}: sums are added in another order, so losses may "
-                  f"differ in their last digits; OMP_NUM_THREADS={threads} would go on exactly",
-                  file=sys.stderr)
+            warn(f"warning: {out} was trained with {threads} threads, now there are "
+                 f"{torch.get_num_threads()}: sums are added in another order, so losses may "
+                 f"differ in their last digits; OMP_NUM_THREADS={threads} would go on exactly")
     return state
 
 
@@ -150,10 +155,11 @@ def progress_of(state: dict[str, Any] | None) -> Progress:
 def write_start(out: Path, config: Any, data: Any, world: Processes) -> None:
     """The files that say what a run is, before its first step."""
     if world.rank == 0:
-        write_json(out / "config.json", dataclasses.asdict(config))
-        write_json(out / "run.json", provenance(world.device, world.size, data.fingerprint))
-        if data.tokenizer:
-            data.tokenizer.save(out / "tokenizer.json")
+        with writing(out):
+            write_json(out / "config.json", dataclasses.asdict(config))
+            write_json(out / "run.json", provenance(world.device, world.size, data.fingerprint))
+            if data.tokenizer:
+                data.tokenizer.save(out / "tokenizer.json")
 
 
 def finish(out: Path, log: RunLog, data: Any, progress: Progress, figures: dict[str, Any],
@@ -184,7 +190,8 @@ def finish(out: Path, log: RunLog, data: Any, progress: Progress, figures: dict[
 def finished_summary(out: Path, rank: int) -> dict[str, Any]:
     """The summary of a run that has nothing left to do, and a word about it."""
     run = read_json(out / "run.json", f"move {out} away to start anew")
-    figures = run.pop("final", None) or _figures_of_log(out)
+    final = run.pop("final", None)
+    figures = final if final and isinstance(final, dict) else _figures_of_log(out)
     if rank == 0:
         write_json(out / "run.json", {**run, "final": figures})
         print(f"{out} is finished: " + ", ".join(

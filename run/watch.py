@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections import deque
@@ -24,6 +23,7 @@ from typing import Any, Iterator
 import torch
 import torch.distributed as dist
 
+from run.config import warn
 from run.processes import Processes
 
 PHASES = ("starting", "evaluating", "saving", "computing", "reducing")     # at a number of steps
@@ -151,12 +151,11 @@ class Watch:
                                   if tuple(told[rank][1]) == least]
                 for rank in behind:
                     step, phase = told[rank][1]
-                    print(f"error: rank {rank} ({told[rank][2]}) hangs"
-                          f"{' and shows no sign of life' if rank in dead else ''}: last seen at "
-                          f"step {step}, {PHASES[phase]}; rank {self.rank} has waited for "
-                          f"{self.limit / 60:g} minutes at step {self.place[0]}, "
-                          f"{PHASES[self.place[1]]}", file=sys.stderr)
-                sys.stderr.flush()
+                    warn(f"error: rank {rank} ({told[rank][2]}) hangs"
+                         f"{' and shows no sign of life' if rank in dead else ''}: last seen at "
+                         f"step {step}, {PHASES[phase]}; rank {self.rank} has waited for "
+                         f"{self.limit / 60:g} minutes at step {self.place[0]}, "
+                         f"{PHASES[self.place[1]]}")
                 os._exit(EXIT_HANGS)        # the main thread waits in a reduction: nobody else can
 
 

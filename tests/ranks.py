@@ -184,6 +184,36 @@ def with_an_idle_parameter(settings):
     commanded(settings)
 
 
+def fill(filler, pages=0):
+    """Write the file until its disk has no byte left, but for so many pages of 4 KiB."""
+    with open(filler, "wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 10, 1):
+            try:
+                while True:
+                    file.write(b"\0" * size)
+            except OSError:
+                continue
+        file.truncate(file.tell() - 4096 * pages)
+
+
+def start_on_full_disks(settings, folder):
+    """Start a run where no page is left, others where one more is each, and all again with room.
+    Of each: its folder, what ended it, and the files that it left."""
+    found = []
+    for pages in range(8):
+        out, error = folder / f"run{pages}", None
+        fill(folder / "filler", pages)
+        try:
+            train(build(TrainConfig, {**settings, "out": str(out)}))
+        except OSError as reason:
+            error = str(reason)
+        left = sorted(path.name for path in out.glob("*"))
+        (folder / "filler").unlink()
+        train(build(TrainConfig, {**settings, "out": str(out)}))
+        found.append([str(out), error, left])
+    return found
+
+
 def on_a_full_disk(settings, first, last):
     """The disk of the run has no byte left from step `first` to step `last`."""
     at, filler = faults.Watch.at, Path(settings["out"]).parent / "filler"
@@ -191,13 +221,7 @@ def on_a_full_disk(settings, first, last):
     def filling(self, step, phase):
         at(self, step, phase)
         if (step, phase) == (first, "computing"):
-            with open(filler, "wb", buffering=0) as file:
-                for size in (1 << 16, 1 << 10, 1):
-                    try:
-                        while True:
-                            file.write(b"\0" * size)
-                    except OSError:
-                        continue
+            fill(filler)
         if (step, phase) == (last, "computing"):
             filler.unlink()
     faults.Watch.at = filling

@@ -202,6 +202,27 @@ def test_a_run_on_a_small_file_system_says_that_it_is_full(settings, tmp_path):
     assert run.returncode == 2 and "No space left on device" in run.stderr, run.stderr[-2000:]
 
 
+def test_a_run_started_on_a_full_disk_says_so_and_starts_when_there_is_room(settings, tmp_path):
+    """With 0 to 7 pages of 4 KiB left: the lock, config.json, run.json, the tokenizer or a
+    checkpoint is the first that has no room."""
+    settings.update(save_every=1, milestone_every=0, eval_every=0, sample_tokens=0)
+    run = on_a_small_disk(tmp_path, "32m", (
+        f"import pathlib\nfrom bench.kills import differences\n"
+        f"settings = json.loads({json.dumps(json.dumps(settings))})\n"
+        f"disk = pathlib.Path({str(tmp_path / 'disk')!r})\n"
+        f"starts = ranks.start_on_full_disks(settings, disk)\n"
+        f"same = [differences(disk / 'run0', disk / f'run{{i}}') for i in range(len(starts))]\n"
+        f"print(json.dumps([starts, same]))\n"))
+    assert run.returncode == 0, run.stderr[-2000:]
+    starts, same = json.loads(run.stdout.splitlines()[-1])
+    assert same == [[]] * 8
+    for out, error, left in starts:
+        assert error.startswith((f"out={out} cannot be written: No space left on device; choose",
+                                 "4 checkpoints in a row could not be written")), error
+        assert not [name for name in left if name.endswith(".tmp")], left
+    assert len({tuple(left) for _, _, left in starts}) > 3      # it ended at several files
+
+
 def test_a_run_on_a_disk_that_is_full_for_a_while_lacks_nothing_in_the_end(settings, tmp_path):
     """Not a byte is free from step 3 to step 55, with evaluations, saves and more lines of the log
     than its last page of 4 KiB has room for; then there is room. A second run is not disturbed."""

@@ -27,7 +27,7 @@ from eval.hellaswag import load_items
 from experiments.plots import picture
 from formats.gpt2 import load_tensors
 from model import GPT
-from run import checkpoint, load, log, processes
+from run import checkpoint, load, log, processes, resume
 from run.config import build, run_command
 from run.device import host_memory
 from run.load import load_model
@@ -208,12 +208,13 @@ def test_two_signals_to_end_a_run_still_save_it(settings):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_run_whose_screen_goes_away_goes_on_to_its_end(settings):
+@pytest.mark.parametrize("errors", [subprocess.PIPE, subprocess.STDOUT])
+def test_a_run_whose_screen_goes_away_goes_on_to_its_end(settings, errors):
     process = subprocess.Popen(command(settings, "--log_every=1", "--max_steps=40"),
-                               cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors)
     process.stdout.readline()
-    process.stdout.close()                              # train.py | head -1
-    assert process.wait(timeout=120) == 0, process.stderr.read()
+    process.stdout.close()                              # train.py | head -1, or 2>&1 | head -1
+    assert process.wait(timeout=120) == 0, process.stderr and process.stderr.read()
     assert checkpoint.load_last(settings["out"])["step"] == 40
 
 
@@ -243,6 +244,58 @@ def test_a_disk_that_is_full_for_a_while_costs_no_line_of_the_log(settings, monk
     lines = log.read_log(Path(settings["out"]) / "log.jsonl")
     assert [line["step"] for line in lines if "lr" in line] == list(range(1, 9))
     assert [line["step"] for line in lines if "val_loss" in line] == [2, 4, 6, 8]
+
+
+def test_a_log_that_cannot_be_forced_to_the_disk_is_said_once_and_the_run_goes_on(
+        settings, monkeypatch, capsys):
+    """And it is forced there before each checkpoint, which must not be ahead of its log."""
+    fsync, order = os.fsync, []
+
+    def failing(handle):
+        order.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.partition(".new")[0])
+        if order[-1] == "log.jsonl":
+            raise OSError(5, "Input/output error")
+        fsync(handle)
+    monkeypatch.setattr(log.os, "fsync", failing)
+    run(settings, save_every=2, eval_every=0)
+    assert [name for name in order if name in ("log.jsonl", "last")] == ["log.jsonl", "last"] * 4
+    assert "run.json" in [name.rpartition(".")[0].rpartition(".")[0] for name in order]
+    said = capsys.readouterr().err
+    assert said.count("log.jsonl cannot be forced to the disk: [Errno 5] Input/output error") == 1
+    assert len(log.read_log(Path(settings["out"]) / "log.jsonl")) == 9
+
+
+def test_a_board_that_cannot_be_written_does_not_end_the_run(settings, monkeypatch, capsys):
+    class Board:
+        def __init__(self, folder):
+            pass
+
+        def add_scalar(self, name, number, step):
+            if step > 2:
+                raise OSError(28, "No space left on device")
+    monkeypatch.setattr(log, "summary_writer", lambda: Board)
+    monkeypatch.setattr(resume, "summary_writer", lambda: Board)
+    assert run(settings, report_to="tensorboard")["step"] == 8
+    assert capsys.readouterr().err.count("tensorboard cannot be written: [Errno 28]") == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "tokenizer.json"])
+def test_a_run_that_starts_on_a_full_disk_is_one_line_and_starts_when_there_is_room(
+        settings, monkeypatch, name):
+    def full(path, data):
+        write(path, data[:len(data) // 2])
+        if path.name.startswith(name):
+            raise OSError(28, "No space left on device")
+        write(path, data)
+    write = Path.write_bytes
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(PermissionError) as error:
+            train_module.main(command(settings)[2:])
+    assert str(error.value) == (f"out={settings['out']} cannot be written: No space left on "
+                                f"device; choose another --out")
+    assert not list(Path(settings["out"]).glob("*.tmp"))
+    assert run(settings)["step"] == 8
 
 
 @pytest.mark.parametrize("word", ["top_k=-1", "top_p=0", "top_p=-1", "top_p=nan", "temperature=nan",
