@@ -621,7 +621,8 @@ def check(config: LoRAConfig) -> None:
     for name in ("init", "bias", "quantize"):
         value, allowed = getattr(config, name), get_args(get_type_hints(LoRAConfig)[name])
         if value not in allowed:
-            raise ValueError(f"lora.{name}={value!r} is unknown; choose {', '.join(allowed)}")
+            raise ValueError(f"lora.{name}={value!r:.80} is unknown; choose "
+                             f"{', '.join(allowed)}")
     if config.init == "loftq" and config.quantize == "none":
         raise ValueError("lora.init=loftq makes up for quantising; add lora.quantize=nf4, or take "
                          "init=pissa")
@@ -751,13 +752,14 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
     # PEFT takes every module whose name ends so, even within a word
     ends = tuple(fields.pop("modules_to_save")) or "\0"
     saved = tuple(module for module, _ in model.named_modules() if module.endswith(ends))
-    config = LoRAConfig(**fields, target_modules=tuple(layers), modules_to_save=saved,
-                        quantize=quantize)
-    here = check_addition(model, config, name).base_hash
-    if here and notes.get("base_hash", here) != here:
-        raise ValueError(f"{folder} was trained on another base ({notes['base'] or 'unnamed'}, "
-                         f"hash {notes['base_hash'][:8]}); this model's hash is {here[:8]}")
     try:
+        config = LoRAConfig(**fields, target_modules=tuple(layers), modules_to_save=saved,
+                            quantize=quantize)
+        here = check_addition(model, config, name).base_hash
+        if here and notes.get("base_hash", here) != here:
+            base = str(notes["base"] or "unnamed")
+            raise ValueError(f"it was trained on another base ({base:.80}, hash "
+                             f"{notes['base_hash']!s:.8}); this model's hash is {here[:8]}")
         for key, p in trained_parameters(model, config, layers).items():
             if key not in others or others[key].shape != p.shape:
                 raise ValueError(f"it has no tensor {key} of shape {tuple(p.shape)}")

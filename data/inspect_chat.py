@@ -93,8 +93,8 @@ def main(names: list[str], words: list[str]) -> None:
           f"{'green' if colour else '[[ ]]'} has a label")
     print(coloured(talks[config.example]["messages"], tokenizer, config.template, colour))
     print("---")
-    block_size = config.block_size or run_settings(config.tokenizer).get("model", {}).get(
-        "block_size", 1024)
+    settings = run_settings(config.tokenizer).get("model") or {}
+    block_size = config.block_size or settings.get("block_size", 1024)
     report = examine(talks, tokenizer, config.template, block_size)
     n = report["conversations"]
     print(f"{n:,} conversations, {report['answers']:,} answers; {report['several turns']:,} of "

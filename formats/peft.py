@@ -129,8 +129,8 @@ def read(folder: str | Path, sizes: dict[str, tuple[int, int]]):
                          f"(NAME.lora_A.weight); save the adapter anew")
     for layer, found in layers.items():
         if layer not in sizes:
-            raise ValueError(f"{folder} adapts {layer}, which this model does not have as a linear "
-                             f"layer")
+            raise ValueError(f"{folder} adapts {layer:.200}, which this model does not have as a "
+                             f"linear layer")
         r, (size, out) = by_pattern(fields["rank_pattern"], layer, fields["r"]), sizes[layer]
         shapes = {"A": (r, size), "B": (out, r), "magnitude": (out,)}
         for kind in ("A", "B", "magnitude")[:3 if fields["use_dora"] else 2]:
@@ -144,15 +144,15 @@ def read(folder: str | Path, sizes: dict[str, tuple[int, int]]):
 
 def _fields(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{file.parent} holds a {settings.get('peft_type')} adapter; only LORA is "
-                         f"read")
+        raise ValueError(f"{file.parent} holds a {settings.get('peft_type')!s:.80} adapter; only "
+                         f"LORA is read")
     for key in UNSUPPORTED:
         if settings.get(key):
-            raise ValueError(f"{file.parent}: {key}={settings[key]} is not supported")
+            raise ValueError(f"{file.parent}: {key}={settings[key]!s:.80} is not supported")
     init = settings.get("init_lora_weights")
     if str(init).lower().startswith(CHANGE_THE_BASE):
-        raise ValueError(f"{file.parent}: init_lora_weights={init} changed the base too; convert "
-                         f"the adapter by PEFT's save_pretrained(FOLDER, "
+        raise ValueError(f"{file.parent}: init_lora_weights={init!s:.80} changed the base too; "
+                         f"convert the adapter by PEFT's save_pretrained(FOLDER, "
                          f"path_initial_model_for_weight_conversion=WHERE_IT_STARTED)")
     fields = {}
     for key, (name, default, allowed, what) in FIELDS.items():
@@ -173,7 +173,7 @@ def _tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise ValueError(f"{file} is damaged in its header: {error}; copy it again") from None
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{file}: {key} holds values that are not finite; its training "
+            raise ValueError(f"{file}: {key:.200} holds values that are not finite; its training "
                              f"diverged, or the file is damaged")
     return tensors, notes if isinstance(notes, dict) else {}
 
@@ -187,8 +187,8 @@ def matches(pattern: str, name: str) -> bool:
         raise ValueError(f"{pattern!r:.200} takes more than {PATIENCE} s to be compared with a "
                          f"name; write it without repeats of repeats") from None
     except regex.error as error:
-        raise ValueError(f"{pattern!r} is neither a module nor a regular expression: {error}") \
-            from None
+        raise ValueError(f"{pattern!r:.200} is neither a module nor a regular expression: "
+                         f"{error}") from None
 
 
 def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:

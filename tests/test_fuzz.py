@@ -320,6 +320,8 @@ class Adapter:
                for change in ({"r": HUGE}, {"r": None}, {"lora_alpha": 1e999},
                               {"lora_alpha": 10**400},
                               {"rank_pattern": {"(a+)+$": 3, "(.*.*)*x": 3}}, {"bias": "al"},
+                              {"peft_type": 10**3000}, {"lora_bias": 10**3000},
+                              {"init_lora_weights": "pissa" * 999},
                               {"modules_to_save": [""]})] + [
         {"adapter_config.json": DEEP}, {"adapter_config.json": b"[]"},
         {"adapter_model.safetensors": struct.pack("<Q", 10**8) + b"{}"}]
@@ -397,7 +399,10 @@ class Run:
         settings, summary, line = found
         assert isinstance(settings, dict) and isinstance(summary, dict) and "\x1b" not in line
 
-    hostile = [{name: data} for name in ("config.json", "run.json") for data in (DEEP, b"[]", b"")]
+    hostile = [{name: data} for name in ("config.json", "run.json") for data in (DEEP, b"[]", b"")
+               ] + [{"run.json": b'{"final": "x"}'}] + [
+        {"log.jsonl": b'{"step": 1, "loss": 1}\n{"step": %s, "val_loss": %s}\n' % (step, loss)}
+        for step, loss in ((b"1", b"9" * 400), (b"9" * 400, b"1"))]
 
 
 class Sampled:

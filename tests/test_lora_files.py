@@ -364,6 +364,19 @@ def test_tensors_that_cannot_be_an_adapters_are_refused_in_one_line(change, word
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("notes,words", [
+    ({"init": "kaiming", "quantize": "n" * 9999}, "lora.quantize='nnnn"),
+    ({"init": "kaiming", "quantize": ["nf4"]}, "lora.quantize=['nf4'"),
+    ({"base_hash": 3}, "it was trained on another base (unnamed, hash 3)")])
+def test_notes_that_cannot_be_an_adapters_are_refused_in_one_line(notes, words, tmp_path):
+    save_lora(add_lora(gpt(), LoRAConfig(r=4)), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "oneloop": json.dumps(notes)})
+    with pytest.raises(ValueError) as error:
+        load_lora(gpt(), tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: {words}") and len(str(error.value)) < 500
+
+
 def test_a_magnitude_of_another_shape_is_refused(tmp_path):
     save_lora(add_lora(gpt(), LoRAConfig(r=4, use_dora=True)), tmp_path)
     spoil(tmp_path, lambda t: {**t, KEY + "lora_magnitude_vector": torch.ones(1)})
