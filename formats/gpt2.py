@@ -176,8 +176,12 @@ def load_tensors(file: Path) -> tuple[Tensors, dict[str, str]]:
 
 def save_tensors(file: Path, tensors: Tensors, **notes: str) -> None:
     """Write a .safetensors file, whole or not at all."""
+    package = safetensors()
     with atomic_write(file) as temporary:
-        safetensors().torch.save_file(tensors, temporary, metadata={"format": "pt", **notes})
+        try:
+            package.torch.save_file(tensors, temporary, metadata={"format": "pt", **notes})
+        except package.SafetensorError as error:        # a full disk, of which it has no class
+            raise OSError(str(error)) from None
 
 
 def check_tensors(tensors: Tensors, config: Config, folder: Path) -> None:

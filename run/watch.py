@@ -43,9 +43,11 @@ def locked(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise ValueError(f"{folder} is in use by {file.read().strip() or 'another process'}; "
                              f"wait for its end, or choose another --out") from None
-        file.truncate(0)
-        file.write(_me() + "\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            os.write(file.fileno(), (_me() + "\n").encode())        # a buffer would fail twice
+        except OSError as error:                        # a full disk, which names no file
+            raise OSError(error.errno, error.strerror, file.name) from None
         yield
 
 

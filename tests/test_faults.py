@@ -223,6 +223,42 @@ def test_a_run_started_on_a_full_disk_says_so_and_starts_when_there_is_room(sett
     assert len({tuple(left) for _, _, left in starts}) > 3      # it ended at several files
 
 
+def test_whatever_finds_no_room_on_the_disk_names_its_file(tmp_path):
+    pytest.importorskip("safetensors")
+    run = on_a_small_disk(tmp_path, "2m", f"""
+from pathlib import Path
+from bpe import Tokenizer
+from data.prepared import write_dataset
+from data.writer import ShardWriter
+from model import GPT, GPTConfig
+from run import checkpoint
+
+disk, tokenizer = Path({str(tmp_path / "disk")!r}), Tokenizer([], special_tokens=())
+
+def shards():
+    writer = ShardWriter(disk / "data", tokenizer, "made up")
+    writer.add("train", [1] * 9000)
+    writer.finish()
+
+for pages, write in ((2, lambda: GPT(GPTConfig(8, 16, 2, 2, 8)).save_pretrained(disk / "hf")),
+                     (2, shards), (0, lambda: tokenizer.save(disk / "tok.json")),
+                     (0, lambda: write_dataset(disk / "chat", "chat", {{}}, "made up")),
+                     (0, lambda: checkpoint.save(disk / "a.pt", {{"a": torch.zeros(9999)}}))):
+    ranks.fill(disk / "filler", pages)
+    try:
+        write()
+    except OSError as error:
+        print(error)
+    (disk / "filler").unlink()
+""")
+    assert run.returncode == 0, run.stderr[-2000:]
+    for said, name in zip(run.stdout.splitlines(), (
+            "hf/model.safetensors", "data/train_0000.npy", "tok.json", "chat/.lock", "a.pt"),
+            strict=True):
+        assert f"{tmp_path}/disk/{name}" in said
+        assert "No space left on device" in said or "requested and" in said     # numpy's words
+
+
 def test_a_run_on_a_disk_that_is_full_for_a_while_lacks_nothing_in_the_end(settings, tmp_path):
     """Not a byte is free from step 3 to step 55, with evaluations, saves and more lines of the log
     than its last page of 4 KiB has room for; then there is room. A second run is not disturbed."""
