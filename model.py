@@ -324,5 +324,6 @@ def sample_token(logits: Tensor, temperature: float = 1.0, top_k: int | None = N
     if top_p is not None and top_p < 1:
         ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         before = ordered.cumsum(dim=-1) - ordered                   # probability of likelier ones
-        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(dim=-1)), -math.inf)
+        cut = before >= top_p
+        logits = logits.masked_fill(cut.scatter(-1, order, cut), -math.inf)     # in ids' order
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]

@@ -350,7 +350,7 @@ EXERCISES = {exercise.trial.__name__: exercise for exercise in (
              {"the token that crosses top_p is dropped": ("ordered.cumsum(dim=-1) - ordered",
                                                           "ordered.cumsum(dim=-1)"),
               "the mask is in sorted order, not that of the tokens": (
-                  ".gather(-1, order.argsort(dim=-1))", ""),
+                  ".scatter(-1, order, cut)", ""),
               "logits are multiplied by the temperature": ("logits / temp", "logits * temp")}),
     Exercise(labels, "data/templates.py:render", 15,
              "Begin with [IGNORE] * len(ids), and copy ids into each chosen span.",
