@@ -155,8 +155,9 @@ def test_named_files_functions_and_settings_exist(page):
     for file in (span for span in spans if re.fullmatch(r"[\w/]+\.py|\w+/[\w/.-]+", span)):
         if not file.startswith("out/"):                 # what the commands make
             assert (REPOSITORY / file).exists(), file
-    settings = {name for config in (train.TrainConfig, LossConfig, JudgeConfig, HellaSwagConfig)
-                for name in settings_of(config)} | {"help"}
+    settings = {name for config in (train.TrainConfig, LossConfig, JudgeConfig, HellaSwagConfig,
+                                            compare.CompareConfig)
+                for name in settings_of(config)} | {"help", "set"}      # a field set_
     for flag in (span for span in spans if re.match(r"--[\w.]+(=|$)", span)):
         assert flag[2:].partition("=")[0] in settings, flag
 
