@@ -3,9 +3,10 @@
     python -m bench [--save=false]
 
 Writes bench/results/*.json (`--save=false`: only prints); `python -m bench.measured` puts them into
-docs/measured.md. Beside these there are benchmarks that need others' programs (bench.versus_peers,
-bench.bpe, bench.lora, bench.lm_eval) or more time (bench.step for all shapes, which has to save all
-its rows at once; bench.kills; bench.race).
+docs/measured.md. Generation is measured beside transformers where that is installed. Beside these
+there are benchmarks that need others' programs (all of bench.versus_peers; bench.bpe, bench.lora,
+bench.lm_eval) or more time (bench.step for all shapes, which has to save all its rows at once;
+bench.kills; bench.race).
 """
 import subprocess
 import sys
@@ -20,6 +21,7 @@ PARTS = {       # module: what it is run with
     "step": ["--shapes=124M", "--dtypes=bfloat16"],
     "loading": ["--save=true"],
     "ranks": ["--rounds=2", "--save=true"],
+    "versus_peers": ["--only=generate", "--dtypes=float32", "--rounds=1"],
 }
 
 

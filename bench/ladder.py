@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional as F
 
 from bench.machine import (Row, in_process, matmul_peak, median_step, publish, table, take_turns,
-                           where, with_shares, with_spread)
+                           where, with_spread)
 from bench.peers import (BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, measure_contestant,
                          peer_step, random_batch)
 from fast.linear import MKL_IS_SLOW, use_fast_products
@@ -164,7 +164,7 @@ def main(words: list[str]) -> None:
     skipped.update(turns.missing)
     if not turns.rows:
         raise ValueError(f"rungs={','.join(wanted)}: {'; '.join(skipped.values())}")
-    rows = with_shares([median_step(rounds) for rounds in turns.rows.values()])
+    rows = [median_step(rounds) for rounds in turns.rows.values()]
     name = f"ladder-{device.type}" + ("" if config.shape == "small" else f"-{config.shape}")
     publish(report, name, config.save, device, rows, turns.states, shape=config.shape,
             rounds=config.rounds, skipped=skipped)

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.machine import Row, in_process, median_row, publish, table, take_turns, where
-from bench.peers import (Contestant, measure_contestant, peer_step, random_batch,
+from bench.machine import (Row, in_process, matmul_peak, median_row, publish, table, take_turns,
+                           where)
+from bench.peers import (KEPT, Contestant, measure_contestant, peer_step, random_batch,
                          transformers_model)
 from lora import LoRAConfig, add_lora
 from fast.linear import use_fast_products
@@ -31,7 +32,7 @@ SHAPES = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {}, "lora": {}, "dora": {"use_dora": True}, "qlora": {"quantize": "nf4"}}
-SIDES = ("ours", "peft")
+SIDES = ("ours", "peft", "peft" + KEPT)
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def theirs(shape: GPTConfig, variant: str, config: LoRABenchConfig) -> nn.Module
         fan_in_fan_out=variant != "qlora", task_type="CAUSAL_LM"))
 
 
-def measure(variant: str, side: str, config: LoRABenchConfig) -> Row:
-    """One process's row."""
-    # PEFT runs as it is: pick_device has ours reuse memory.
+def measure(variant: str, side: str, config: LoRABenchConfig, limit: bool = False) -> Row:
+    """One process's row; with its share of the machine's limit, if that shall be measured too."""
+    # pick_device keeps freed memory on a CPU.
     device = torch.device(config.device) if side == "peft" else pick_device(config.device)
     shape = SHAPES[config.shape]
     x, y = random_batch(shape, config.batch, device)
@@ -89,36 +90,51 @@ def measure(variant: str, side: str, config: LoRABenchConfig) -> Row:
         return F.cross_entropy(network(x).logits.flatten(0, 1).float(), y.flatten())
 
     def make() -> Contestant:
-        model = {"ours": ours, "peft": theirs}[side](shape, variant, config).to(device).train()
+        make_model = ours if side == "ours" else theirs
+        model = make_model(shape, variant, config).to(device).train()
         optimizer = make_optimizer(model, OptimConfig(), 1e-4, 0.0)
         return peer_step(model, optimizer, loss_of, device, torch.bfloat16,
                          "compiled" if config.compile else "eager")
     row = measure_contestant(make, y.numel(), device, config.repeats)
-    return {"side": side, "variant": variant, "ms": row["ms"], "mib": row["memory_mib"],
-            "trainable": row["trainable"]}
+    found = {"side": side, "variant": variant, "ms": row["ms"], "mib": row["memory_mib"],
+             "trainable": row["trainable"]}
+    if limit:
+        with torch.device("meta"):
+            plain = GPT(shape)
+        flops = plain.flops_per_token()
+        if variant != "full":                           # 4 a weight of a product instead of 6
+            flops -= 2 * (plain.num_params() - plain.transformer.wpe.weight.numel())
+        found["percent"] = 100 * flops * row["tokens_per_s"] / matmul_peak(device, torch.bfloat16)
+    return found
 
 
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
     rows = [dict(row) for row in found["rows"]]
-    peft = {row["variant"]: row for row in rows if row["side"] == "peft"}
+    by_side = {(row["variant"], row["side"]): row for row in rows}
     for row in rows:
-        if row["side"] == "ours" and (other := peft.get(row["variant"])):
-            row.update(time=row["ms"] / other["ms"], memory=row["mib"] / other["mib"])
+        peft, kept = (by_side.get((row["variant"], side)) for side in SIDES[1:])
+        if row["side"] == "ours" and peft:
+            row.update(time=row["ms"] / peft["ms"], memory=row["mib"] / peft["mib"])
+        if row["side"] == "ours" and kept:
+            row["kept"] = row["ms"] / kept["ms"]
     return (f"`python -m bench.lora`, {where(found)}, GPT-2 {found['shape']}, {found['batch']} "
             f"sequences, bf16, {'compiled' if found['compile'] else 'eager'}, adapters of rank "
             f"{found['r']} on {', '.join(found['targets'])}:\n\n" + table(
-                "variant | side | trained=trainable:,d | ms:,.0f | MiB=mib:,.0f | "
-                "of PEFT's time=time:.2f | of its memory=memory:.2f", rows))
+                "variant | side | trained=trainable:,d | ms:,.0f | % of limit=percent:.1f | "
+                "MiB=mib:,.0f | of PEFT's time=time:.2f | with memory kept=kept:.2f | "
+                "of its memory=memory:.2f", rows))
 
 
 def main(words: list[str]) -> None:
     config = parse(LoRABenchConfig, words, "python -m bench.lora", about=__doc__)
     device = pick_device(config.device)
     config = replace(config, device=device.type)
-    turns = take_turns([(variant, side) for variant in config.variants for side in SIDES],
-                       lambda key, _: in_process(measure, *key, config), config.rounds, device)
-    rows = [median_row(rounds, "ms", "mib") for rounds in turns.rows.values()]
+    turns = take_turns([(variant, side) for variant in config.variants
+                        for side in (SIDES if device.type == "cpu" else SIDES[:2])],
+                       lambda key, _: in_process(measure, *key, config, True), config.rounds,
+                       device)
+    rows = [median_row(rounds, "ms", "mib", "percent") for rounds in turns.rows.values()]
     publish(report, f"lora-{device.type}", config.save, device, rows, turns.states,
             shape=config.shape, targets=config.targets, r=config.r, batch=config.batch,
             compile=config.compile)

@@ -31,6 +31,7 @@ REPOSITORY = Path(__file__).parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
 CPU = torch.device("cpu")
 Row = dict[str, Any]
+NOISE = 0.1                 # a round is not counted where time or machine are off by more
 
 
 # ------------------------------------------------------------------------------ time and limits
@@ -82,7 +83,7 @@ def machine_state(device: torch.device) -> float:
 @dataclass
 class Turns:
     """What take_turns measured: each key's rows in the order of the rounds, why a key has none or
-    fewer, and the machine's state before and after."""
+    fewer, and the machine's state before the first round and after each."""
     rows: dict[Any, list[Row]] = field(default_factory=dict)
     missing: dict[Any, str] = field(default_factory=dict)
     states: list[float] = field(default_factory=list)
@@ -92,28 +93,71 @@ def take_turns(keys: Iterable[Any], measure: Callable[[Any, list[Row]], Row], ro
                device: torch.device = CPU, strict: bool = True) -> Turns:
     """Call measure(key, its rows so far) for each key, all keys once a round, so that a change of
     the machine's speed meets all. Not strict: a key that ends in a RuntimeError is left out from
-    then on."""
+    then on.
+
+    A round that others on the machine disturbed (`disturbed`) is said, left out and taken again, in
+    2 * rounds at most; where none was quiet, all are kept, which is said too.
+    """
     if rounds < 1:
         raise ValueError(f"rounds={rounds} must be at least 1")
-    turns = Turns(states=[machine_state(device)])
-    for number in range(1, rounds + 1):
-        for key in keys:
-            if key in turns.missing:
-                continue
-            said = f"round {number}: {key if isinstance(key, str) else ' '.join(key)}"
-            try:
-                row = measure(key, turns.rows.get(key, []))
-            except RuntimeError as error:
-                if strict:
-                    raise
-                turns.missing[key] = str(error)
-                print(f"{said}: {error}", file=sys.stderr, flush=True)
-                continue
-            turns.rows.setdefault(key, []).append(row)
-            said += f": {row['ms']:,.1f} ms" if "ms" in row else ""
-            print(said, file=sys.stderr, flush=True)
-    turns.states.append(machine_state(device))
+    turns, taken = Turns(states=[machine_state(device)]), []
+    quiet: list[dict[Any, Row]] = []
+    while len(quiet) < rounds and len(taken) < 2 * rounds:
+        taken.append(_take_round(keys, measure, len(taken) + 1, turns, strict))
+        turns.states.append(machine_state(device))
+        why = disturbed(taken, turns.states)
+        quiet = [found for found, reason in zip(taken, why) if not reason]
+    for number, reason in enumerate(why, 1):
+        if reason:
+            print(f"round {number} was disturbed{' and is left out' if quiet else ''}: {reason}",
+                  file=sys.stderr, flush=True)
+    if not quiet:
+        print("NO ROUND WAS QUIET, so all are kept: measure again on a quiet machine",
+              file=sys.stderr, flush=True)
+    kept = quiet or taken
+    turns.rows = {key: [found[key] for found in kept if key in found] for key in turns.rows}
     return turns
+
+
+def _take_round(keys: Iterable[Any], measure: Callable[[Any, list[Row]], Row], number: int,
+                turns: Turns, strict: bool) -> dict[Any, Row]:
+    """The rows of a round, which are added to the turns' too."""
+    found = {}
+    for key in keys:
+        if key in turns.missing:
+            continue
+        said = f"round {number}: {key if isinstance(key, str) else ' '.join(key)}"
+        try:
+            row = measure(key, turns.rows.get(key, []))
+        except RuntimeError as error:
+            if strict:
+                raise
+            turns.missing[key] = str(error)
+            print(f"{said}: {error}", file=sys.stderr, flush=True)
+            continue
+        found[key] = row
+        turns.rows.setdefault(key, []).append(row)
+        said += f": {row['ms']:,.1f} ms" if "ms" in row else ""
+        print(said, file=sys.stderr, flush=True)
+    return found
+
+
+def disturbed(taken: list[dict[Any, Row]], states: list[float]) -> list[str]:
+    """Why each round is not to be counted, "" where it is: the machine's state before and after it,
+    or one of its times and the median of all rounds', are more than NOISE apart."""
+    why = []
+    for found, before, after in zip(taken, states, states[1:]):
+        off = {key: row["ms"] / statistics.median(one[key]["ms"] for one in taken if key in one) - 1
+               for key, row in found.items() if "ms" in row}
+        key = max(off, key=lambda key: abs(off[key]), default=None)
+        if max(before, after) > (1 + NOISE) * min(before, after):
+            why.append(f"a product ran at {before:,} GFLOP/s before it and {after:,} after")
+        elif key is not None and abs(off[key]) > NOISE:
+            why.append(f"{key if isinstance(key, str) else ' '.join(key)} took {off[key]:+.0%} of "
+                       f"its median")
+        else:
+            why.append("")
+    return why
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -133,19 +177,13 @@ def median_row(rows: list[Row], *keys: str) -> Row:
 
 
 def median_step(rounds: list[Row]) -> Row:
-    """One row of several rounds' of a training step, or of a generation."""
+    """One row of several rounds' of a training step, or of a generation. Each has its share of the
+    limit that its own process measured, for the machine's speed changes."""
     row = median_row(rounds, "ms", "tokens_per_s", "memory_mib")
-    speeds = [round(one["tokens_per_s"], 1) for one in rounds]
-    return {**row, "limit": max(one["limit"] for one in rounds), "tokens_per_s_rounds": speeds}
-
-
-def with_shares(rows: list[Row]) -> list[Row]:
-    """Rows with their share of the machine's limit, the best that any of them measured: their
-    processes ran at different moments."""
-    limits = {row["limit_of"]: row["limit"] for row in sorted(rows, key=lambda row: row["limit"])}
-    return [{**row, "limit": limits[row["limit_of"]],
-             "share": round(row["tokens_per_s"] * row["work"] / limits[row["limit_of"]], 3)}
-            for row in rows]
+    shares = [one["tokens_per_s"] * one["work"] / one["limit"] for one in rounds]
+    return {**row, "limit": statistics.median(one["limit"] for one in rounds),
+            "share": round(statistics.median(shares), 3),
+            "tokens_per_s_rounds": [round(one["tokens_per_s"], 1) for one in rounds]}
 
 
 def with_spread(rows: list[Row]) -> list[Row]:
@@ -205,5 +243,7 @@ def where(found: dict[str, Any]) -> str:
     if "torch" in found:
         parts.append(f"PyTorch {found['torch']}")
     if states := found.get("matmul_gflops_before_after"):
-        parts.append(f"a product ran at {states[0]:,} GFLOP/s before and {states[-1]:,} after")
+        quiet = max(states) <= (1 + NOISE) * min(states)
+        parts.append(f"a product ran at {states[0]:,} GFLOP/s before and {states[-1]:,} after"
+                     + f" (NOT QUIET: {min(states):,} to {max(states):,} between)" * (not quiet))
     return ", ".join(parts)

@@ -40,7 +40,9 @@ GENERATE = {        # name: shape, sequences at once
     "generate-tiny": (GPTConfig(256, 256, n_layer=2, n_head=2, n_embd=32), 1),
 }
 OURS, LOOSE = "oneloop", "oneloop --deterministic=off"
-WHO = (OURS, LOOSE, "nanoGPT", "build-nanogpt", "transformers")
+PEERS = ("nanoGPT", "build-nanogpt", "transformers")
+KEPT = " (memory kept)"                 # a peer whose freed memory is kept as ours is
+WHO = (OURS, LOOSE, *PEERS, *(peer + KEPT for peer in PEERS))
 PROMPT, NEW_TOKENS = 16, 128            # of a generation, greedy
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS = 6e-4, 0.1, (0.9, 0.95), 1e-8      # the AdamW of all
 
@@ -153,7 +155,7 @@ def their_step(who: str, config: GPTConfig, x: torch.Tensor, y: torch.Tensor,
 
 
 STEPS = {OURS: our_step, LOOSE: our_step,
-         **{who: functools.partial(their_step, who) for who in WHO if who not in (OURS, LOOSE)}}
+         **{who: functools.partial(their_step, who) for who in PEERS}}
 
 
 def step_time(step: Callable[[], Any], device: torch.device, repeats: int) -> float:

@@ -20,8 +20,9 @@ from typing import Any, Literal
 import torch
 
 from bench.machine import (Row, Turns, in_process, median_step, publish, table, take_turns, where,
-                           with_shares, with_spread)
-from bench.peers import GENERATE, LOOSE, OURS, SHAPES, WHO, measure_generation, measure_step
+                           with_spread)
+from bench.peers import (GENERATE, KEPT, LOOSE, OURS, PEERS, SHAPES, WHO, measure_generation,
+                         measure_step)
 from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, pick_device
 from run.processes import deterministic
@@ -55,9 +56,9 @@ class PeersConfig:
 def measure(what: str, who: str, dtype: str, mode: str, kind: str, repeats: int,
             micro_batch: int = 0, checkout: str = "") -> Row:
     """The row of a contestant on a kind of device, cpu or cuda, in this process."""
-    ours = who in (OURS, LOOSE)
-    # Peers run as they are: pick_device has ours reuse memory.
-    device = pick_device(kind) if ours else torch.device(kind)
+    ours, as_it_is = who in (OURS, LOOSE), who in PEERS
+    device = torch.device(kind) if as_it_is else pick_device(kind)  # which keeps freed memory
+    name, who = who, who.removesuffix(KEPT)
     if what in GENERATE:
         row = measure_generation(who, *GENERATE[what], dtype, mode, device, repeats, checkout)
     else:
@@ -65,14 +66,15 @@ def measure(what: str, who: str, dtype: str, mode: str, kind: str, repeats: int,
         with deterministic(who == OURS, device) if ours else contextlib.nullcontext():
             row = measure_step(who, shape, micro_batch or usual[kind == "cuda"], dtype, mode,
                                device, repeats, checkout)
-    return {"what": what, "who": who, "dtype": dtype, "mode": mode, **row}
+    return {"what": what, "who": name, "dtype": dtype, "mode": mode, **row}
 
 
 def plan(config: PeersConfig, what: str, device: torch.device) -> list[tuple[str, str, str]]:
     """Who is measured in which precision and mode, in the order of a round."""
     def fits(who: str, dtype: str, mode: str) -> bool:
-        if mode == "compiled" and not has_compiler(device):
+        if mode == "compiled" and not has_compiler(device) or on_gpu and who.endswith(KEPT):
             return False
+        who = who.removesuffix(KEPT)
         if what in GENERATE:                # build-nanogpt has no function for it
             return who == OURS and (mode, dtype) != ("autocast", "float32") or \
                    who in ("nanoGPT", "transformers") and mode == "eager"
@@ -85,7 +87,7 @@ def plan(config: PeersConfig, what: str, device: torch.device) -> list[tuple[str
     dtypes = config.dtypes or (("bfloat16",) if on_gpu else ("float32", "bfloat16"))
     modes = config.modes or (("compiled",) if on_gpu and what in SHAPES else MODES)
     return [(who, dtype, mode) for dtype in dtypes for mode in modes for who in config.who or WHO
-            if here[who] and fits(who, dtype, mode)]
+            if here[who.removesuffix(KEPT)] and fits(who, dtype, mode)]
 
 
 def ratios(rows: list[Row]) -> list[Row]:
@@ -94,8 +96,8 @@ def ratios(rows: list[Row]) -> list[Row]:
     found = []
     for what, dtype in dict.fromkeys((row["what"], row["dtype"]) for row in rows):
         group = [row for row in rows if (row["what"], row["dtype"]) == (what, dtype)]
-        ours = [row for row in group if row["who"] == OURS]
-        peers = [row for row in group if row["who"] not in (OURS, LOOSE)]
+        ours, peers, kept = ([row for row in group if row["who"] in side] for side in
+                             ((OURS,), PEERS, tuple(peer + KEPT for peer in PEERS)))
         if ours and peers:
             mine, best = (max(side, key=lambda row: row["tokens_per_s"]) for side in (ours, peers))
             least = min(row["memory_mib"] for row in peers)
@@ -103,22 +105,41 @@ def ratios(rows: list[Row]) -> list[Row]:
                           "best_peer": f"{best['who']}, {best['mode']}",
                           "speed": round(mine["tokens_per_s"] / best["tokens_per_s"], 3),
                           "memory": round(mine["memory_mib"] / least, 3)})
+            if kept:
+                fastest = max(row["tokens_per_s"] for row in kept)
+                found[-1]["speed_kept"] = round(mine["tokens_per_s"] / fastest, 3)
     return found
+
+
+def over_peers(rows: list[Row]) -> list[Row]:
+    """Rows with their tokens/s over those of each peer's fastest mode, as "/ PEER"."""
+    best: dict[tuple[str, str], dict[str, float]] = {}
+    for row in sorted(rows, key=lambda row: row["tokens_per_s"]):
+        best.setdefault((row["what"], row["dtype"]), {})[row["who"]] = row["tokens_per_s"]
+    return [{**row, **{f"/ {who}": row["tokens_per_s"] / speed
+                       for who, speed in best[row["what"], row["dtype"]].items()}} for row in rows]
 
 
 def report(found: dict[str, Any]) -> str:
     """A result as markdown."""
-    lines = [f"limit of {name}: {limit / 1e9:,.1f} "
-             f"{'GB/s' if name == 'reading memory' else 'GFLOP/s'}"
-             for name, limit in {row["limit_of"]: row["limit"] for row in found["rows"]}.items()]
-    lines += [f"{one['what']}, {one['dtype']}: ours ({one['mode']}) has {one['speed']:.2f} of the "
-              f"tokens/s of the best peer ({one['best_peer']}), and {one['memory']:.2f} of the "
-              f"least memory" for one in found["ratios"]]
+    lines = []
+    for name in dict.fromkeys(row["limit_of"] for row in found["rows"]):
+        limits = [row["limit"] / 1e9 for row in found["rows"] if row["limit_of"] == name]
+        unit = "GB/s" if name == "reading memory" else "GFLOP/s"
+        lines.append(f"limit of {name}: {min(limits):,.1f} to {max(limits):,.1f} {unit}")
+    for one in found["ratios"]:
+        kept = (f", {one['speed_kept']:.2f} where that keeps freed memory" if "speed_kept" in one
+                else "")
+        lines.append(f"{one['what']}, {one['dtype']}: ours ({one['mode']}) has {one['speed']:.2f} "
+                     f"of the tokens/s of the best peer ({one['best_peer']}){kept}, and "
+                     f"{one['memory']:.2f} of the least memory")
     lines += [f"missing: {line}" for line in found["missing"]]
+    peers = [f"/ {who}:.2f" for who in WHO[2:] if any(row["who"] == who for row in found["rows"])]
     return (f"`python -m bench.versus_peers`, {where(found)}, medians of {found['rounds']}:\n\n"
-            + table("what | precision=dtype | who | mode | batch=micro_batch | ms:,.1f | "
-                    "tokens/s=tokens_per_s:,.1f | spread:.1% | of limit=share:.1% | "
-                    "MiB=memory_mib:,.0f", with_spread(found["rows"]))
+            + table(" | ".join(["what | precision=dtype | who | mode | batch=micro_batch | ms:,.1f "
+                                "| tokens/s=tokens_per_s:,.1f | spread:.1% | of limit=share:.1%",
+                                *peers, "MiB=memory_mib:,.0f"]),
+                    with_spread(over_peers(found["rows"])))
             + "\n\n" + "\n".join(f"- {line}" for line in lines))
 
 
@@ -128,7 +149,7 @@ def measure_shape(config: PeersConfig, what: str, device: torch.device) -> Turns
     return take_turns(
         plan(config, what, device),
         lambda key, _: in_process(measure, what, *key, device.type, config.repeats,
-                                  config.micro_batch, checkouts.get(key[0], "")),
+                                  config.micro_batch, checkouts.get(key[0].removesuffix(KEPT), "")),
         config.rounds, device, strict=False)
 
 
@@ -143,10 +164,9 @@ def main(words: list[str]) -> None:
         rows += [median_step(rounds) for rounds in turns.rows.values()]
         missing += [f"{what} {' '.join(key)}: {why}" for key, why in turns.missing.items()]
         states += turns.states
-        shared = with_shares(rows)      # after each shape, so that what is measured stays
-        publish(report, "-".join(["versus-peers", device.type, *config.only]),
-                config.save and bool(rows), device, shared, states, rounds=config.rounds,
-                ratios=ratios(shared), missing=missing)
+        publish(report, "-".join(["versus-peers", device.type, *config.only]),    # after each
+                config.save and bool(rows), device, rows, states, rounds=config.rounds,
+                ratios=ratios(rows), missing=missing)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import machine, peers, saves, versus_peers
-from bench.peers import LOOSE, OURS, STEPS
+from bench.peers import KEPT, LOOSE, OURS, STEPS
 from bench.versus_peers import PeersConfig
 from model import GPTConfig
 
@@ -117,16 +117,57 @@ def test_rounds_take_turns_and_one_that_fails_is_left_out(monkeypatch):
 
     monkeypatch.setattr(versus_peers, "in_process", measured)
     monkeypatch.setattr(versus_peers, "has_compiler", lambda device: True)
+    monkeypatch.setattr(machine, "machine_state", lambda device: 100.0)
     config = PeersConfig(who=(OURS, LOOSE, "nanoGPT"), dtypes=("float32",), modes=("compiled",),
                          micro_batch=4, repeats=5)
     turns = versus_peers.measure_shape(config, "small", CPU)
     given = ("cpu", 5, 4, "")
     assert asked == [(OURS, given), (LOOSE, given), (OURS, given), (OURS, given)]   # no checkout
-    assert turns.missing == {(LOOSE, "float32", "compiled"): "broken"} and len(turns.states) == 2
+    assert turns.missing == {(LOOSE, "float32", "compiled"): "broken"} and len(turns.states) == 4
     (rounds,) = turns.rows.values()
     found = machine.median_step(rounds)
     assert found["tokens_per_s"] == 30.0
     assert found["tokens_per_s_rounds"] == [10.0, 30.0, 40.0]
+
+
+def rounds_of(monkeypatch, rounds, times, speeds):
+    """The times that are kept of rounds of one key, and how often it was measured."""
+    times, speeds, asked = iter(times), iter(speeds), []
+    monkeypatch.setattr(machine, "machine_state", lambda device: next(speeds))
+    turns = machine.take_turns(["step"], lambda key, rows: asked.append(key) or {"ms": next(times)},
+                               rounds)
+    return [row["ms"] for row in turns.rows["step"]], len(asked)
+
+
+def test_disturbed_rounds_are_left_out_and_taken_again(monkeypatch, capsys):
+    """The machine slows from 100 to 80 in the second round; the fourth takes 20% longer."""
+    steady = [100.0] * 9
+    assert rounds_of(monkeypatch, 3, [10, 10, 10], steady) == ([10, 10, 10], 3)
+    assert capsys.readouterr().err.count("disturbed") == 0
+    assert rounds_of(monkeypatch, 2, [10, 99, 11], [100, 100, 80, 80]) == ([10, 11], 3)
+    assert "round 2 was disturbed and is left out: a product ran at 100 GFLOP/s before it and 80 " \
+           "after" in capsys.readouterr().err
+    assert rounds_of(monkeypatch, 4, [10, 10.5, 9.5, 12, 10], steady) == ([10, 10.5, 9.5, 10], 5)
+    assert "round 4 was disturbed and is left out: step took +20% of its median" in \
+           capsys.readouterr().err
+    # Never quiet: twice as many rounds, then all are kept, and it is said.
+    assert rounds_of(monkeypatch, 1, [10, 10], [100, 80, 100]) == ([10, 10], 2)
+    assert "NO ROUND WAS QUIET" in capsys.readouterr().err
+
+
+def test_peers_are_measured_as_they_are_and_with_memory_kept(monkeypatch):
+    kept, asked = [], []
+    monkeypatch.setattr(versus_peers, "pick_device", lambda kind: kept.append(1) or CPU)
+    monkeypatch.setattr(versus_peers, "measure_step", lambda who, *_: asked.append(who) or {})
+    for who in ("transformers", "transformers" + KEPT, OURS):
+        row = versus_peers.measure("tiny", who, "float32", "eager", "cpu", 1)
+        assert row["who"] == who
+    assert asked == ["transformers", "transformers", OURS] and len(kept) == 2
+    monkeypatch.setattr(versus_peers.importlib.util, "find_spec", lambda name: True)
+    plans = [versus_peers.plan(PeersConfig(dtypes=("float32",), modes=("eager",)), "generate",
+                               torch.device(kind)) for kind in ("cpu", "cuda")]
+    assert [[who for who, *_ in plan] for plan in plans] == [
+        [OURS, "transformers", "transformers" + KEPT], [OURS, "transformers"]]
 
 
 def test_the_table_of_hand_made_numbers():
@@ -135,24 +176,30 @@ def test_the_table_of_hand_made_numbers():
     rounds = [row(tokens_per_s=speed) for speed in (90.0, 100.0, 130.0)]
     ours = machine.median_step(rounds)
     assert ours["tokens_per_s"] == 100.0 and ours["tokens_per_s_rounds"] == [90.0, 100.0, 130.0]
-    rows = machine.with_shares([ours, *(machine.median_step([one]) for one in (
+    rows = [ours, *(machine.median_step([one]) for one in (
         row(mode="compiled", tokens_per_s=150.0, memory_mib=60.0, limit=2000.0),
         row(who=LOOSE, mode="compiled", tokens_per_s=500.0, memory_mib=1.0),
         row(who="nanoGPT", tokens_per_s=80.0, memory_mib=40.0),
         row(who="transformers", mode="compiled", tokens_per_s=120.0),
-        row(dtype="bfloat16", tokens_per_s=300.0, limit=5000.0)))])
+        row(who="nanoGPT" + KEPT, tokens_per_s=200.0, memory_mib=20.0),
+        row(dtype="bfloat16", tokens_per_s=300.0, limit=5000.0)))]
     assert versus_peers.ratios(rows) == [{
         "what": "small", "dtype": "float32", "mode": "compiled", "speed": 1.25, "memory": 1.5,
-        "best_peer": "transformers, compiled"}]             # bfloat16 has no peer
-    assert [row["share"] for row in rows] == [0.15, 0.225, 0.75, 0.12, 0.18, 0.18]
+        "best_peer": "transformers, compiled", "speed_kept": 0.75}]     # bfloat16 has no peer
+    assert [row["share"] for row in rows] == [0.3, 0.225, 1.5, 0.24, 0.36, 0.6, 0.18]
+    limits = [row(tokens_per_s=speed, limit=limit) for speed, limit in ((90.0, 900.0),
+                                                                        (50.0, 600.0))]
+    assert machine.median_step(limits)["share"] == 0.275    # (0.3 + 0.25) / 2: each of its own
     found = machine.publish(versus_peers.report, "", False, CPU, rows, [], rounds=3,
                             ratios=versus_peers.ratios(rows), missing=["124M: slow"])
     lines = versus_peers.report(found).splitlines()
     assert cells(lines[4]) == ["small", "float32", OURS, "eager", "2", "10.0", "100.0", "40.0%",
-                               "15.0%", "50"]
-    assert "- limit of matrix products in float32: 0.0 GFLOP/s" in lines
+                               "30.0%", "1.25", "0.83", "0.50", "50"]
+    assert cells(lines[2])[9:12] == ["/ nanoGPT", "/ transformers", "/ nanoGPT (memory kept)"]
+    assert "- limit of matrix products in float32: 0.0 to 0.0 GFLOP/s" in lines
     assert lines[-2:] == ["- small, float32: ours (compiled) has 1.25 of the tokens/s of the best "
-                          "peer (transformers, compiled), and 1.50 of the least memory",
+                          "peer (transformers, compiled), 0.75 where that keeps freed memory, and "
+                          "1.50 of the least memory",
                           "- missing: 124M: slow"]
 
 

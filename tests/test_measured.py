@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import __main__ as whole
-from bench import kills, ladder, loading, machine, measured, peers, ranks, step
+from bench import kills, ladder, loading, machine, measured, peers, ranks, step, versus_peers
 from bench.ladder import FUSED, HEAD, PADDED, RUNGS, TF32, LadderConfig, WrittenOutAttention
 from bench.loading import LoadingConfig
 from bench.ranks import RanksConfig
@@ -95,9 +95,10 @@ def test_a_rung_is_measured_in_its_precision(monkeypatch):
 
 
 def test_the_ladder_is_measured_in_turn(results, monkeypatch, capsys):
-    """Two rounds of hand-made rows: medians, shares of the best peak of both, factors; a rung that
+    """Two rounds of hand-made rows: medians, shares of the peak of each, factors; a rung that
     fails and one that is not for this machine are named. Table, JSON and page agree."""
-    asked, ms = [], {"float32": [100.0, 300.0], "bfloat16": [50.0, 50.0], FUSED: [20.0, 20.0]}
+    asked, ms = [], {"float32": [190.0, 210.0], "bfloat16": [50.0, 50.0], FUSED: [20.0, 20.0]}
+    monkeypatch.setattr(machine, "machine_state", lambda device: 100.0)
 
     def measure(function, rung, *_):
         asked.append(rung)
@@ -111,14 +112,14 @@ def test_the_ladder_is_measured_in_turn(results, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert asked == ["float32", "bfloat16", FUSED, HEAD, "float32", "bfloat16", FUSED]
     lines = {cells[0]: cells[1:] for cells in rows_of(said)}
-    assert lines["float32"] == ["200.0", "427", "100.0%", "21.3%", "300", "1.00", "1.00"]
-    assert lines["bfloat16"] == ["50.0", "1,280", "0.0%", "64.0%", "300", "4.00", "4.00"]
+    assert lines["float32"] == ["200.0", "321", "10.0%", "23.7%", "300", "1.00", "1.00"]
+    assert lines["bfloat16"] == ["50.0", "1,280", "0.0%", "96.0%", "300", "4.00", "4.00"]
     assert lines[FUSED][-2:] == ["2.50", "10.00"]
     assert "without TF32: cpu has no TF32" in said and f"without {HEAD}: out of memory" in said
     found = json.loads((results / "ladder-cpu-tiny.json").read_text())
     assert found["skipped"].keys() == {TF32, HEAD} and len(found["rows"]) == 3
     assert {cells[0]: cells[1:] for cells in rows_of(measured.page())}["float32"] == lines["float32"]
-    assert len(found["matmul_gflops_before_after"]) == 2
+    assert found["matmul_gflops_before_after"] == [100.0] * 3
 
 
 def test_a_rung_is_measured_in_a_process_of_its_own(capsys):
@@ -174,7 +175,8 @@ def test_text_to_shards_is_compared_on_the_same_tokens(tmp_path, monkeypatch):
     nothing here, is not counted. The ratio is of medians."""
     size = write_texts(tmp_path / "text.jsonl")
     config = LoadingConfig(from_=str(tmp_path / "text.jsonl"), tokenizer="bytes", rounds=3)
-    seconds = {"oneloop": [1.0, 2.0, 6.0], "tiktoken": [1.5, 1.8, 0.1]}
+    seconds = {"oneloop": [1.9, 2.0, 2.1], "tiktoken": [1.5, 1.6, 1.45]}
+    monkeypatch.setattr(machine, "machine_state", lambda device: 100.0)
 
     def measure(function, who, *given):
         row = function(who, *given)
@@ -182,7 +184,7 @@ def test_text_to_shards_is_compared_on_the_same_tokens(tmp_path, monkeypatch):
         return {**row, "ms": 1000 * seconds[who].pop(0)}
     monkeypatch.setattr(loading, "in_process", measure)
     row, states = loading.compare_text(config, tmp_path)
-    assert len(states) == 2
+    assert states == [100.0] * 4
     assert row["tokens"] == row["bytes"] == size and row["documents"] == 300
     assert row["seconds"] == {"oneloop": 2.0, "tiktoken": 1.5} and row["of_tiktoken"] == 0.75
     rows = iter(({"ms": 1.0, "tokens": 7}, {"ms": 1.0, "tokens": 8}))
@@ -250,9 +252,9 @@ def test_a_run_of_ranks_that_fails_tells_why(tmp_path):
 
 @pytest.mark.parametrize("save", [True, False])
 def test_every_part_of_make_bench_has_a_command_line_that_is_understood(monkeypatch, save):
-    """step does not save: it would lose its other rows."""
+    """step and versus_peers do not save: they would lose their other rows."""
     configs = {"ladder": LadderConfig, "step": step.StepConfig, "loading": LoadingConfig,
-               "ranks": RanksConfig}
+               "ranks": RanksConfig, "versus_peers": versus_peers.PeersConfig}
     saving = {}
 
     def run(command, cwd):
@@ -261,7 +263,7 @@ def test_every_part_of_make_bench_has_a_command_line_that_is_understood(monkeypa
         return subprocess.CompletedProcess(command, 0)
     monkeypatch.setattr(whole.subprocess, "run", run)
     whole.main([] if save else ["--save=false"])
-    assert saving == {name: save and name != "step" for name in configs}
+    assert saving == {name: save and name not in ("step", "versus_peers") for name in configs}
 
 
 def test_a_part_that_fails_does_not_stop_the_others(monkeypatch, capsys):
