@@ -1,8 +1,10 @@
-"""Every notebook runs from its first cell to its last, where a reader would run it.
+"""Every notebook runs from its first cell to its last, where a reader would run it (slow); in `make
+test` with its training cut short.
 
 The solutions of its exercises, folded into `<details>` of text cells, run in their places too.
 """
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="nbformat is a development extra")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is a development extra")
 pytest.importorskip("ipykernel", reason="ipykernel is a development extra")
+pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is a development extra")
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -28,16 +31,101 @@ def with_solutions(notebook):
     return notebook
 
 
-@pytest.mark.parametrize("path", [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem == "09_better"))
-    for path in NOTEBOOKS])                             # 09 takes minutes: make test-all
+@pytest.mark.slow                                       # minutes each
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 def test_the_notebook_runs_with_its_solutions(path, request):
     notebook = with_solutions(nbformat.read(path, as_version=4))
     if "Tokenizer.gpt2()" in str(notebook):
         request.getfixturevalue("gpt2_in_cache")
-    client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",
+    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3",
                                      resources={"metadata": {"path": str(path.parent)}})
     client.execute()   # raises CellExecutionError with the cell and its traceback
+
+
+# ---- the same with training cut short
+
+STEPS = 3                                               # of each training in a notebook
+SMALL = dict(max_steps=30, warmup_steps=5)              # and of the runs that small.py makes
+# What only a trained model does: computed in `make test`, asserted in `make test-all`.
+UNTRAINED = {
+    "01_model": ["trained_habits[:, 1].max()"],
+    "02_tokenizer": ["with_space > without", "likeness(never) >"],
+    "03_training": ["losses[-1] < 0.2", "min(ends,", "ends[30] < ends[1]", 'ends["100 more, the',
+                    "clipped < unclipped", "lost[torch.bfloat16] > 0.8", 'abs(gains["autocast"]',
+                    'gains["bfloat16 weights"] <', "gain > gains"],
+    "04_sft": ['answers(tuned, right)["exact"]', "chat_reply(tuned,", "stops(tuned)[0] == 1 and",
+               "abs(words_only[0]", "chatty_curve[middle][1] >", 'asked["as in training"]',
+               'asked["another template"]', "words in fit", "answers(only_last,",
+               "stops(mended)[0] == 1", "answers(chat_model,"],
+    "05_lora": ["max(by_rank.values()) -", "uncut <="],
+    "06_eval": ['found["trained"]', 'shortest["acc"] >', "norm_only.sum() >", "paired < unpaired",
+                'results["256 bytes"]["loss"] <', 'results["256 bytes"]["bits_per_byte"] >',
+                "means[0] >", 'strided[1]["loss"] <', "with_other >", "by_size[1] >"],
+    "07_generation": ["found < 1.2 * chance", 'table["greedy"][0] >', 'table["greedy"][2] <',
+                      "len(loops) == 5", "repeated(with_penalty", "nats(torch.cat([prompt, found])"]}
+SHORTER = {                                             # what else: (in the notebook, here)
+    "01_model": [(" and losses[-1] < losses[1] < losses[0] and again > 0.3", "")],
+    "02_tokenizer": [('.glob("*.py"))', '.glob("*.py"))[:60]')],
+    "03_training": [
+        ("below = next(step for step in range(250) if max(losses[step:step + 5]) < entropy)",
+         "below = 0"), (" and losses[-1] < entropy", ""),
+        ("> min(smooth[:i + 1]) + 0.2)", ">= min(smooth[:i + 1]))"),
+        ("steps=100)", "steps=3)"), ("for step in range(100)]", "for step in range(3)]"),
+        ("for i in range(100)]", "for i in range(3)]"),
+        ("for step in range(60)", "for step in range(3)"),
+        ("torch.compile(model)", 'torch.compile(model, backend="eager")')],
+    "04_sft": [("middle = 4", "middle = 0")],
+    "05_lora": [("limit=6000", "limit=1000")],
+    "06_eval": [("for start, end in halves:", "for start, end in halves[:60]:")],
+    "07_generation": [("in range(15)", "in range(2)"),
+                      (" and distance(found, q) < 1.3 * by_chance(q)", "")]}
+
+
+def shortened(notebook, name):
+    """Its cells of code. What is to be changed and is not there is an error: change it here too."""
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    changes = SHORTER.get(name, []) + [
+        (f"assert {claim}", claim) for claim in UNTRAINED.get(name, [])]
+    for old, new in changes:
+        assert any(old in cell for cell in cells), f"{name} has no {old!r}"
+        cells = [cell.replace(old, new) for cell in cells]
+    return [re.sub(r"step in range\((steps.*?)\)", rf"step in range(min({STEPS}, \1))", cell)
+            for cell in cells]
+
+
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory):
+    """small.py as it is imported by notebooks, with short runs in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(NOTEBOOKS[0].parent)
+        import small
+        whole = small.small_run
+        patch.setattr(small, "OUT", tmp_path_factory.mktemp("notebooks"))
+        patch.setattr(small, "small_run", lambda name, **changes: whole(name, **changes | SMALL))
+        yield
+
+
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem != "09_better"],
+                         ids=lambda path: path.stem)    # 09 has a base of its own: make test-all
+def test_the_notebook_runs_with_its_solutions_and_little_training(path, request, short_runs,
+                                                                  tmp_path, monkeypatch):
+    """In this process, by IPython: no kernel has to import PyTorch."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+    notebook = with_solutions(nbformat.read(path, as_version=4))
+    if "Tokenizer.gpt2()" in str(notebook):
+        request.getfixturevalue("gpt2_in_cache")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])   # IPython puts its own
+    pyplot.switch_backend("agg")
+    with pyplot.rc_context():
+        shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+        for cell in shortened(notebook, path.stem):
+            shell.run_cell(cell).raise_error()
+            pyplot.close("all")
 
 
 @pytest.mark.slow
