@@ -1,20 +1,17 @@
 """Prepares a data set, killed by SIGKILL in front of every write to the disk, for test_killed.py.
 
-    python tests/killed.py fineweb FOLDER --from=FILE ...
-
 For every n, a process (a fork, so that a kill costs milliseconds) runs `python -m data.NAME` and
 dies in front of its n-th call of os.fsync, os.replace or os.unlink, until one needs fewer than n
 calls. What it leaves must be no data set or a whole one, and the same command must make of it the
-bytes of an undisturbed run. Prints the number of kills.
+bytes of an undisturbed run.
 """
+import contextlib
 import importlib
 import os
 import shutil
 import signal
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import shards
 from data.writer import read_progress
@@ -71,9 +68,13 @@ def finished(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_ino for path in shards.files_of(folder, meta)}
 
 
-def main(name: str, folder: Path, words: list[str]) -> None:
+def kill_everywhere(name: str, folder: Path, words: list[str]) -> None:
+    """The above; the number of kills goes into the file FOLDER/kills. It forks: to be run in a
+    process without threads."""
     whole, out, before = (folder / part for part in ("whole", "out", "before"))
-    prepare(name, [*words, f"--out={whole}"])
+    with contextlib.redirect_stdout(open(os.devnull, "w")):
+        # here, so that its forks have the tables that splitting text makes once
+        importlib.import_module(f"data.{name}").main([*words, f"--out={whole}"])
     expected, kills, killed = content(whole), 0, True
     while killed:
         shutil.rmtree(out, ignore_errors=True)
@@ -88,7 +89,6 @@ def main(name: str, folder: Path, words: list[str]) -> None:
         assert content(out) == expected, f"kill {kills}: {sorted(content(out))}"
         if name == "fineweb":
             assert all((out / shard).stat().st_ino == inode for shard, inode in kept.items())
-    print(kills)
     if name == "fineweb":                               # killed again and again, it gets there too
         shutil.rmtree(out)
         times = 0
@@ -96,7 +96,4 @@ def main(name: str, folder: Path, words: list[str]) -> None:
             times += 1
             assert times < 20, "it does not get on"
         assert content(out) == expected and times > 2, times
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    (folder / "kills").write_text(str(kills))

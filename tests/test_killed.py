@@ -1,14 +1,11 @@
 """Preparing data, killed at every moment: what is left is no data set, or a whole one."""
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+import killed
+from bench.kills import start
 from data.corpus import CorpusConfig, prepare
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name,before", [("fineweb", False), ("corpus", False), ("corpus", True)])
@@ -21,9 +18,9 @@ def test_killed_preparation_leaves_what_the_same_command_completes(tmp_path, nam
         (tmp_path / "a.txt").write_text("another text\n" * 300)
         prepare(CorpusConfig(from_=str(tmp_path / "a.txt"), tokenizer="bytes", shard_tokens=500,
                              out=str(tmp_path / "before")))
-    run = subprocess.run([sys.executable, "tests/killed.py", name, tmp_path, f"--from={source}",
-                          "--tokenizer=bytes", "--shard_tokens=3000"], cwd=REPOSITORY, text=True,
-                         capture_output=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    process, = start(killed.kill_everywhere, 1, name, tmp_path, [
+        f"--from={source}", "--tokenizer=bytes", "--shard_tokens=3000"])
+    process.join(timeout=300)
+    assert process.exitcode == 0
     # at least a flush and a rename for each of 6 files
-    assert int(run.stdout) > 12
+    assert int((tmp_path / "kills").read_text()) > 12
