@@ -42,8 +42,10 @@ def error(found, reference):
     return ((found.double() - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("at_once", [2**25, 3000], ids=["one piece", "three pieces"])
+@pytest.mark.parametrize("at_once,compiled", [
+    pytest.param(2**25, False, id="one piece-eager"), pytest.param(3000, False, id="three-eager"),
+    pytest.param(2**25, True, id="one piece-compiled", marks=pytest.mark.slow),     # compiles C++
+    pytest.param(3000, True, id="three-compiled")])
 def test_loss_and_gradients_equal_the_formula(at_once, compiled, monkeypatch):
     monkeypatch.setitem(cross_entropy.LOGITS_AT_ONCE, "cpu", at_once)
     torch._dynamo.reset()

@@ -23,10 +23,15 @@ def model():
     return model
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("settings", [dict(temperature=0), dict(temperature=1.2, top_k=20)],
-                         ids=str)
-@pytest.mark.parametrize("changed", ["", "an adapter", "compiled"])
+GREEDY, DRAWN = dict(temperature=0), dict(temperature=1.2, top_k=20)
+
+
+@pytest.mark.parametrize("changed,settings,rows", [
+    *((changed, settings, rows) for changed in ("", "an adapter") for settings in (GREEDY, DRAWN)
+      for rows in (1, 3)), ("compiled", DRAWN, 3),
+    # a minute of C++ compilation
+    *(pytest.param("compiled", settings, rows, marks=pytest.mark.slow)
+      for settings, rows in ((GREEDY, 1), (GREEDY, 3), (DRAWN, 1)))], ids=str)
 def test_static_steps_give_the_ids_of_plain_ones(model, rows, settings, changed):
     """Beyond the context too, where there is no cache."""
     if changed == "an adapter":

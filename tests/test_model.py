@@ -160,8 +160,10 @@ def test_greedy_with_cache_equals_greedy_without_also_beyond_the_context():
     assert torch.equal(model.generate(idx, 30, temperature=0), expected)
 
 
-@pytest.mark.parametrize("lower", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows,lower", [
+    pytest.param(rows, lower, id=f"{rows}-{'autocast' if lower else 'float32'}",
+                 marks=[pytest.mark.slow] * ((rows, lower) != (1, False)))      # compiles C++
+    for rows in (1, 3) for lower in (False, True)])
 def test_compiled_generation_equals_uncompiled_with_a_graph_for_each_kind_of_pass(rows, lower):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
