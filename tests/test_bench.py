@@ -203,11 +203,19 @@ def test_the_table_of_hand_made_numbers():
                           "- missing: 124M: slow"]
 
 
-def test_the_command_measures_in_processes_and_prints_the_table(capsys):
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_command_measures_in_processes_and_prints_the_table(own, capsys, monkeypatch):
+    """own: it does; else here, on a machine whose limit is known at once."""
+    asked = []
+    if not own:
+        monkeypatch.setattr(peers, "matmul_peak", lambda *_: 1e12)
+        monkeypatch.setattr(versus_peers, "in_process", lambda function, *given: (
+            asked.append(given) or function(*given)))
     versus_peers.main(["--only=tiny", f"--who={OURS}", "--modes=eager", "--dtypes=float32",
                        "--rounds=1", "--repeats=1", "--device=cpu"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 3 and cells(lines[2])[:4] == ["tiny", "float32", OURS, "eager"]
+    assert len(asked) == (not own)
 
 
 def test_a_measurement_that_fails_tells_why():

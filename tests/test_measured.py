@@ -122,11 +122,18 @@ def test_the_ladder_is_measured_in_turn(results, monkeypatch, capsys):
     assert found["matmul_gflops_before_after"] == [100.0] * 3
 
 
-def test_a_rung_is_measured_in_a_process_of_its_own(capsys):
+@pytest.mark.parametrize("own", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_rung_is_measured_in_a_process_of_its_own(own, capsys, monkeypatch):
+    """own: it is; else here, on a machine whose limit is known at once."""
+    asked = []
+    if not own:
+        monkeypatch.setattr(ladder, "matmul_peak", lambda *_: 1e12)
+        monkeypatch.setattr(ladder, "in_process", lambda function, *given: (
+            asked.append(given) or function(*given)))
     ladder.main(["--shape=tiny", "--rounds=1", "--repeats=1", "--rungs=float32", "--device=cpu"])
     said = capsys.readouterr().out
     assert "tiny, 2 sequences" in said and rows_of(said)[2][0] == "float32"
-    assert len(rows_of(said)) == 3 and "GFLOP/s before and" in said
+    assert len(rows_of(said)) == 3 and "GFLOP/s before and" in said and len(asked) == (not own)
 
 
 # ---------------------------------------------------------------------------- data and start-up
