@@ -80,9 +80,9 @@ def test_ids_that_nothing_has_are_filled_first():
 
 def test_gpt2_extended_on_chinese_compresses_as_a_new_one_and_english_as_before(
         shared, gpt2_vocab, tmp_path):
-    """2,000 tokens more, of a tenth of two novels; every tenth line is kept to measure."""
+    """2,000 tokens more, of a twentieth of two novels; every tenth line is kept to measure."""
     lines = [line for path in sorted(shared.glob("chinese/*.txt"))
-             for line in path.read_text(encoding="utf-8").split("\n")][::10]
+             for line in path.read_text(encoding="utf-8").split("\n")][::20]
     held_out = "\n".join(lines[::10])
     train = "\n".join(line for i, line in enumerate(lines) if i % 10)
     gpt2 = Tokenizer.gpt2(gpt2_vocab)
@@ -90,7 +90,7 @@ def test_gpt2_extended_on_chinese_compresses_as_a_new_one_and_english_as_before(
     assert (wide.eot, wide.vocab_size) == (50256, 52257)
     assert wide.token_bytes[:50257] == gpt2.token_bytes
     assert len(wide.encode(held_out)) <= len(fresh.encode(held_out)) / 0.95
-    english = (shared / "shakespeare" / "input.txt").read_text(encoding="utf-8")
+    english = (shared / "shakespeare" / "input.txt").read_text(encoding="utf-8")[:200_000]
     assert len(wide.encode(english)) <= len(gpt2.encode(english))
     assert wide.encode("hello world") == reference_gpt2(gpt2_vocab).encode("hello world")
     wide.save_pretrained(tmp_path)

@@ -283,14 +283,14 @@ def test_the_best_of_a_tuning_is_by_hand():
 @pytest.mark.parametrize("equal", ["tokens", "flops", "minutes"])
 def test_runs_have_an_equal_share(words, here, equal):
     report = found(words, "--set=model.n_layer=3", "--set=batch_tokens=32", f"--equal={equal}",
-                   "--seeds=2", "--max_steps=48")
+                   "--seeds=2", "--max_steps=12")
     base, deep = report["variants"].values()
     if equal == "tokens":
-        assert (base["steps"], deep["steps"], deep["tokens"]) == (48, 96, base["tokens"])
+        assert (base["steps"], deep["steps"], deep["tokens"]) == (12, 24, base["tokens"])
     elif equal == "flops":      # 3,280 weights and biases a block, 4,096 of the head, 32 of ln_f
         flops = [6 * (4096 + 32 + 3280 * layers) + 12 * 16 * 16 * layers for layers in (1, 3)]
-        assert deep["steps"] == round(96 * flops[0] / flops[1])
-    assert base["steps"] == 48 and deep["steps"] >= 1
+        assert deep["steps"] == round(24 * flops[0] / flops[1])
+    assert base["steps"] == 12 and deep["steps"] >= 1
 
 
 def test_a_setting_that_is_the_length_itself_is_compared_as_it_is(words, here):

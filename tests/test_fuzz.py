@@ -622,7 +622,7 @@ def reported(path, words):
 
 
 # A process of its own for each, with a limit of memory, so that no crash takes the others along.
-@pytest.mark.parametrize("inputs", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inputs", [100, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", READERS)
 def test_a_damaged_file_is_an_error_of_one_line_or_does_no_harm(tmp_path, name, inputs):
     if name == "parquet":

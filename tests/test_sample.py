@@ -23,9 +23,10 @@ from sample import Chat, chat_reply, continue_text, preview
 from train import TrainConfig, train
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     """A short run on text with a trained tokenizer, which has an end-of-text token."""
+    tmp_path = tmp_path_factory.mktemp("run")
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {i} of many"}}\n'
                                               for i in range(400)))
     data = prepare(CorpusConfig(from_=str(tmp_path / "a.jsonl"), vocab_size=280,
