@@ -9,9 +9,11 @@ import torch  # noqa: E402
 
 
 # What takes longest begins first, so that no process is left alone with it at the end; and of the
-# notebooks those first that do not wait for each other's base.
-LONGEST = ("[03_training]", "[05_lora]", "[01_model]", "test_notebooks.py", "test_faults.py",
-           "test_train.py", "test_bench.py", "test_bench_gpu.py", "test_compare.py", "test_lora")
+# whole notebooks (make test-all) those first that do not wait for each other's base.
+LONGEST = ("solutions[03_training]", "solutions[05_lora]", "solutions[01_model]",
+           "test_notebooks.py", "compile", "test_faults.py", "test_compare.py", "test_train.py",
+           "test_lora", "test_bench_gpu.py", "test_killed.py", "test_bpe", "test_plots.py",
+           "test_fuzz.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -21,15 +23,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)             # pytest-xdist may not be here
 def pytest_xdist_make_scheduler(config, log):
-    """A file is one process's, for what it trains once; but each notebook is on its own, and each
-    test of faults, which start processes of theirs."""
+    """A file is one process's, for what it trains once; but each whole notebook is on its own, and
+    each test of faults, which start processes of theirs. What compiles is one process's, which
+    imports the compiler."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, name = nodeid.partition("::")
-            if "test_notebooks.py" in file:
+            if "test_notebooks.py" in file and "solutions[" in name:
                 return nodeid
+            if "compile" in name:
+                return "compile"
             return nodeid.partition("[")[0] if "test_faults.py" in file else file
     config.option.loadscopereorder = False      # by the number of tests: notebooks would be last
     return ByFile(config, log)
