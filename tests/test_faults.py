@@ -320,8 +320,8 @@ def test_a_spike_is_marked_and_with_skip_spikes_not_applied(settings, monkeypatc
         calls.append(self.training)
         return logits, loss * 40 if self.training and sum(calls) == 111 else loss
     monkeypatch.setattr(GPT, "forward", spiking)
-    settings.update(max_steps=112, batch_tokens=4 * 32, save_every=1, milestone_every=1, save_total_limit=4,
-                    eval_every=0, eval_tokens=32, sample_tokens=0)
+    settings.update(max_steps=112, batch_tokens=4 * 32, save_every=1, milestone_every=1,
+                    save_total_limit=4, eval_every=0, eval_tokens=32, sample_tokens=0)
     for skip in (0.0, 8.0):
         out = f"{settings['out']}{skip}"
         calls.clear()

@@ -29,7 +29,7 @@ def results(function, *tensors, dtype=torch.float32):
 @pytest.mark.parametrize("shape,compiled", [
     *((shape, False) for shape in SHAPES), (SHAPES[2], True),
     *(pytest.param(shape, True, marks=pytest.mark.slow) for shape in SHAPES if shape != SHAPES[2])],
-    ids=str)                                            # compiled ones take seconds of C++ each
+    ids=lambda value: {True: "compiled", False: "eager"}.get(value, str(value)))    # seconds of C++
 def test_values_and_gradients_are_those_of_float64(shape, compiled, slow):
     torch.manual_seed(0)
     torch._dynamo.reset()

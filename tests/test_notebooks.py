@@ -62,7 +62,7 @@ UNTRAINED = {
                 'results["256 bytes"]["loss"] <', 'results["256 bytes"]["bits_per_byte"] >',
                 "means[0] >", 'strided[1]["loss"] <', "with_other >", "by_size[1] >"],
     "07_generation": ["found < 1.2 * chance", 'table["greedy"][0] >', 'table["greedy"][2] <',
-                      "len(loops) == 5", "repeated(with_penalty", "nats(torch.cat([prompt, found])"]}
+                      "len(loops) == 5", "repeated(with_penalty", "nats(torch.cat([prompt, found"]}
 SHORTER = {                                             # what else: (in the notebook, here)
     "01_model": [(" and losses[-1] < losses[1] < losses[0] and again > 0.3", "")],
     "02_tokenizer": [('.glob("*.py"))', '.glob("*.py"))[:60]')],
