@@ -118,18 +118,19 @@ def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Process
                          f"another --out")
     there = {**flatten(state["config"]), "data": state["data"], "base": state["base"]}
     here = {**flatten(dataclasses.asdict(config)), "data": data.fingerprint, "base": base}
-    changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    changed = {name: [repr(str(values.get(name)))[1:-1][:200] for values in (there, here)]
+               for name in {**there, **here} if there.get(name) != here.get(name)}
     progress = progress_of(state)
     finished = progress.finished(config)
     more = "max_steps" if progress.step >= config.max_steps else "patience"
-    for name in changed:
-        differs = f"{name}={there.get(name)}, this one has {name}={here.get(name)}; choose another"
+    for name, (before, now) in changed.items():
+        differs = f"{name:.80}={before}, this one has {name:.80}={now}; choose another"
         if _is_one_of(SAME, name):
             raise ValueError(f"{out} holds a run with {differs} --out, or delete {out}")
         if finished and name in there and _is_one_of(FIGURES, name):
             raise ValueError(f"{out} holds a finished run with {differs} --out, or train on with a "
                              f"larger --{more}")
-    said = [f"{name} {there[name]} -> {here[name]}" for name in changed
+    said = [f"{name} {before} -> {now}" for name, (before, now) in changed.items()
             if name in here and name in there and name != "out"]
     if world.rank == 0 and said:
         print(f"settings changed since the checkpoint: {', '.join(said)}")

@@ -154,6 +154,21 @@ def test_a_best_model_in_the_place_of_a_checkpoint_is_refused(settings):
         run(settings, max_steps=10)
 
 
+def test_what_a_checkpoint_says_of_its_settings_stays_in_its_line(settings, capsys):
+    run(settings)
+    path = Path(settings["out"]) / "last.pt"
+    state = checkpoint.load(path)
+    state["config"]["log_every"] = "a\n\x1b[2J" * 999
+    checkpoint.save(path, state)
+    run(settings)
+    shown = capsys.readouterr().out
+    assert r"log_every a\n\x1b[2Ja\n" in shown and "\x1b" not in shown
+    state["config"]["max_steps"] = "a\n\x1b[2J"
+    checkpoint.save(path, state)
+    with pytest.raises(ValueError, match=r"max_steps=a\\n\\x1b\[2J, this one has max_steps=8;"):
+        run(settings)
+
+
 def test_other_threads_are_said_where_they_change_bits(settings, capsys):
     run(settings, max_steps=4)
     torch.set_num_threads(2)
