@@ -6,8 +6,9 @@ The other way is the usual script's (build-nanogpt's train_gpt2.py, llm.c's): an
 of context and ending, padded; the logits of all positions; the loss of each; autocast entered for
 each item, so that the weights are cast for each. `casts_once` is the same inside one autocast: what
 is left then is what the shared context and the fewer logits save. A random GPT-2 (124M, or
---model.n_layer=...); all ways take turns, the best of --repeats counts. Decisions and sums are
-compared in float32 too, where rounding hides nothing. Writes bench/results/hellaswag_DTYPE.json.
+--model.n_layer=...); all ways take turns in one process, which keeps freed memory for all, and the
+best of --repeats counts. Decisions and sums are compared in float32 too, where rounding hides
+nothing. Writes bench/results/hellaswag_DTYPE.json.
 """
 from dataclasses import dataclass
 from typing import Any, Literal
