@@ -75,9 +75,11 @@ SHORTER = {                                             # what else: (in the not
         ("for step in range(60)", "for step in range(3)"),
         ("torch.compile(model)", 'torch.compile(model, backend="eager")')],
     "04_sft": [("middle = 4", "middle = 0")],
-    "05_lora": [("limit=6000", "limit=1000")],
-    "06_eval": [("for start, end in halves:", "for start, end in halves[:60]:")],
-    "07_generation": [("in range(15)", "in range(2)"),
+    "05_lora": [("evaluation_batches(32, limit=6000)", "evaluation_batches(8, limit=600)")],
+    "06_eval": [("for start, end in halves:", "for start, end in halves[:60]:"),
+                ("text_bytes = byte_tokens(val_ids)", "text_bytes = byte_tokens(val_ids[:4096])")],
+    "07_generation": [("in range(15)", "in range(2)"), ("N = 5000", "N = 500"),
+                      ("def written(n=48", "def written(n=16"), ("(start, 100,", "(start, 20,"),
                       (" and distance(found, q) < 1.3 * by_chance(q)", "")]}
 
 
