@@ -210,8 +210,9 @@ def orthogonal(matrices: list[torch.Tensor], parts: list[int]) -> list[torch.Ten
 
     Its entries have a root mean square of 1 / sqrt(max(n, m)); it is brought to 0.2, that of
     AdamW's updates. Those of one shape are one stack, and each rank computes its share of it: the
-    ranks have the same gradients.
+    ranks have the same gradients. What FSDP has split is put together, all at once, and split again.
     """
+    split, matrices = matrices, [getattr(x, "full_tensor", lambda x=x: x)() for x in matrices]
     pieces = [piece for matrix, count in zip(matrices, parts) for piece in matrix.chunk(count)]
     wide = [piece if piece.size(0) <= piece.size(1) else piece.t() for piece in pieces]
     for shape in {x.shape: 0 for x in wide}:
@@ -221,7 +222,16 @@ def orthogonal(matrices: list[torch.Tensor], parts: list[int]) -> list[torch.Ten
             x = x.to(pieces[i].dtype) * (0.2 * math.sqrt(max(shape)))
             pieces[i] = x if x.shape == pieces[i].shape else x.t()
     left = iter(pieces)
-    return [torch.cat([next(left) for _ in range(count)]) for count in parts]
+    return [split_like(torch.cat([next(left) for _ in range(count)]), matrix)
+            for count, matrix in zip(parts, split)]
+
+
+def split_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that all have whole, where `like` is split over them."""
+    if not hasattr(like, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor          # slow to import
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def on_all_ranks(function: Callable[[torch.Tensor], torch.Tensor], matrices: list[torch.Tensor]

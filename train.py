@@ -140,9 +140,9 @@ class TrainConfig:
                              f"learning_rate={self.learning_rate}; lower it, or raise the peak")
         if self.lora and self.init_from == "scratch":
             raise ValueError("lora on init_from=scratch would adapt random weights; name a model")
-        if self.shard != "none" and self.optim.optimizer != "adamw":
-            raise ValueError(f"shard={self.shard} splits matrices, and optim.optimizer="
-                             f"{self.optim.optimizer} needs them whole; leave one of the two out")
+        if self.shard != "none" and self.optim.optimizer == "galore":
+            raise ValueError(f"shard={self.shard} splits matrices, and optim.optimizer=galore "
+                             f"decomposes whole ones; leave one of the two out")
         if 0 < self.max_steps < SKIPPED + self.profile and self.profile:
             raise ValueError(f"profile={self.profile} begins after {SKIPPED} steps, and max_steps="
                              f"{self.max_steps}; take fewer")

@@ -1,8 +1,8 @@
 """Whether a change helps, by one command: paired seeds, the noise they show, and a verdict.
 
-    python -m experiments.compare demo --set=optim.optimizer=muon --seeds=5
+    python -m experiments.compare demo --set=optim.optimizer=adamw --seeds=5
     python -m experiments.compare lora-demo --set=lora.r=1,2,4 --set=lora.alpha=4,16 --seeds=3
-    python -m experiments.compare demo --set=optim.optimizer=muon --tune=learning_rate=2e-3,5e-3
+    python -m experiments.compare demo --set=optim.optimizer=adamw --tune=learning_rate=2e-3,5e-3
     python -m experiments.compare demo --patch=FILE --equal=minutes
     python -m experiments.compare demo --max_steps=100 --seeds=8     how large the noise is
 

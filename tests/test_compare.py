@@ -25,13 +25,15 @@ from model import GPT, GPTConfig
 
 REPOSITORY = Path(__file__).parent.parent
 STUDIES = REPOSITORY / "experiments" / "studies"
+ADAMW = ("--optim.optimizer=adamw", "--schedule=cosine", "--learning_rate=5e-3",
+         "--min_learning_rate=3e-4")
 
 
 @pytest.fixture
 def words(dataset, tmp_path):
     """A base that trains in a tenth of a second."""
     return ["demo", f"--data={dataset}", f"--out={tmp_path / 'compare'}", "--max_steps=6",
-            "--batch_tokens=64", "--micro_batch=4", "--warmup_steps=2", "--dtype=float32",
+            "--batch_tokens=64", "--micro_batch=4", "--warmup_steps=2", *ADAMW, "--dtype=float32",
             "--compile=off", "--device=cpu", "--eval_tokens=256", "--model.block_size=16",
             "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16"]
 

@@ -55,15 +55,17 @@ def test_words_override_the_preset_they_start_from():
 
 
 @pytest.mark.parametrize("preset,words,expected", [
-    ("demo", ["--learning_rate=1e-4"], dict(learning_rate=1e-4, min_learning_rate=6e-6,
-                                            warmup_steps=50)),      # 3e-4 of 5e-3
-    ("demo", ["--learning_rate=5e-3"], dict(min_learning_rate=3e-4)),
-    ("demo", ["--learning_rate=1e-2", "--min_learning_rate=0"], dict(min_learning_rate=0.0)),
+    ("gpt2-124m-gpt3", ["--learning_rate=1e-4"], dict(
+        learning_rate=1e-4, min_learning_rate=1e-5, warmup_steps=715)),     # 6e-5 of 6e-4
+    ("gpt2-124m-gpt3", ["--learning_rate=6e-4"], dict(min_learning_rate=6e-5)),
+    ("gpt2-124m-gpt3", ["--learning_rate=1e-2", "--min_learning_rate=0"],
+     dict(min_learning_rate=0.0)),
+    ("demo", ["--learning_rate=1e-4"], dict(learning_rate=1e-4, min_learning_rate=0.0)),
     ("demo", ["--warmup_ratio=0.1"], dict(warmup_ratio=0.1, warmup_steps=0)),
     ("sft-demo", ["--warmup_steps=9"], dict(warmup_steps=9, warmup_ratio=0.0)),
     ("sft-demo", ["--max_steps=9"], dict(max_steps=9, epochs=0.0)),
     ("demo", ["--epochs=1"], dict(epochs=1.0)),
-    ("demo", ["--max_steps=9"], dict(max_steps=9, warmup_steps=50, min_learning_rate=3e-4)),
+    ("demo", ["--max_steps=9"], dict(max_steps=9, warmup_steps=20, min_learning_rate=0.0)),
 ])
 def test_what_a_preset_says_in_another_way_follows_what_is_given(preset, words, expected):
     config = parse(TrainConfig, words, "train.py", PRESETS[preset].settings, follow=follow)

@@ -7,7 +7,8 @@ set -e
 
 compare() {
     python -m experiments.compare demo --out=out/optimizers --max_steps=1500 --warmup_steps=50 \
-        --learning_rate=2e-3 --min_learning_rate=2e-4 --model.n_head=6 --model.n_embd=192 "$@"
+        --optim.optimizer=adamw --schedule=cosine --learning_rate=2e-3 --min_learning_rate=2e-4 \
+        --model.n_head=6 --model.n_embd=192 "$@"
 }
 
 compare --name=optimizers --set=optim.optimizer=muon,galore \
