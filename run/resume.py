@@ -192,7 +192,8 @@ def finished_summary(out: Path, rank: int) -> dict[str, Any]:
     """The summary of a run that has nothing left to do, and a word about it."""
     run = read_json(out / "run.json", f"move {out} away to start anew")
     final = run.pop("final", None)
-    figures = final if final and isinstance(final, dict) else _figures_of_log(out)
+    whole = isinstance(final, dict) and isinstance(final.get("step"), int)
+    figures = final if whole else _figures_of_log(out)
     if rank == 0:
         write_json(out / "run.json", {**run, "final": figures})
         print(f"{out} is finished: " + ", ".join(

@@ -188,6 +188,18 @@ def test_a_finished_run_without_its_last_figures_is_one_line(settings, damage):
         run(settings)
 
 
+def test_last_figures_that_were_damaged_come_from_the_log(settings):
+    expected = run(settings)
+    path = Path(settings["out"], "run.json")
+    damaged = json.loads(path.read_text())
+    damaged["final"]["stap"] = damaged["final"].pop("step")
+    path.write_text(json.dumps(damaged))
+    found = run(settings)
+    assert {key: found[key] for key in ("step", "tokens", "val_loss")} == \
+        {key: expected[key] for key in ("step", "tokens", "val_loss")}
+    assert json.loads(path.read_text())["final"]["step"] == expected["step"]
+
+
 # ---- signals and the screen
 
 def command(settings, *words):
