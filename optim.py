@@ -210,7 +210,8 @@ def orthogonal(matrices: list[torch.Tensor], parts: list[int]) -> list[torch.Ten
 
     Its entries have a root mean square of 1 / sqrt(max(n, m)); it is brought to 0.2, that of
     AdamW's updates. Those of one shape are one stack, and each rank computes its share of it: the
-    ranks have the same gradients. What FSDP has split is put together, all at once, and split again.
+    ranks have the same gradients. What FSDP has split is put together, all at once, and split
+    again.
     """
     split, matrices = matrices, [getattr(x, "full_tensor", lambda x=x: x)() for x in matrices]
     pieces = [piece for matrix, count in zip(matrices, parts) for piece in matrix.chunk(count)]

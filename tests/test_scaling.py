@@ -297,7 +297,8 @@ def muon_steps(out):
                 parallel.network(idx, idx)[1].backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            torch.save(parallel.whole().state_dict(), Path(out, f"{world.size}-{world.rank}-{shard}"))
+            path = Path(out, f"{world.size}-{world.rank}-{shard}")
+            torch.save(parallel.whole().state_dict(), path)
 
 
 def test_muon_divided_over_ranks_equals_muon_undivided(tmp_path):

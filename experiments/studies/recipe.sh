@@ -1,5 +1,5 @@
 #!/bin/sh
-# Rates, schedules and Muon's settings on text of which no part repeats: the question of docs/LOG.md,
+# Rates, schedules and settings of Muon on text that does not repeat: the question of docs/LOG.md,
 # "which recipe". FOLDER holds texts; any setting may follow:
 #
 #     python -m data.corpus --from=FOLDER --tokenizer=bytes --out=data/novels
