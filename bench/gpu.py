@@ -24,7 +24,7 @@ import torch
 from bench import kills, lora, saves, versus_peers
 from bench.machine import (Row, machine_state, matmul_peak, memory_bandwidth, publish, seconds,
                            table, where)
-from bench.peers import LOOSE, OURS, SHAPES, WHO, our_step, random_batch
+from bench.peers import LOOSE, OURS, PEERS, SHAPES, our_step, random_batch
 from eval.hellaswag import Question, score_questions
 from model import GPT
 from optim import OptimConfig, make_optimizer, take_step
@@ -114,7 +114,7 @@ def step_row(place: Place, shape: str, who: str) -> Row:
 def steps(place: Place) -> Iterator[Row]:
     here = {"nanoGPT": place.config.nanogpt, "build-nanogpt": place.config.build_nanogpt,
             "transformers": importlib.util.find_spec("transformers")}
-    for who in (LOOSE, OURS, *WHO[2:]):
+    for who in (LOOSE, OURS, *PEERS):
         if here.get(who, True):
             yield step_row(place, place.shape, who)
 

@@ -215,7 +215,7 @@ def test_the_command_measures_in_processes_and_prints_the_table(own, capsys, mon
                        "--rounds=1", "--repeats=1", "--device=cpu"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 3 and cells(lines[2])[:4] == ["tiny", "float32", OURS, "eager"]
-    assert len(asked) == (not own)
+    assert bool(asked) == (not own)                     # twice, where a round was disturbed
 
 
 def test_a_measurement_that_fails_tells_why():
