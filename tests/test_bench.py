@@ -207,6 +207,7 @@ def test_the_table_of_hand_made_numbers():
 def test_the_command_measures_in_processes_and_prints_the_table(own, capsys, monkeypatch):
     """own: it does; else here, on a machine whose limit is known at once."""
     asked = []
+    monkeypatch.setattr(machine, "NOISE", math.inf)     # or a disturbed round is taken again
     if not own:
         monkeypatch.setattr(peers, "matmul_peak", lambda *_: 1e12)
         monkeypatch.setattr(versus_peers, "in_process", lambda function, *given: (
@@ -215,7 +216,7 @@ def test_the_command_measures_in_processes_and_prints_the_table(own, capsys, mon
                        "--rounds=1", "--repeats=1", "--device=cpu"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 3 and cells(lines[2])[:4] == ["tiny", "float32", OURS, "eager"]
-    assert bool(asked) == (not own)                     # twice, where a round was disturbed
+    assert len(asked) == (not own)
 
 
 def test_a_measurement_that_fails_tells_why():
