@@ -216,9 +216,9 @@ def orthogonal(matrices: list[torch.Tensor], parts: list[int]) -> list[torch.Ten
     split, matrices = matrices, [getattr(x, "full_tensor", lambda x=x: x)() for x in matrices]
     pieces = [piece for matrix, count in zip(matrices, parts) for piece in matrix.chunk(count)]
     wide = [piece if piece.size(0) <= piece.size(1) else piece.t() for piece in pieces]
-    for shape in {x.shape: 0 for x in wide}:
+    for shape in dict.fromkeys(x.shape for x in wide):
         numbers = [i for i, x in enumerate(wide) if x.shape == shape]
-        found = on_all_ranks(five_steps, [wide[i] for i in numbers])
+        found = five_steps_on_all_ranks([wide[i] for i in numbers])
         for i, x in zip(numbers, found):
             x = x.to(pieces[i].dtype) * (0.2 * math.sqrt(max(shape)))
             pieces[i] = x if x.shape == pieces[i].shape else x.t()
@@ -235,15 +235,15 @@ def split_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def on_all_ranks(function: Callable[[torch.Tensor], torch.Tensor], matrices: list[torch.Tensor]
-                 ) -> torch.Tensor:
-    """function of all these in one stack, (k, n, m), whose first axis the ranks divide."""
+def five_steps_on_all_ranks(matrices: list[torch.Tensor]) -> torch.Tensor:
+    """`five_steps` of all these in one stack, (k, n, m), whose first axis the ranks divide."""
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ranks == 1:
-        return function(torch.stack(matrices))
+        return five_steps(torch.stack(matrices))
     share = -(-len(matrices) // ranks)
     first = share * dist.get_rank()
-    found = function(torch.stack((matrices + ranks * share * matrices[:1])[first:first + share]))
+    padded = matrices + ranks * share * matrices[:1]
+    found = five_steps(torch.stack(padded[first:first + share]))
     whole = found.new_empty(ranks * share, *found.shape[1:])
     dist.all_gather_into_tensor(whole, found.contiguous())
     return whole[:len(matrices)]

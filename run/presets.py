@@ -141,8 +141,8 @@ PRESETS = {
     "imdb-demo": Preset(
         "the demo run learns whether a film review is positive; after demo and python -m data.imdb "
         "--task=classes [--from=FILES]",
-        "accuracy 0.72 on 1,000 reviews after 5,000 twice, in about 5 minutes on one busy CPU core; "
-        "from a demo that AdamW had trained, not measured from today's",
+        "accuracy 0.72 on 1,000 reviews after 5,000 twice, in about 5 minutes on one busy CPU "
+        "core; from a demo that AdamW had trained, not measured from today's",
         IMDB_DEMO),
     "gpt2-alpaca": Preset(
         "GPT-2 124M on Stanford Alpaca, all weights", "not measured",
