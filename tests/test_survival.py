@@ -398,16 +398,25 @@ def test_scores_that_are_not_finite_are_one_line(settings, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: the model's scores are not finite")
 
 
+@pytest.fixture
+def interruptible():
+    """What a test starts can be interrupted: the jobs that a shell runs behind itself cannot, nor
+    what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("words", [["train.py"], ["sample.py", "gpt2"], ["-m", "eval", "gpt2"],
                                    ["-m", "eval.loss"], ["-m", "eval.hellaswag"]])
-def test_an_interrupt_while_pytorch_is_imported_is_one_line(words):
+def test_an_interrupt_while_pytorch_is_imported_is_one_line(words, interruptible):
     process = subprocess.Popen([sys.executable, *words], cwd=REPOSITORY, stderr=subprocess.PIPE,
                                text=True)
     interrupt_once_there(process, "libtorch_cpu")
     assert process.communicate(timeout=60)[1] == "\ninterrupted\n" and process.returncode == 130
 
 
-def test_an_interrupt_while_the_tokenizer_is_imported_is_one_line():
+def test_an_interrupt_while_the_tokenizer_is_imported_is_one_line(interruptible):
     process = subprocess.Popen([sys.executable, "bpe.py", "encode"], cwd=REPOSITORY, text=True,
                                stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     interrupt_once_there(process, "_multiarray")        # numpy's
