@@ -76,6 +76,16 @@ def parameter_groups(model: nn.Module, weight_decay: float, lora_plus_ratio: flo
             for (decays, scale), params in found.items()]
 
 
+def matrices(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The weights of linear layers, with the layer's name, but that of a head tied to embeddings."""
+    linear = {module.weight: name.rpartition(".")[2] for name, module in model.named_modules()
+              if isinstance(module, nn.Linear)}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            linear.pop(module.weight, None)
+    return linear
+
+
 # Layers whose rows are several matrices: queries, keys and values. Muon takes each by itself.
 FUSED = {"c_attn": 3}
 
@@ -92,13 +102,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float,
     if config.optimizer == "adamw":     # fused: one kernel updates all parameters of a group
         return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=config.eps,
                                  fused=True)
-    # The same parameters in the same order, with the matrices of linear layers apart.
-    linear = {module.weight: name.rpartition(".")[2] for name, module in model.named_modules()
-              if isinstance(module, nn.Linear)}
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            linear.pop(module.weight, None)             # a head that is tied to it
-    split = []
+    linear, split = matrices(model), []     # the same parameters in the same order, matrices apart
     for group in groups:
         for rule, wanted in ((config.optimizer, True), ("adamw", False)):
             params = [p for p in group["params"] if (p in linear) == wanted]

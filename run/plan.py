@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fast.cross_entropy import head_memory
-from optim import learning_rate
+from optim import OptimConfig, learning_rate, matrices
 from run.device import PEAK_FLOPS
 from run.processes import Processes
 
@@ -34,20 +34,37 @@ MFU = 0.4                               # assumed; llm.c's on H100 was 41%, on A
 CARDS = {"A100": (80, 1.79), "H100": (80, 3.99), "H200": (141, 4.59), "B200": (180, 6.79)}
 
 
-def held_memory(model: torch.nn.Module, shard: str, ranks: int) -> float:
-    """Bytes of weights, gradients and AdamW's means on a rank between two steps. Parameters are
-    divided where they are sharded; what NF4 packs is in buffers, which never are."""
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = WEIGHTS * parameters + (GRADIENTS + MOMENTS) * trained
+def optimizer_memory(model: torch.nn.Module, config: OptimConfig = OptimConfig()) -> int:
+    """Bytes that the optimizer remembers: of matrices Muon one mean, GaLore two in the rank that it
+    projects to and the basis; of all else AdamW its two."""
+    linear, remembered = matrices(model), 0
+    for p in (p for p in model.parameters() if p.requires_grad):
+        size = MOMENTS * p.numel()
+        if p in linear and config.optimizer == "muon":
+            size //= 2
+        elif p in linear and config.optimizer == "galore":
+            shorter, longer = sorted(p.shape)
+            rank = min(config.galore_rank, shorter)
+            size = rank * (MOMENTS * longer + WEIGHTS * shorter)
+        remembered += size
+    return remembered
+
+
+def held_memory(model: torch.nn.Module, shard: str, ranks: int,
+                config: OptimConfig = OptimConfig()) -> float:
+    """Bytes of weights, gradients and optimizer on a rank between two steps. Parameters are divided
+    where they are sharded; what NF4 packs is in buffers, which never are."""
+    held = optimizer_memory(model, config)
+    for p in model.parameters():
+        held += (WEIGHTS + GRADIENTS * p.requires_grad) * p.numel()
     return held / (1 if shard == "none" else ranks) + sum(b.nbytes for b in model.buffers())
 
 
-def state_memory(model: torch.nn.Module, shard: str, ranks: int, accumulates: bool,
-                 size: int) -> float:
+def state_memory(model: torch.nn.Module, shard: str, ranks: int, accumulates: bool, size: int,
+                 config: OptimConfig = OptimConfig()) -> float:
     """Bytes of all that is no activation on a rank in the middle of a step: what is held, and
     copies of weights and gradients. size: bytes of a number in products."""
-    held = held_memory(model, shard, ranks)
+    held = held_memory(model, shard, ranks, config)
     unpacked = size * max((m.in_features * m.out_features for m in model.modules()
                            if hasattr(m, "dequantize")), default=0)
     every, trained = ([p.numel() for p in model.parameters() if p.requires_grad or not only]
@@ -102,7 +119,7 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, world:
         f"parameters {n:,}, trained {trained:,}; {model.flops_per_token() / 1e9:.3g} GFLOP a "
         f"token, {flops:.3g} FLOP in all",
         *about_resources(config, model, world, dtype, flops),
-        *(about_disk(config, data, trained) if flops > LONG else ()),
+        *(about_disk(config, data, model, trained) if flops > LONG else ()),
         f"learning rate, {config.schedule}, {config.warmup_steps} steps of warmup, "
         f"peak {config.learning_rate:g}, floor {config.min_learning_rate:g}:",
         f"  [{sketch(rates)}]",
@@ -137,12 +154,12 @@ def about_resources(config: Any, model: torch.nn.Module, world: Processes, dtype
         """Bytes of state and of activations."""
         accumulates = config.batch_tokens > config.micro_batch * T * ranks
         tokens = min(config.micro_batch * T, config.batch_tokens // ranks)
-        return (state_memory(model, shard, ranks, accumulates, size),
+        return (state_memory(model, shard, ranks, accumulates, size, config.optim),
                 activation_memory(model, tokens, size, config.recompute_activations,
                                   "cuda" if long else world.device.type))
     here = node if config.shard != "none" else world.size
     state, live = memory(config.shard, here)
-    lines = [f"memory a rank, estimated: {gb(state)} GB weights, gradients, AdamW and copies, "
+    lines = [f"memory a rank, estimated: {gb(state)} GB weights, gradients, optimizer and copies, "
              f"{gb(live)} GB activations ({str(dtype).removeprefix('torch.')}, {here} rank(s), "
              f"--shard={config.shard})"]
     if not long:
@@ -160,12 +177,13 @@ def about_resources(config: Any, model: torch.nn.Module, world: Processes, dtype
     return lines
 
 
-def about_disk(config: Any, data: Any, trained: int) -> list[str]:
+def about_disk(config: Any, data: Any, model: torch.nn.Module, trained: int) -> list[str]:
     """What is downloaded and written."""
     kept = config.keep_last + 1                         # and one that is being written
     if config.milestone_every:
         kept += config.save_total_limit or config.max_steps // config.milestone_every
-    needs = {f"{kept} checkpoints": kept * (WEIGHTS + MOMENTS) * trained,
+    moments = optimizer_memory(model, config.optim)
+    needs = {f"{kept} checkpoints": kept * (WEIGHTS * trained + moments),
              "best.pt": WEIGHTS * trained}
     needs = {**{what: size for what, size in data.published.items() if what != "tokens"}, **needs}
     folder = next(path for path in Path(config.out).absolute().parents if path.exists())

@@ -12,6 +12,7 @@ from model import GPT, GPTConfig
 from optim import (RULES, SCHEDULES, OptimConfig, adamw, learning_rate, make_optimizer, muon,
                    parameter_groups, take_step)
 from run.config import parse
+from run.plan import optimizer_memory
 from train import TrainConfig
 
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
@@ -237,6 +238,18 @@ def test_muons_momentum_rises_from_085_over_its_warmup():
         found = muon(torch.ones(2, 2), state, config, torch.tensor(False))
         assert state["mean"].flatten().tolist() == pytest.approx(4 * [1 - left])
         assert found.flatten().tolist() == pytest.approx(4 * [1 - decay * left])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "galore", "muon"])
+def test_a_dry_run_counts_what_the_optimizer_remembers(optimizer):
+    config, model = OptimConfig(optimizer=optimizer, galore_rank=3), GPT(SHAPE)
+    idx = torch.randint(11, (4, 8))
+    trained = make_optimizer(model, config, 1e-2, 0.1)
+    model(idx, idx)[1].backward()
+    trained.step()
+    held = sum(t.untyped_storage().nbytes() for state in trained.state.values()
+               for t in state.values() if isinstance(t, torch.Tensor) and t.dim())
+    assert held == optimizer_memory(model, config)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "galore", "muon"])

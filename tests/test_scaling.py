@@ -270,7 +270,7 @@ def test_a_dry_run_without_data_says_the_memory_of_the_tables_and_time_cost_and_
         ddp, _, zero2, _, fsdp, _ = rows_of("memory")[row][1:]
         assert f"{ddp} with --shard=none, {zero2} with --shard=zero2, {fsdp} with --sh" in text
         together = rows_of("activations")[row][5]
-        assert f"{ddp} GB weights, gradients, AdamW and copies, {together} GB activations" in text
+        assert f"{ddp} GB weights, gradients, optimizer and copies, {together} GB activations" in text
         assert "1.00 passes over 9,765,625 rows" in text and "python -m data.fineweb makes" in text
         assert "disk: 28.5 GB download, 45.9 GB unpacked beside it, 20.0 GB token shards" in text
     hours = rows_of("speed")[10][3]                     # of 8 H100 at 40%; 72.17 in all
@@ -281,7 +281,7 @@ def test_a_dry_run_without_data_says_the_memory_of_the_tables_and_time_cost_and_
 def test_a_dry_run_of_a_sharded_run_counts_its_shard(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shards, "DATA", tmp_path)
     train(build(TrainConfig, {**PRESETS["gpt2-1558m"].settings, "dry_run": True, "shard": "fsdp"}))
-    assert "9.6 GB weights, gradients, AdamW and copies, 14.2 GB act" in capsys.readouterr().out
+    assert "9.6 GB weights, gradients, optimizer and copies, 14.2 GB act" in capsys.readouterr().out
 
 
 def muon_steps(out):
