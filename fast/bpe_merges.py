@@ -3,70 +3,84 @@
 - Each distinct piece is worked on once, however often it occurs.
 - All pieces lie in one array, and each pair knows the *positions* where it starts, so a merge
   touches its own occurrences and nothing is ever rescanned.
-- The count of a pair can only fall, so an old count is an upper bound, corrected only when it comes
-  to the top of the heap. The *heap is bounded*: it holds the few thousand most frequent pairs, and
-  the others are looked up when those are used up.
+- Where a merge makes (x, ab), it takes (x, a) as often, so known counts stay exact. They only fall,
+  and a heap need not know it before such a pair comes to its top. The heap is *bounded*: it holds
+  the few thousand most frequent pairs; others are looked up when those are used up.
+- The most frequent pairs are merged *together*, about thirty at once, if none begins with what
+  another ends with. Then no two overlap, and what they make comes after all of them: (x, ab) is
+  no more frequent than (x, a) was, which is not among them.
 
 In: {piece: count}, as `bpe_counts.count_pieces` gives it in bytes, or `bpe_encode.encode_pieces` in
 ids. Out: the merges in their order.
-
-Reference: lazy evaluation of a falling score, Minoux 1978.
 """
 import heapq
 import itertools
-from typing import Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 from tqdm import tqdm
-
-FEW = 16        # up to so many occurrences a Python loop beats a dozen numpy calls
-RIGHT = 1 << 30  # added to an id to mark a right neighbour in a sort key
-Positions = list[int] | np.ndarray
 
 
 def learn_merges(pieces: dict[Sequence[int], int], num_merges: int, min_frequency: int = 1,
                  progress: bool = False, ids: Sequence[int] = range(256, 1 << 40),
                  tie: str = "ids") -> list[tuple[int, int]]:
-    """The merges of `train_slowly`, fast. ValueError if positions and ids do not fit 63 bits.
+    """The merges of `train_slowly`, fast; ids: rising, above those of the pieces. ValueError if
+    positions and ids do not fit 63 bits.
 
-    New pairs always hold the newest token, so the count of a pair can only fall after the merge
-    that made it. A count on the heap is therefore an upper bound: take the top, recount it from
-    its positions (some may be gone), and if it is still right it is the true maximum. No count
-    is ever updated in between. Pairs under the `floor` are dropped, which is most of them; when
-    the top falls under the floor, `index` finds the next best few thousand.
+    Pairs under the `floor`, which is most of them, are not on the heap; when its top falls under
+    the floor, `index` finds the next best few thousand.
     """
     corpus = Corpus(pieces, ids[:num_merges])
     merges, heap, floor = [], [], None
-    keys = [larger_first(bytes([i])) for i in range(256)] if tie == "bytes" else []
+    spelled = [larger_first(bytes([i])) for i in range(256)] if tie == "bytes" else []
 
-    def ranked(pair: tuple) -> tuple:
-        """A pair of the heap with what decides ties, where that is not its ids."""
-        count, a, b, at = pair
-        return (count, keys[a], keys[b], a, b, at) if keys else pair
+    def ranked(pair: int) -> tuple:
+        """A pair for the heap, which has the next one to merge on top."""
+        if not spelled:
+            return -corpus.counts[pair], pair
+        return -corpus.counts[pair], *(spelled[i] for i in corpus.tokens(pair)), pair
     with tqdm(total=num_merges, desc="merging", unit="merge",
               disable=None if progress else True) as bar:   # None: only on a terminal
         while len(merges) < num_merges:
-            if not heap or -heap[0][0] < floor:
-                if floor is not None and floor <= min_frequency:
-                    break
-                heap, floor = corpus.index(min_frequency)
-                if not heap:
-                    break
-                if keys:
-                    heap = list(map(ranked, heap))
-                    heapq.heapify(heap)
-            upper_bound, *_, a, b, at = heapq.heappop(heap)
-            count, at = corpus.recount(a, b, at)
-            if count == -upper_bound:
-                if keys:
-                    keys.append(keys[a][:-1] + keys[b])
-                for pair in corpus.merge(a, b, ids[len(merges)], at, floor):
+            top = pop_apart(heap, corpus, ranked, num_merges - len(merges), floor)
+            while spelled and len(top) > 1 and heap and heap[0][0] <= top[-1][0]:
+                heapq.heappush(heap, top.pop())     # by bytes a new one, as frequent, may precede
+            if top:
+                top = [pair for *_, pair in top]
+                new = ids[len(merges):len(merges) + len(top)]
+                merges += map(corpus.tokens, top)
+                spelled += [spelled[a][:-1] + spelled[b] for a, b in merges[-len(top):] if spelled]
+                for pair in corpus.merge(top, new, floor):
                     heapq.heappush(heap, ranked(pair))
-                merges.append((a, b))
-                bar.update()
-            elif count >= floor:
-                heapq.heappush(heap, ranked((-count, a, b, at)))
+                bar.update(len(top))
+            elif floor is not None and floor <= min_frequency:
+                break                                       # no pair is left that is as frequent
+            else:
+                pairs, floor = corpus.index(min_frequency)
+                heap = list(map(ranked, pairs))
+                heapq.heapify(heap)
     return merges
+
+
+def pop_apart(heap: list[tuple], corpus: "Corpus", ranked: Callable, most: int, floor: int | None
+              ) -> list[tuple]:
+    """The most frequent pairs, up to one that begins with what another ends with; a pair of two
+    equal tokens, which may overlap itself, is alone."""
+    top, lefts, rights = [], set(), set()
+    while heap and len(top) < most:
+        count, *_, pair = heap[0]
+        if corpus.counts[pair] != -count:                   # it has fallen
+            heapq.heapreplace(heap, ranked(pair))
+            continue
+        a, b = corpus.tokens(pair)
+        if -count < floor or a in rights or b in lefts or a == b and top:
+            break
+        top.append(heapq.heappop(heap))
+        if a == b:
+            break
+        lefts.add(a)
+        rights.add(b)
+    return top
 
 
 def larger_first(token: bytes) -> str:
@@ -79,9 +93,7 @@ class Corpus:
 
     A token keeps its id at its first place (in `first`) and at its last (in `last`), so the
     neighbours of the token at p are last[p - 1] and first[p + length], and a merge is three
-    assignments. A pair is known by the positions where it starts, so nothing is ever rescanned.
-    Positions come as a list when there are few (most merges touch fewer than ten), else as an
-    array; memoryviews give single elements without numpy's overhead.
+    assignments. A pair is one integer of its two tokens.
     """
 
     def __init__(self, pieces: dict[Sequence[int], int], ids: Sequence[int]):
@@ -104,11 +116,15 @@ class Corpus:
         if len(self.first) >> self.position_bits:
             raise ValueError(f"{len(self.first):,} bytes of distinct pieces are too many for a "
                              f"vocabulary of {len(self.length):,}; make one of them smaller")
-        self.views = [memoryview(array) for array in
-                      (self.first, self.last, self.weight, self.length)]
+        self.counts: dict[int, int] = {}
+        self.where: dict[int, np.ndarray] = {}
 
-    def index(self, min_frequency: int, size: int = 2000) -> tuple[list[tuple], int]:
-        """A heap of the `size` most frequent pairs with their positions, and the least count."""
+    def tokens(self, pair: Any) -> tuple:
+        """The two tokens of a pair or of an array of pairs."""
+        return pair >> self.id_bits, pair & (1 << self.id_bits) - 1
+
+    def index(self, min_frequency: int, size: int = 4000) -> tuple[list[int], int]:
+        """The `size` most frequent pairs, and the least count."""
         at = np.flatnonzero(self.first >= 0)
         left = self.first[at]
         right = self.first[at + self.length[left]]
@@ -127,91 +143,69 @@ class Corpus:
         key >>= self.position_bits
         starts = group_starts(key)
         counts = np.add.reduceat(self.weight[at], starts)
-        size = min(size, len(counts))
+        size = max(min(size, len(counts) // 4), 1)
         floor = max(min_frequency, int(np.partition(counts, -size)[-size]))
-        heap = [(-count, k >> self.id_bits, k & ((1 << self.id_bits) - 1),
-                 few_or_many(at[start:stop].copy()))   # a view would keep all of `at` alive
-                for k, count, start, stop in frequent(key, starts, counts, floor)]
-        heapq.heapify(heap)
-        return heap, floor
+        self.counts, self.where = {}, {}
+        return self.keep(key[starts], counts, at, starts, floor), floor
 
-    def recount(self, a: int, b: int, at: Positions) -> tuple[int, Positions]:
-        """How often (a, b) still occurs, and where."""
-        if type(at) is list:
-            first, _, weight, length = self.views
-            step = length[a]
-            at = [p for p in at if first[p] == a and first[p + step] == b]
-            return sum([weight[p] for p in at]), at
-        at = at[(self.first[at] == a) & (self.first[at + self.length[a]] == b)]
-        return int(self.weight[at].sum()), few_or_many(at)
-
-    def merge(self, a: int, b: int, new: int, at: Positions, floor: int) -> list[tuple]:
-        """Make (a, b) `new` everywhere; return the pairs this makes, if they reach the floor."""
-        self.length[new] = self.length[a] + self.length[b]
-        return (self._merge_few if type(at) is list else self._merge_many)(a, b, new, at, floor)
-
-    def _merge_few(self, a, b, new, at, floor):
-        first, last, weight, length = self.views
-        step, size = length[a], length[new]
-        made = []
-        for p in sorted(at) if a == b else at:
-            if first[p + step] == b and first[p] == a:     # not taken by an overlap on its left
-                first[p] = last[p + size - 1] = new
-                first[p + step] = -2                       # b starts here no more
-                made.append(p)
-        pairs = {}
-        for p in made:
-            left, right = last[p - 1], first[p + size]
-            if left >= 0:
-                pairs.setdefault((left, new), []).append(p - length[left])
-            if right >= 0 and right != new:                # (new, new) is a left one already
-                pairs.setdefault((new, right), []).append(p)
-        counts = [sum([weight[p] for p in where]) for where in pairs.values()]
-        return [(-count, *pair, where)
-                for count, (pair, where) in zip(counts, pairs.items()) if count >= floor]
-
-    def _merge_many(self, a, b, new, at, floor):
-        step, size = self.length[a], self.length[new]
-        if a == b:
-            at = drop_overlaps(at, step)
-        self.first[at] = new
-        self.first[at + step] = -2
-        self.last[at + size - 1] = new
-        key = np.concatenate((self.last[at - 1], self.first[at + size] + RIGHT))
-        order = key.argsort()
-        key = key[order]
-        starts = group_starts(key)
-        weight = self.weight[at]
-        counts = np.add.reduceat(np.concatenate((weight, weight))[order], starts)
-        pairs = []
-        for k, count, start, stop in frequent(key, starts, counts, floor):
-            where = order[start:stop]
-            if 0 <= k < RIGHT - 1:
-                pairs.append((-count, k, new, few_or_many(at[where] - self.length[k])))
-            elif k >= RIGHT and k != new + RIGHT:
-                pairs.append((-count, new, k - RIGHT, few_or_many(at[where - len(at)])))
+    def keep(self, pairs: np.ndarray, counts: np.ndarray, at: np.ndarray, starts: np.ndarray,
+             floor: int) -> list[int]:
+        """Keep the counts and positions of those pairs that reach the floor."""
+        hot = np.flatnonzero(counts >= floor)
+        stops = np.append(starts[1:], len(at))[hot].tolist()
+        pairs = pairs[hot].tolist()
+        self.counts.update(zip(pairs, counts[hot].tolist()))
+        self.where.update((pair, at[start:stop].copy())     # a view would keep all of `at` alive
+                          for pair, start, stop in zip(pairs, starts[hot].tolist(), stops))
         return pairs
 
+    def merge(self, pairs: list[int], ids: Sequence[int], floor: int) -> list[int]:
+        """Make each pair its id everywhere; return the pairs this makes, if they reach the floor.
+        No pair begins with what one ends with, but for a single one of two equal tokens."""
+        where = [self.where.pop(pair) for pair in pairs]
+        ids, (a, b) = np.array(ids), self.tokens(np.array(pairs))
+        of = np.arange(len(pairs)).repeat(list(map(len, where)))
+        at = np.concatenate(where)
+        step = self.length[a]
+        size = self.length[ids] = step + self.length[b]
+        there = (self.first[at] == a[of]) & (self.first[at + step[of]] == b[of])
+        at, of = at[there], of[there]
+        if a[0] == b[0]:
+            at = drop_overlaps(at, step[0])
+            of = of[:len(at)]
+        new, after = ids[of], at + size[of]
+        self.first[at] = new
+        self.first[at + step[of]] = -2
+        self.last[after - 1] = new
+        left, right = self.last[at - 1].astype(np.int64), self.first[after]
+        with_left = left >= 0
+        with_right = (right >= 0) & (right < ids[0])    # two new tokens: a left one already
+        key = np.concatenate(((left << self.id_bits | new)[with_left],
+                              (new << self.id_bits | right)[with_right]))
+        if not len(key):
+            return []
+        at = np.concatenate(((at - self.length[left])[with_left], at[with_right]))
+        order = key.argsort()
+        key, at = key[order], at[order]
+        starts = group_starts(key)
+        key = key[starts]
+        counts = np.add.reduceat(self.weight[at], starts)
+        left, right = self.tokens(key)                  # what was there before, as often
+        left = np.where(left >= ids[0], b[np.searchsorted(ids[:-1], left)], left)
+        right = np.where(right >= ids[0], a[np.searchsorted(ids[:-1], right)], right)
+        known = self.counts
+        for pair, count in zip((left << self.id_bits | right).tolist(), counts.tolist()):
+            if pair in known:
+                known[pair] -= count
+        return self.keep(key, counts, at, starts, floor)
 
-def few_or_many(at):
-    """Positions as a list where they are few, which Python walks faster than an array."""
-    return at.tolist() if len(at) <= FEW else at
 
-
-def group_starts(key):
+def group_starts(key: np.ndarray) -> np.ndarray:
     """Where each run of equal keys starts, in a sorted array."""
     return np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1])))
 
 
-def frequent(key, starts, counts, floor):
-    """(key, count, start, stop) of the groups whose count reaches the floor."""
-    hot = np.flatnonzero(counts >= floor)
-    stops = np.append(starts[1:], len(key))
-    return zip(key[starts[hot]].tolist(), counts[hot].tolist(),
-               starts[hot].tolist(), stops[hot].tolist())
-
-
-def drop_overlaps(at, step):
+def drop_overlaps(at: np.ndarray, step: int) -> np.ndarray:
     """Positions of a pair of equal tokens: within a run that overlaps, every other one."""
     at = np.sort(at)
     run_starts = group_starts(at - step * np.arange(len(at)))
