@@ -32,7 +32,7 @@ from fast.bpe_table import PieceTable, gpt2_starts
 # Patterns whose texts can be cut, with what stands behind a `safe_cut`, and those with fewer last.
 SAFE_PATTERNS = {GPT2_PATTERN: r"^\p{L}\p{N}", GPT4_PATTERN: r"^\p{L}\p{N}",
                  NANOCHAT_PATTERN: r"^\p{L}\p{N}", O200K_PATTERN: r"\s"}
-BLOCK = 1 << 18       # characters that are read, split and counted at once; fits the cache
+BLOCK = 1 << 17       # characters that are read, split and counted at once; fits the cache
 MAX_PIECE = 1 << 22   # bytes
 
 

@@ -107,8 +107,10 @@ class Corpus:
         self.first[0] = -1
         self.first[sizes.cumsum()] = -1
         self.last = self.first.copy()
-        self.weight = np.zeros(len(self.first), np.int64)   # how often the piece occurs
-        self.weight[1:] = np.repeat(np.fromiter(pieces.values(), np.int64, len(pieces)), sizes)
+        counts = np.fromiter(pieces.values(), np.int64, len(pieces))
+        small = not len(counts) or counts.max() < 1 << 31   # half the memory
+        self.weight = np.zeros(len(self.first), np.int32 if small else np.int64)
+        self.weight[1:] = np.repeat(counts.astype(self.weight.dtype), sizes)    # of the piece
         most = max(int(self.first.max()), 255, *ids[-1:])
         self.length = np.ones(most + 1, np.int64)       # of a token in places, by id
         self.id_bits = len(self.length).bit_length()
@@ -142,7 +144,7 @@ class Corpus:
         at = key & ((1 << self.position_bits) - 1)
         key >>= self.position_bits
         starts = group_starts(key)
-        counts = np.add.reduceat(self.weight[at], starts)
+        counts = np.add.reduceat(self.weight[at], starts, dtype=np.int64)
         size = max(min(size, len(counts) // 4), 1)
         floor = max(min_frequency, int(np.partition(counts, -size)[-size]))
         self.counts, self.where = {}, {}
@@ -189,7 +191,7 @@ class Corpus:
         key, at = key[order], at[order]
         starts = group_starts(key)
         key = key[starts]
-        counts = np.add.reduceat(self.weight[at], starts)
+        counts = np.add.reduceat(self.weight[at], starts, dtype=np.int64)
         left, right = self.tokens(key)                  # what was there before, as often
         left = np.where(left >= ids[0], b[np.searchsorted(ids[:-1], left)], left)
         right = np.where(right >= ids[0], a[np.searchsorted(ids[:-1], right)], right)
