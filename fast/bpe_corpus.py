@@ -40,7 +40,8 @@ def encode_corpus(encoding: tiktoken.Encoding, pattern: str, texts: Iterable[str
             found, repeats = own.encoder.encode(parts)
             own.plain = 0 if repeats else PLAIN
         else:
-            found = [np.array(encode_with_tiktoken(encoding, text), np.uint32) for text in parts]
+            found = [np.array(encode_with_tiktoken(encoding, text, as_array=True), np.uint32)
+                     for text in parts]
         return [(ids, last) for ids, (_, last) in zip(found, batch)]
 
     num_threads = num_threads or os.cpu_count() or 1

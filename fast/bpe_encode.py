@@ -2,6 +2,7 @@
 import re
 from typing import Iterable
 
+import numpy as np
 import tiktoken
 
 from fast.bpe_pieces import GPT2_PATTERN, NO_PATTERN, check_surrogates, split
@@ -28,8 +29,10 @@ def make_encoding(name: str, pattern: str, token_bytes: list[bytes], special_tok
 
 
 def encode_with_tiktoken(encoding: tiktoken.Encoding, text: str,
-                         allowed_special: Iterable[str] | str = ()) -> list[int]:
+                         allowed_special: Iterable[str] | str = (), as_array: bool = False
+                         ) -> list[int] | np.ndarray:
     """The ids of a text; special tokens only where `allowed_special` (names, or "all") says.
+    as_array: spares a list of them.
 
     The plain form is bpe.encode_slowly over the pieces of the text. ValueError for a lone
     surrogate, and for a name that is no special token.
@@ -38,7 +41,8 @@ def encode_with_tiktoken(encoding: tiktoken.Encoding, text: str,
         return encode_with_specials(encoding, text, allowed_special)
     check_surrogates(text)
     try:
-        return encoding.encode_ordinary(text)
+        return (encoding.encode_to_numpy(text, disallowed_special=()) if as_array else
+                encoding.encode_ordinary(text))
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
