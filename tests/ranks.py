@@ -2,6 +2,7 @@
 import itertools
 import os
 import resource
+import runpy
 import signal
 import sys
 import threading
@@ -77,6 +78,13 @@ def as_command(out, *words):
     quiet(out)
     sys.argv = ["train.py", *words]
     run_command(main)
+
+
+def as_script(script, root, said):
+    """What `torchrun SCRIPT ROOT` does; what it says is in a file."""
+    sys.stdout = sys.stderr = open(said, "a", buffering=1)
+    sys.argv = [script, root]
+    runpy.run_path(script, run_name="__main__")
 
 
 def dying_at(settings, name, count):

@@ -3,12 +3,18 @@ test` with its training cut short.
 
 The solutions of its exercises, folded into `<details>` of text cells, run in their places too.
 """
+import functools
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+
+import ranks
+from bench import kills
+from data import corpus, pydocs, shards
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is a development extra")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is a development extra")
@@ -45,7 +51,7 @@ def test_the_notebook_runs_with_its_solutions(path, request):
 # ---- the same with training cut short
 
 STEPS = 3                                               # of each training in a notebook
-SMALL = dict(max_steps=30, warmup_steps=5)              # and of the runs that small.py makes
+SMALL = dict(max_steps=20, warmup_steps=5, batch_tokens=4 * 128, micro_batch=4, eval_tokens=4096)
 # What only a trained model does: computed in `make test`, asserted in `make test-all`.
 UNTRAINED = {
     "01_model": ["trained_habits[:, 1].max()"],
@@ -53,10 +59,11 @@ UNTRAINED = {
     "03_training": ["losses[-1] < 0.2", "min(ends,", "ends[30] < ends[1]", 'ends["100 more, the',
                     "clipped < unclipped", "lost[torch.bfloat16] > 0.8", 'abs(gains["autocast"]',
                     'gains["bfloat16 weights"] <', "gain > gains"],
-    "04_sft": ['answers(tuned, right)["exact"]', "chat_reply(tuned,", "stops(tuned)[0] == 1 and",
-               "abs(words_only[0]", "chatty_curve[middle][1] >", 'asked["as in training"]',
-               'asked["another template"]', "words in fit", "answers(only_last,",
-               "stops(mended)[0] == 1", "answers(chat_model,"],
+    "04_sft": ['seams["Assistant: ", "sentences"] >', 'answers(tuned, right)["exact"]',
+               "chat_reply(tuned,", "stops(tuned)[0] == 1 and", "abs(words_only[0]",
+               "chatty_curve[middle][1] >", 'asked["as in training"]', 'asked["another template"]',
+               "words in fit", "answers(only_last,", "stops(mended)[0] == 1",
+               "answers(chat_model,"],
     "05_lora": ["max(by_rank.values()) -", "uncut <="],
     "06_eval": ['found["trained"]', 'shortest["acc"] >', "norm_only.sum() >", "paired < unpaired",
                 'results["256 bytes"]["loss"] <', 'results["256 bytes"]["bits_per_byte"] >',
@@ -64,9 +71,11 @@ UNTRAINED = {
     "07_generation": ["found < 1.2 * chance", 'table["greedy"][0] >', 'table["greedy"][2] <',
                       "len(loops) == 5", "repeated(with_penalty", "nats(torch.cat([prompt, found"]}
 SHORTER = {                                             # what else: (in the notebook, here)
-    "01_model": [(" and losses[-1] < losses[1] < losses[0] and again > 0.3", "")],
+    "01_model": [(" and losses[-1] < losses[1] < losses[0] and again > 0.3", ""),
+                 ("scaled, n_embd=256)", "scaled, n_embd=128)")],
     "02_tokenizer": [('.glob("*.py"))', '.glob("*.py"))[:60]')],
     "03_training": [
+        ("T, 128, limit=128 * T", "T, 32, limit=32 * T"),
         ("below = next(step for step in range(250) if max(losses[step:step + 5]) < entropy)",
          "below = 0"), (" and losses[-1] < entropy", ""),
         ("> min(smooth[:i + 1]) + 0.2)", ">= min(smooth[:i + 1]))"),
@@ -74,11 +83,18 @@ SHORTER = {                                             # what else: (in the not
         ("for i in range(100)]", "for i in range(3)]"),
         ("for step in range(60)", "for step in range(3)"),
         ("torch.compile(model)", 'torch.compile(model, backend="eager")')],
-    "04_sft": [("middle = 4", "middle = 0")],
-    "05_lora": [("evaluation_batches(32, limit=6000)", "evaluation_batches(8, limit=600)")],
+    "04_sft": [("middle = 4", "middle = 0"), ("most=40", "most=4"),
+               ('messages[:1], "plain", temp', 'messages[:1], "plain", 4, temp'),
+               ("rows_of(0, 80), rows_of(80, 110)", "rows_of(0, 16), rows_of(80, 88)")],
+    "05_lora": [("evaluation_batches(32, limit=6000)", "evaluation_batches(8, limit=300)"),
+                ("steps=20, ratio=1.0, **settings", "steps=1, ratio=1.0, **settings")],
     "06_eval": [("for start, end in halves:", "for start, end in halves[:60]:"),
-                ("text_bytes = byte_tokens(val_ids)", "text_bytes = byte_tokens(val_ids[:4096])")],
+                ("text_bytes = byte_tokens(val_ids)", "text_bytes = byte_tokens(val_ids[:4096])"),
+                ("byte_tokens(val_ids[:2048])", "byte_tokens(val_ids[:256])"),
+                ("byte_tokens(val_ids[:1024])", "byte_tokens(val_ids[:128])")],
+    "08_memory": [("(2, 16, 128))\n    x, y = idx", "(2, 4, 128))\n    x, y = idx")],
     "07_generation": [("in range(15)", "in range(2)"), ("N = 5000", "N = 500"),
+                      ("tok.encode(text), 6)", "tok.encode(text)[:10], 6)"),
                       ("def written(n=48", "def written(n=16"), ("(start, 100,", "(start, 20,"),
                       (" and distance(found, q) < 1.3 * by_chance(q)", "")]}
 
@@ -97,14 +113,33 @@ def shortened(notebook, name):
 
 @pytest.fixture(scope="module")
 def short_runs(tmp_path_factory):
-    """small.py as it is imported by notebooks, with short runs in a folder of their own."""
+    """small.py as it is imported by notebooks, with short runs and the documentation of a sixth of
+    Python's library in a folder of their own."""
+    some, home = corpus.library_files()[::6], tmp_path_factory.mktemp("data")
+    docstrings = functools.cache(corpus.library_docstrings.__wrapped__)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "library_files", lambda: some)
+        for module in (corpus, pydocs, shards):
+            patch.setattr(module, "DATA", home)
+        for module in (corpus, pydocs):
+            patch.setattr(module, "library_docstrings", docstrings)
         patch.syspath_prepend(NOTEBOOKS[0].parent)
         import small
         whole = small.small_run
         patch.setattr(small, "OUT", tmp_path_factory.mktemp("notebooks"))
         patch.setattr(small, "small_run", lambda name, **changes: whole(name, **changes | SMALL))
         yield
+
+
+def torchrun(command, **_):
+    """torchrun SCRIPT ROOT with two ranks, in processes that have PyTorch loaded already."""
+    script, root = command[-2:]
+    said = Path(script).with_suffix(".txt")
+    both = kills.start(ranks.as_script, 2, script, root, said)
+    for process in both:
+        process.join(120)
+    return subprocess.CompletedProcess(command, int(any(process.exitcode for process in both)),
+                                       said.read_text(), said.read_text())
 
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
@@ -121,6 +156,8 @@ def test_the_notebook_runs_with_its_solutions_and_little_training(path, request,
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.chdir(path.parent)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    if path.stem == "08_memory":
+        monkeypatch.setattr(subprocess, "run", torchrun)
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])   # IPython puts its own
     pyplot.switch_backend("agg")
     with pyplot.rc_context():
