@@ -181,11 +181,12 @@ def adamw() -> Trial:
 def newton_schulz() -> Trial:
     """The step that Muon takes five times, towards an orthogonal matrix
 
-    a X + b (X X^T) X + c (X X^T)^2 X, where a = 3.4445, b = -4.7750, c = 2.0315, of each matrix
-    of a stack (..., n, m)."""
+    X becomes P X, where P = a I + b S + c S^2 of S = X X^T, with a = 3.4445, b = -4.7750 and
+    c = 2.0315. Make P of each S of a stack (k, n, n)."""
     torch.manual_seed(0)
     gradient = torch.randn(3, 5)
-    yield "a matrix (3, 5)", optim.newton_schulz(gradient / gradient.norm())
+    scaled = gradient / gradient.norm()
+    yield "P of X (3, 5)", optim.newton_schulz((scaled @ scaled.mT)[None])
     yield "Muon's update", optim.orthogonal([gradient], [1])[0]
 
 
@@ -342,9 +343,11 @@ EXERCISES = {exercise.trial.__name__: exercise for exercise in (
               "the mean has no bias correction": (" / (1 - config.beta1 ** steps)", ""),
               "the mean square has no bias correction": (" / (1 - config.beta2 ** steps)", "")}),
     Exercise(newton_schulz, "optim.py:newton_schulz", 10,
-             "X X^T is (n, n): a name for it, and its square is itself times itself.",
-             {"X X^T is squared entry by entry": ("square @ square)", "square * square)"),
-              "the last term is missing": (" + 2.0315 * square @ square", "")}),
+             "S^2 is S @ S; a I is a on the diagonal of each matrix, or a * torch.eye(n).",
+             {"S is squared entry by entry": (
+                 "torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)",
+                 "-4.7750 * square + 2.0315 * square * square"),
+              "the last term is missing": ("alpha=2.0315", "alpha=0")}),
     Exercise(top_p, "model.py:sample_token", 30,
              "Sorted: a token stays where those before it have less than top_p together.",
              {"the token that crosses top_p is dropped": ("ordered.cumsum(dim=-1) - ordered",
