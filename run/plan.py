@@ -19,11 +19,11 @@ from run.processes import Processes
 # Bytes a parameter: float32 weights 4, gradients 4, AdamW's two means 8.
 WEIGHTS, GRADIENTS, MOMENTS = 4, 4, 8
 # Bytes that forward keeps for backward, a token and layer and channel, by the bytes of a number in
-# products. bfloat16: residual stream into two LayerNorms, in float32, 4 + 4; the inputs of c_attn
-# 2, attention 6 (q, k, v), attention's c_proj 2, c_fc 2, GELU 8, the MLP's c_proj 8. float32: 4 + 4
-# + 4 + 12 + 4 + 4 + 16 + 16. Where blocks are recomputed, each keeps its float32 input: 4.
-KEPT, KEPT_OF_A_BLOCK = {2: 36, 4: 64}, 4
-LAST = {2: 6, 4: 8}                     # of ln_f's and the head's input
+# products. bfloat16: the inputs of c_attn 2, attention 6 (q, k, v), attention's c_proj 2, c_fc 2,
+# GELU 8, the MLP's c_proj 8; float32: 4 + 12 + 4 + 4 + 16 + 16. And twice the residual stream, into
+# the LayerNorms: a number of it is in float32 but where run/parallel.py:lower_stream has lowered it.
+KEPT = {2: 28, 4: 56}
+
 
 SHARDS = ("none", "zero2", "fsdp")
 LONG = 1e16                             # operations from which on a run is one for rented GPUs
@@ -80,17 +80,20 @@ def state_memory(model: torch.nn.Module, shard: str, ranks: int, accumulates: bo
     return held + unpacked + size * (sum(every) if shard == "zero2" else root + 2 * max(blocks))
 
 
-def block_memory(model: torch.nn.Module, tokens: int, size: int, recompute: bool = False) -> int:
-    """Bytes of activations up to the head's input, for so many tokens at once."""
-    layers, kept = model.config.n_layer, KEPT[size]
+def block_memory(model: torch.nn.Module, tokens: int, size: int, recompute: bool = False,
+                 device: str = "cuda") -> int:
+    """Bytes of activations up to the head's input, for so many tokens at once. Blocks that are
+    recomputed keep their input each, and one of them all."""
+    layers, stream = model.config.n_layer, size if device == "cuda" else 4
+    kept = KEPT[size] + 2 * stream
     return tokens * model.config.n_embd * (
-        (KEPT_OF_A_BLOCK * layers + kept if recompute else kept * layers) + LAST[size])
+        (stream * layers + kept if recompute else kept * layers) + stream + size)
 
 
 def activation_memory(model: torch.nn.Module, tokens: int, size: int, recompute: bool,
                       device: str) -> int:
     """Bytes of activations for so many tokens at once, the head's included."""
-    c, live = model.config, block_memory(model, tokens, size, recompute)
+    c, live = model.config, block_memory(model, tokens, size, recompute, device)
     if getattr(model, "classes", 0):
         return live
     rows = c.padded_vocab_size

@@ -11,7 +11,7 @@ from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
 from run import device as devices
 from run.device import peak_flops, pick_device, pick_dtype, settled
-from run.parallel import Parallel
+from run.parallel import Parallel, lower_stream
 from run.presets import PRESETS
 from run.processes import Processes, deterministic, processes
 
@@ -132,3 +132,18 @@ def test_ddp_does_not_send_the_codes_of_a_frozen_base(tmp_path):
     finally:
         del parallel
         torch.distributed.destroy_process_group()
+
+
+def test_the_residual_stream_is_lowered_in_training_only():
+    """By its start, the embeddings; what blocks add to it is in autocast's dtype already."""
+    model, seen = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=1, n_embd=8)), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda module, given, found: seen.extend(
+            (given[0].dtype, found.dtype)))
+    lower_stream(model, torch.bfloat16)
+    for mode, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        model.train(mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.zeros(1, 8, dtype=torch.long))
+        assert set(seen) == {dtype}
+        seen.clear()
