@@ -75,9 +75,13 @@ def half_scales(x: torch.Tensor, weight: torch.Tensor, rows: int
     """Factors of the gradient and of x in float16, which holds 6e-8 to 65504: powers of two, which
     round nothing. The gradient is scaled up before it is rounded, but no sum may overflow: over V
     its entries add up to 2 at most, over the rows of a piece to as many as these."""
-    up = torch.exp2(torch.log2(2**14 / weight.abs().max().float()).floor()).clamp(max=2**10)
-    down = torch.exp2(torch.log2(2**15 / (up * rows * x.abs().max())).floor()).clamp(max=1)
-    return up, down
+    up = power_of_two((2**14 / weight.abs().max().float()).clamp(max=2**10))
+    return up, power_of_two((2**15 / (up * rows * x.abs().max())).clamp(max=1))
+
+
+def power_of_two(x: torch.Tensor) -> torch.Tensor:
+    """The largest one not above x > 0, exactly. x = mantissa * 2^n, with half <= mantissa < 1."""
+    return x / (2 * torch.frexp(x).mantissa)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
