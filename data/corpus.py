@@ -12,6 +12,7 @@ in memory here; for many gigabytes, use data/fineweb.py --from.
 """
 import ast
 import functools
+import gc
 import importlib
 import sys
 import sysconfig
@@ -57,7 +58,8 @@ def library_docstrings() -> list[tuple[str, list[str]]]:
 
     Read from the source text; nothing is imported or run.
     """
-    found = []
+    found, collected = [], gc.isenabled()
+    gc.disable()                                # half of the time would go into trees as they grow
     for path in library_files():
         try:
             tree = ast.parse(path.read_bytes())
@@ -67,6 +69,8 @@ def library_docstrings() -> list[tuple[str, list[str]]]:
         name = name.removesuffix(".__init__")
         if texts := list(docstrings(tree, name)):
             found.append((name, texts))
+    if collected:
+        gc.enable()
     return found
 
 
