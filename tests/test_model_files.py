@@ -41,7 +41,8 @@ def hugging_face(**shape):
 SMALL = dict(n_positions=32, vocab_size=101, n_layer=2, n_head=4, n_embd=48)
 
 
-@pytest.mark.parametrize("shape", [SMALL, pytest.param(dict(n_positions=1024), id="124M")])
+@pytest.mark.parametrize("shape", [
+    SMALL, pytest.param(dict(n_positions=1024), id="124M", marks=pytest.mark.slow)])
 def test_weights_of_transformers_give_the_same_logits_and_loss(tmp_path, shape):
     theirs = hugging_face(**shape)
     theirs.save_pretrained(tmp_path)
