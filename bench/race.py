@@ -28,7 +28,7 @@ RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_
 @dataclass(frozen=True)
 class RaceConfig:
     nanogpt: str = ""  # a checkout of nanoGPT; empty: only ours
-    short: int = 250  # steps of our second run
+    short: int = 500  # steps of our second run
     save: bool = False  # write bench/results/race.json
 
 
