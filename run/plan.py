@@ -24,7 +24,6 @@ WEIGHTS, GRADIENTS, MOMENTS = 4, 4, 8
 # the LayerNorms: a number of it is in float32 but where run/parallel.py:lower_stream has lowered it.
 KEPT = {2: 28, 4: 56}
 
-
 SHARDS = ("none", "zero2", "fsdp")
 LONG = 1e16                             # operations from which on a run is one for rented GPUs
 RANKS = 8                               # of a node, where a plan for GPUs is made on one process
