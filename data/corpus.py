@@ -60,17 +60,19 @@ def library_docstrings() -> list[tuple[str, list[str]]]:
     """
     found, collected = [], gc.isenabled()
     gc.disable()                                # half of the time would go into trees as they grow
-    for path in library_files():
-        try:
-            tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):       # templates, and files that are wrong on purpose
-            continue
-        name = ".".join(path.relative_to(LIBRARY).with_suffix("").parts)
-        name = name.removesuffix(".__init__")
-        if texts := list(docstrings(tree, name)):
-            found.append((name, texts))
-    if collected:
-        gc.enable()
+    try:
+        for path in library_files():
+            try:
+                tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError):   # templates, and files that are wrong on purpose
+                continue
+            name = ".".join(path.relative_to(LIBRARY).with_suffix("").parts)
+            name = name.removesuffix(".__init__")
+            if texts := list(docstrings(tree, name)):
+                found.append((name, texts))
+    finally:
+        if collected:
+            gc.enable()
     return found
 
 

@@ -189,7 +189,8 @@ def status(run: Run) -> str:
     most = most if isinstance(most, int) else 0                     # of a damaged config.json
     speed = max(last["tokens_per_s"], 1e-9)
     left = duration((most - last["step"]) * last["tokens"] / last["step"] / speed)
-    end = ", finished" if run.finished else f", {left} left" if most > last["step"] else ""
+    going = f", {left} left" if most > last["step"] else ""
+    end = going if not run.finished else ", finished early" if going else ", finished"
     return (f"{run.name}: step {last['step']:.0f}" + (f"/{most}" if most else "")
             + f", loss {last['loss']:.4f}" + (f", validation {val[-1]:.4f}" if len(val) else "")
             + f", lr {last['lr']:.1e}, norm {last['grad_norm']:.2f}, {short(speed)} tok/s" + end)

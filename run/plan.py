@@ -21,7 +21,7 @@ WEIGHTS, GRADIENTS, MOMENTS = 4, 4, 8
 # Bytes that forward keeps for backward, a token and layer and channel, by the bytes of a number in
 # products. bfloat16: the inputs of c_attn 2, attention 6 (q, k, v), attention's c_proj 2, c_fc 2,
 # GELU 8, the MLP's c_proj 8; float32: 4 + 12 + 4 + 4 + 16 + 16. And twice the residual stream, into
-# the LayerNorms: a number of it is in float32 but where run/parallel.py:lower_stream has lowered it.
+# the LayerNorms: a number of it is in float32 but where run/parallel.py:Parallel has lowered it.
 KEPT = {2: 28, 4: 56}
 
 SHARDS = ("none", "zero2", "fsdp")
@@ -79,20 +79,20 @@ def state_memory(model: torch.nn.Module, shard: str, ranks: int, accumulates: bo
     return held + unpacked + size * (sum(every) if shard == "zero2" else root + 2 * max(blocks))
 
 
-def block_memory(model: torch.nn.Module, tokens: int, size: int, recompute: bool = False,
-                 device: str = "cuda") -> int:
-    """Bytes of activations up to the head's input, for so many tokens at once. Blocks that are
-    recomputed keep their input each, and one of them all."""
-    layers, stream = model.config.n_layer, size if device == "cuda" else 4
-    kept = KEPT[size] + 2 * stream
+def block_memory(model: torch.nn.Module, tokens: int, size: int, stream: int,
+                 recompute: bool = False) -> int:
+    """Bytes of activations up to the head's input, for so many tokens at once, by the bytes of a
+    number in products and in the residual stream. Blocks that are recomputed keep their input each,
+    and one of them all."""
+    layers, kept = model.config.n_layer, KEPT[size] + 2 * stream
     return tokens * model.config.n_embd * (
         (stream * layers + kept if recompute else kept * layers) + stream + size)
 
 
-def activation_memory(model: torch.nn.Module, tokens: int, size: int, recompute: bool,
+def activation_memory(model: torch.nn.Module, tokens: int, size: int, stream: int, recompute: bool,
                       device: str) -> int:
     """Bytes of activations for so many tokens at once, the head's included."""
-    c, live = model.config, block_memory(model, tokens, size, recompute, device)
+    c, live = model.config, block_memory(model, tokens, size, stream, recompute)
     if getattr(model, "classes", 0):
         return live
     rows = c.padded_vocab_size
@@ -156,9 +156,11 @@ def about_resources(config: Any, model: torch.nn.Module, world: Processes, dtype
         """Bytes of state and of activations."""
         accumulates = config.batch_tokens > config.micro_batch * T * ranks
         tokens = min(config.micro_batch * T, config.batch_tokens // ranks)
+        device = "cuda" if long else world.device.type
+        lowered = shard != "none" or device == "cuda" and dtype == torch.bfloat16
         return (state_memory(model, shard, ranks, accumulates, size, config.optim),
-                activation_memory(model, tokens, size, config.recompute_activations,
-                                  "cuda" if long else world.device.type))
+                activation_memory(model, tokens, size, size if lowered else 4,
+                                  config.recompute_activations, device))
     here = node if config.shard != "none" else world.size
     state, live = memory(config.shard, here)
     lines = [f"memory a rank, estimated: {gb(state)} GB weights, gradients, optimizer and copies, "

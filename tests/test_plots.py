@@ -480,6 +480,14 @@ def test_a_browser_reloads_the_page_and_draws_it(tmp_path):
     assert "loss against tokens" in svg_texts(dom)
 
 
+def test_status_of_a_run_that_ended_before_its_last_step_says_so(tmp_path):
+    folder = write_run(tmp_path / "a", steps=3)
+    (folder / "config.json").write_text('{"max_steps": 9}')
+    assert status(load_run(folder, "a")).endswith(", finished early")
+    (folder / "config.json").write_text('{"max_steps": 3}')
+    assert status(load_run(folder, "a")).endswith(", finished")
+
+
 def test_status_of_a_run_that_epochs_limit_has_no_end(tmp_path):
     folder = write_run(tmp_path / "a", steps=3, finished=False)
     (folder / "config.json").write_text('{"max_steps": 0}')

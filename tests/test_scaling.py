@@ -57,8 +57,9 @@ class Shape:
 
     def blocks(self, tokens, recompute=False, dtype="bfloat16", device="cuda"):
         """Activations up to the head's input, whose last are those of ln_f and lm_head."""
-        return plan.block_memory(self.model, tokens, 2 if dtype == "bfloat16" else 4, recompute,
-                                 device)
+        size = 2 if dtype == "bfloat16" else 4
+        return plan.block_memory(self.model, tokens, size, size if device == "cuda" else 4,
+                                 recompute)
 
 
 def sent_bytes(N, shard, n, accumulation):
@@ -206,8 +207,9 @@ def test_backward_keeps_the_activations_that_are_counted(dtype, recompute, devic
             model(idx, idx)
         return sum(size for size, _ in found.values())
     a_block = (kept(4) - kept(2)) / 2 / (B * T * C)
-    two, four = (plan.block_memory(network(layers), B * T, getattr(torch, dtype).itemsize,
-                                   recompute, device) for layers in (2, 4))
+    size = getattr(torch, dtype).itemsize
+    two, four = (plan.block_memory(network(layers), B * T, size, size if device == "cuda" else 4,
+                                   recompute) for layers in (2, 4))
     counted = (four - two) / 2 / (B * T * C)
     # Above it: means and deviations of two LayerNorms, and attention's 2 sums; 24 / 128 bytes.
     assert counted <= a_block <= counted + 0.2
