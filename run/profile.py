@@ -14,6 +14,7 @@ from typing import Any, Iterator
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from run.config import warn
 from run.log import RunLog
 
 SKIPPED = 3             # steps that compile and warm up
@@ -62,9 +63,13 @@ class Profiler:
             seconds = time.perf_counter() - self.began
             self.running.stop()
             self.log.say(table(self.running, self.rows, seconds, self.steps, self.cuda))
-            self.running.export_chrome_trace(str(self.out / "trace.json.gz"))
+            try:
+                self.running.export_chrome_trace(str(self.out / "trace.json.gz"))
+                if self.cuda:
+                    torch.cuda.memory._dump_snapshot(str(self.out / "memory.pickle"))
+            except OSError as error:                                # a full disk ends no run
+                warn(f"warning: no trace in {self.out}: {error}")
             if self.cuda:
-                torch.cuda.memory._dump_snapshot(str(self.out / "memory.pickle"))
                 torch.cuda.memory._record_memory_history(enabled=None)
             self.running = None
 

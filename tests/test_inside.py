@@ -171,6 +171,14 @@ def test_the_profile_adds_up_to_the_step_and_its_trace_can_be_read(dataset, tmp_
     assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
 
 
+def test_a_run_whose_trace_has_no_room_goes_on_to_its_end(dataset, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "trace.json.gz").symlink_to("/dev/full")
+    run(dataset, tmp_path / "run", profile=2)
+    said = capsys.readouterr()
+    assert "step 6/6" in said.out and "warning: no trace in" in said.err
+
+
 def test_a_profile_longer_than_the_run_is_refused(dataset, tmp_path):
     with pytest.raises(ValueError, match="profile=4 begins after 3 steps, and max_steps=6"):
         build(TrainConfig, settings(dataset, tmp_path, profile=4))
