@@ -151,9 +151,10 @@ PRESETS = {
         "GPT-2 124M on Stanford Alpaca, an adapter of rank 8", "not measured",
         dict(GPT2_CHAT, **LORA, data="alpaca", lora=dict(r=8, alpha=16.0, dropout=0.05))),
     "gpt2-imdb-lora": Preset(
-        "GPT-2 124M on IMDB reviews as texts, an adapter of rank 4 as in a published study",
-        "not measured",
-        dict(LORA, init_from="gpt2", data="imdb", epochs=1, batch_tokens=16 * 512, micro_batch=8,
+        "GPT-2 medium on IMDB reviews as texts, an adapter of rank 4: the best of a published study",
+        "not measured; the study's parameters, 466,944 at rank 4, and its final loss of 3.59 on the "
+        "reviews that it trained on; experiments/studies/lora.sh runs its 17 settings",
+        dict(LORA, init_from="gpt2-medium", data="imdb", epochs=1, batch_tokens=16 * 512, micro_batch=8,
              warmup_ratio=0.03, eval_every=200, eval_tokens=200_000, save_every=200,
              deterministic=False, model=dict(block_size=512),
              lora=dict(r=4, alpha=16.0, dropout=0.05, bias="lora_only"))),

@@ -10,6 +10,7 @@ import lora
 import ranks
 from bench.kills import start
 from data.conversations import write_conversations
+from model import GPT, SIZES, GPTConfig
 from run import checkpoint
 from run import log as report
 from run.config import build, parse
@@ -206,5 +207,11 @@ def test_presets_of_fine_tuning_say_what_they_start_from():
         config = build(TrainConfig, PRESETS[name].settings)
         assert config.init_from != "scratch" and (config.lora is not None) == ("lora" in name)
         assert math.isfinite(config.learning_rate)
+    settings = PRESETS["gpt2-imdb-lora"].settings           # whose study counted what trains
+    for r, counted in ((1, 172_032), (4, 466_944), (16, 1_646_592)):
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**SIZES[settings["init_from"]]))
+        lora.add_lora(model, lora.LoRAConfig(**settings["lora"] | {"r": r}), quiet=True)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counted
     # Its rate is not the one that the LoRA study found best, so it has to say that one.
     assert "--learning_rate=1.6e-2" in PRESETS["lora-demo"].expect

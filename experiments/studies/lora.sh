@@ -1,34 +1,50 @@
 #!/bin/sh
-# Rank, alpha, dropout, variants and targets of LoRA, and what is only a learning rate: the question
-# of docs/LOG.md, "LoRA: is a high alpha best, or only a larger step?". Any setting may follow:
+# What LoRA's settings change once each has its own learning rate: docs/LOG.md, "nine variants of
+# LoRA". BASE is a run on other text than the reviews; any setting of train.py may follow:
 #
-#     sh experiments/studies/lora.sh --init_from=out/base --data=imdb --seeds=3
-#
-# The first three are the settings of a published study, with its c_attn and trained biases.
+#     sh experiments/studies/lora.sh variants --init_from=BASE --lora.target_modules=c_attn
+#     sh experiments/studies/lora.sh variants --init_from=BASE --lora.target_modules=all-linear
+#     sh experiments/studies/lora.sh settings --init_from=BASE --lora.target_modules=c_attn
+#     sh experiments/studies/lora.sh published            # a published study's 17, on gpt2-medium
 set -e
-
-compare() {
-    python -m experiments.compare lora-demo --out=out/lora --epochs=0 --max_steps=50 \
-        --batch_tokens=512 --micro_batch=4 --lora.r=4 --lora.target_modules=c_attn "$@"
-}
+part=$1
+shift
 published() {
-    compare --lora.alpha=1 --lora.dropout=0.05 --lora.bias=lora_only "$@"
+    python -m experiments.compare gpt2-imdb-lora --out=out/lora-published --lora.alpha=1 "$@"
 }
+compare() {
+    python -m experiments.compare lora-demo --out=out/lora --data=imdb --epochs=0 --max_steps=50 \
+        --batch_tokens=512 --micro_batch=4 --lora.r=4 --lora.alpha=16 --eval_tokens=16384 \
+        --tune_seeds=1 "$@"
+}
+rates=learning_rate=4e-3,8e-3,1.6e-2,3.2e-2
 
-published --name=rank --set=lora.r=1,2,8,16 "$@"
-published --name=alpha --set=lora.alpha=0.25,0.5,2,4,8,16 "$@"
-published --name=dropout --set=lora.dropout=0,0.025,0.1,0.15,0.2,0.3 "$@"
-
-compare --name=alpha-at-its-rate --set=lora.alpha=1,4,16,64 \
-    --tune=learning_rate=1e-3,4e-3,1.6e-2,6.4e-2,0.256 "$@"
-compare --name=variants --variant=lora.use_rslora=true --variant=lora.use_dora=true \
-    --variant=lora.init=pissa --variant=lora.init=olora --variant=optim.lora_plus_ratio=16 \
-    --variant="lora.init=loftq lora.quantize=nf4" --variant=optim.optimizer=galore \
-    --variant=lora=none --tune=learning_rate=2.5e-4,1e-3,4e-3,1.6e-2,6.4e-2 "$@"
-compare --name=ranks --set=lora.r=1,4,16,64 --set=lora.use_rslora=false,true "$@"
-compare --name=targets --set=lora.target_modules=c_attn.q+c_attn.k,c_attn+attn.c_proj,all-linear \
-    --tune=learning_rate=1e-3,4e-3,1.6e-2,6.4e-2 "$@"
-compare --name=length --set=max_steps=25,100,200 "$@"
-compare --name=batch --set=batch_tokens=256,1024,2048 \
-    --tune=learning_rate=1e-3,4e-3,1.6e-2,6.4e-2 "$@"
-compare --name=accumulation --set=micro_batch=1,2 "$@"
+case $part in
+published)
+    published --name=rank --set=lora.r=1,2,8,16 "$@"
+    published --name=alpha --set=lora.alpha=0.25,0.5,2,4,8,16 "$@"
+    published --name=dropout --set=lora.dropout=0,0.025,0.1,0.15,0.2,0.3 "$@" ;;
+variants)
+    compare --name=variants --seeds=5 --variant=lora.use_rslora=true --variant=lora.use_dora=true \
+        --variant=lora.init=pissa --variant=lora.init=olora --variant=lora.quantize=nf4 \
+        --variant="lora.init=loftq lora.quantize=nf4" --variant=optim.lora_plus_ratio=16 \
+        --variant="lora=none optim.optimizer=galore optim.galore_rank=4" --variant=lora=none \
+        --tune=learning_rate=2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2,3.2e-2 "$@" ;;
+settings)
+    compare --name=alpha --seeds=3 --set=lora.alpha=1,4,64 \
+        --tune=learning_rate=2e-3,4e-3,8e-3,1.6e-2,3.2e-2,6.4e-2,0.128 "$@"
+    compare --name=rank --seeds=3 --set=lora.r=1,16,64 --tune=$rates "$@"
+    compare --name=targets --seeds=3 --tune=$rates \
+        --set=lora.target_modules=c_attn.q+c_attn.k,c_attn.q+c_attn.v,c_attn+attn.c_proj "$@"
+    compare --name=batch --seeds=3 --variant=batch_tokens=256 --variant=batch_tokens=1024 \
+        --variant=batch_tokens=2048 --variant="batch_tokens=1024 max_steps=50" \
+        --variant="batch_tokens=2048 max_steps=50" --tune=$rates "$@"
+    compare --name=others --seeds=3 --learning_rate=1.6e-2 --variant=lora.dropout=0.05 \
+        --variant=lora.dropout=0.2 --variant=lora.bias=lora_only \
+        --variant=lora.bias=all --variant=lora.modules_to_save=ln_f --variant=lora.layers=0,1 \
+        --variant=lora.layers=2,3 --variant=micro_batch=1 --variant=micro_batch=2 \
+        --variant=max_steps=25 --variant=max_steps=100 --variant=max_steps=200 "$@" ;;
+*)
+    echo "lora.sh: name what to run: published, variants or settings" >&2
+    exit 2 ;;
+esac
