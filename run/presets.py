@@ -148,8 +148,9 @@ PRESETS = {
         "GPT-2 124M on Stanford Alpaca, all weights", "not measured",
         dict(GPT2_CHAT, data="alpaca")),
     "gpt2-alpaca-lora": Preset(
-        "GPT-2 124M on Stanford Alpaca, an adapter of rank 8", "not measured",
-        dict(GPT2_CHAT, **LORA, data="alpaca", lora=dict(r=8, alpha=16.0, dropout=0.05))),
+        "GPT-2 124M on Stanford Alpaca, an adapter of rank 8 on all linear layers", "not measured",
+        dict(GPT2_CHAT, **LORA, data="alpaca",
+             lora=dict(r=8, alpha=16.0, target_modules=("all-linear",)))),
     "gpt2-imdb-lora": Preset(
         "GPT-2 medium on IMDB reviews as texts, an adapter of rank 4: the best of a published study",
         "not measured; the study's parameters, 466,944 at rank 4, and its final loss of 3.59 on the "
