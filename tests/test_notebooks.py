@@ -83,7 +83,7 @@ SHORTER = {                                             # what else: (in the not
         ("for i in range(100)]", "for i in range(3)]"),
         ("for step in range(60)", "for step in range(3)"),
         ("torch.compile(model)", 'torch.compile(model, backend="eager")')],
-    "04_sft": [("middle = 4", "middle = 0"), ("most=40", "most=4"),
+    "04_sft": [("middle = 2", "middle = 0"), ("most=40", "most=4"),
                ('messages[:1], "plain", temp', 'messages[:1], "plain", 4, temp'),
                ("rows_of(0, 80), rows_of(80, 110)", "rows_of(0, 16), rows_of(80, 88)")],
     "05_lora": [("evaluation_batches(32, limit=6000)", "evaluation_batches(8, limit=300)"),
