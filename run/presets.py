@@ -135,7 +135,7 @@ PRESETS = {
         "cores", SFT_DEMO),
     "lora-demo": Preset(
         "the same with an adapter of rank 8 on all linear layers; offline, after demo",
-        "validation loss of the answers 3.68 after 150 steps (three seeds), 3.77 at a rate of 1e-3; "
+        "validation loss of the answers 3.68 after 150 steps (three seeds), 3.77 at rate 1e-3; "
         "the rate is a study's best on a base of this size (docs/LOG.md, nine variants of LoRA)",
         dict(SFT_DEMO, learning_rate=8e-3, min_learning_rate=8e-4, weight_decay=0.0,
              lora=dict(r=8, target_modules=("all-linear",)))),
@@ -154,7 +154,7 @@ PRESETS = {
              lora=dict(r=8, alpha=16.0, target_modules=("all-linear",)))),
     "gpt2-imdb-lora": Preset(
         "GPT-2 medium on IMDB reviews as texts, an adapter of rank 4: a published study's best",
-        "not measured; as many parameters train as in the study, 466,944, whose loss on its training "
+        "not measured; as many parameters train as in the study, 466,944; its loss on its training "
         "reviews ended at 3.59; experiments/studies/lora.sh runs its 17 settings",
         dict(LORA, init_from="gpt2-medium", data="imdb", epochs=1, batch_tokens=16 * 512,
              micro_batch=8, warmup_ratio=0.03, eval_every=200, eval_tokens=200_000, save_every=200,
