@@ -1,13 +1,13 @@
 """The small models that the notebooks train, each once.
 
     from small import base_run
-    model, tokenizer = base_run()       # the first call trains it, about 20 seconds on 2 CPU cores
+    model, tokenizer = base_run()       # the first call trains it, 40 to 60 seconds on 2 CPU cores
 
-base_run: the preset `demo`, 150 steps instead of 750. 4 blocks, 4 heads, 128
-channels, 128 tokens of context, 4,096 tokens of vocabulary: 1.3 M parameters, trained on the
-documentation that Python carries. It is an ordinary run in out/notebooks/base, so any notebook
-finds it finished; delete that folder to train it again. Two notebooks that ask for it at once get
-the same one: the second waits.
+base_run: the preset `demo`, 150 steps instead of 750. 4 blocks, 4 heads, 128 channels, 128 tokens
+of context, 4,096 tokens of vocabulary: 1.3 M parameters, trained on the documentation that Python
+carries. It is an ordinary run in out/notebooks/base, so any notebook finds it finished; delete that
+folder to train it again. Two notebooks that ask for it at once get the same one: the second waits.
+
 `needs` leaves a cell out where something that it needs is not there.
 """
 import contextlib
