@@ -1,14 +1,15 @@
 #!/bin/sh
 # What LoRA's settings change once each has its own learning rate: docs/LOG.md, "nine variants of
-# LoRA". BASE is a run on other text than the reviews; any setting of train.py may follow:
+# LoRA". BASE is a run on other text than the reviews; any setting of train.py may follow, and for
+# each call a folder of its own, --out=FOLDER, so that no report takes another's place:
 #
 #     sh experiments/studies/lora.sh variants --init_from=BASE --lora.target_modules=c_attn
 #     sh experiments/studies/lora.sh variants --init_from=BASE --lora.target_modules=all-linear
 #     sh experiments/studies/lora.sh settings --init_from=BASE --lora.target_modules=c_attn
 #     sh experiments/studies/lora.sh published            # a published study's 17, on gpt2-medium
 set -e
-part=$1
-shift
+part=${1:-}
+shift $(($# > 0))
 published() {
     python -m experiments.compare gpt2-imdb-lora --out=out/lora-published --lora.alpha=1 "$@"
 }
