@@ -4,8 +4,8 @@
 
 Every figure comes from a process of its own; times are medians of runs taken in turn, and each is
 given as a ratio to ours. Training is timed twice: the call, and the whole process with its imports.
-Memory is the most that the process and its workers held together
-(proportional set size), or its own peak resident size if that is more.
+Memory is the most that such a process and its workers held together (proportional set size), or its
+own peak resident size if that is more.
 
 In: a folder with novels/*.txt, imdb/*.jsonl, chinese/*.txt; the code is this Python's standard
 library and installed packages. Out: a table, and bench/results/bpe.json.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -166,11 +166,32 @@ COMMANDS = {
                "pattern=pattern)"}
 
 
-def whole_process(who: str, path: str, vocab_size: int) -> float:
-    """Seconds of a Python that trains and does nothing else."""
+def started(who: str, path: str, vocab_size: int) -> subprocess.Popen:
+    """A Python that trains and does nothing else."""
     given = f"path, size, pattern = {path!r}, {vocab_size}, {GPT2_PATTERN!r}\n"
-    return lasting(lambda: subprocess.run([sys.executable, "-c", given + COMMANDS[who]], check=True,
-                                          cwd=REPOSITORY))
+    return subprocess.Popen([sys.executable, "-c", given + COMMANDS[who]], cwd=REPOSITORY)
+
+
+def whole_process(who: str, path: str, vocab_size: int) -> float:
+    """Seconds of such a process."""
+    return lasting(lambda: succeeded(started(who, path, vocab_size)))
+
+
+def peak_memory(who: str, path: str, vocab_size: int) -> int:
+    """The most MiB that such a process and its workers hold together, which is looked at so often
+    that the process takes a little longer."""
+    most, process = 0.0, started(who, path, vocab_size)
+    while process.poll() is None:
+        most = max(most, memory_of_tree(process.pid), own_peak(process.pid))
+        time.sleep(0.03)
+    succeeded(process)
+    return round(most)
+
+
+def succeeded(process: subprocess.Popen) -> None:
+    """Wait for it; CalledProcessError where it failed."""
+    if process.wait():
+        raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
 TRAINERS = {"ours": train_ours, "Hugging Face": train_hugging_face, "rustbpe": train_rustbpe,
@@ -178,30 +199,25 @@ TRAINERS = {"ours": train_ours, "Hugging Face": train_hugging_face, "rustbpe": t
 ENCODERS = {"ours": encode_ours, "tiktoken": encode_tiktoken, "Hugging Face": encode_hugging_face}
 
 
-def measure(kind: str, who: str, path: str, vocab_size: int, watched: bool = False) -> Row:
-    """Milliseconds and peak MB of one contestant in this process; looking at the memory of its
-    workers slows it a little."""
+def measure(kind: str, who: str, path: str, vocab_size: int) -> Row:
+    """Milliseconds of one contestant's call, in this process."""
     if kind == "train":
         if who in MODULES:
             importlib.import_module(MODULES[who])
+        return {"ms": 1000 * lasting(lambda: TRAINERS[who](path, vocab_size))}
+    text = Path(path).read_text(encoding="utf-8")
+    return {"ms": 1000 * lasting(ENCODERS[who]([text[i:i + 4000]
+                                                for i in range(0, len(text), 4000)]))}
 
-        def run() -> None:
-            TRAINERS[who](path, vocab_size)
-    else:
-        text = Path(path).read_text(encoding="utf-8")
-        run = ENCODERS[who]([text[i:i + 4000] for i in range(0, len(text), 4000)])
-    most, done = [0.0], threading.Event()
 
-    def watch() -> None:
-        while not done.wait(0.03):
-            most.append(memory_of_tree(os.getpid()))
-    if watched:
-        threading.Thread(target=watch, daemon=True).start()
-    taken = lasting(run)
-    done.set()
-    status = Path("/proc/self/status").read_text()   # getrusage would count the parent's peak
-    own = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
-    return {"ms": 1000 * taken, "mb": round(max(own, *most))}
+def own_peak(pid: int) -> float:
+    """MiB that a process held at most until now, by itself."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:                                     # it has ended
+        return 0.0
+    found = re.search(r"VmHWM:\s+(\d+)", status)
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def memory_of_tree(pid: int) -> float:
@@ -234,7 +250,7 @@ def compare(case: str, kind: str, who: tuple[str, ...], path: Path, vocab_size: 
                         for name, rows in turns.rows.items()},
             "process_seconds": {name: round(median_row(rows, "process_ms")["process_ms"] / 1000, 2)
                                 for name, rows in turns.rows.items() if "process_ms" in rows[0]},
-            "memory_mb": {name: in_process(measure, kind, name, str(path), vocab_size, True)["mb"]
+            "memory_mb": {name: peak_memory(name, str(path), vocab_size)
                           for name in who if memory},
             "states": turns.states}
 
@@ -263,7 +279,7 @@ def main(words: list[str]) -> None:
         for case, path in texts.items():
             who, vocab_size, repeats = ("ours", *MODULES), config.vocab_size, config.repeats
             if "4 times" in case:
-                who, repeats = ("ours",), 1
+                who, repeats = ("ours", "rustbpe"), 1
             if case == "mix 0.3 MB":
                 who, vocab_size, repeats = ("ours", "minbpe"), 512, 1
                 if not config.minbpe:
