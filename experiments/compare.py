@@ -150,17 +150,19 @@ def read(words: list[str]) -> Plan:
             raise ValueError(f"variant: {wrong[0]!r} is no NAME=VALUE")
         sides.append([dict(word.split("=", 1) for word in text.split()) for text in config.variant])
     patches = [path for text in config.patch for path in text.split(",")]
-    found, seen = [Variant("base", {})], [base]
+    found, seen = [Variant("base", {})], [(base, set())]
     for changes, path in itertools.product(grid(sides), patches or ["none"]) \
             if sides or patches else ():
         if both := sorted(changes.keys() & tuned[0].keys()):
             raise ValueError(f"{both[0]} is both compared and tuned; leave it out of one")
         named = [f"{name}={value}" for name, value in changes.items()]
         patch = "" if path == "none" else source_of(path)
-        settings = changed(base, changes)
-        if patch or settings not in seen:           # a point of the grid may be the base
+        settings = changed(base, changes)           # of a point of the grid, which may be the base
+        own = {"max_steps", "epochs"} & changes.keys() if settings != base else set()
+        point = settings, own                       # steps that are given do not follow from others
+        if patch or point not in seen:
             found.append(Variant(" ".join(named + [Path(path).name] * bool(patch)), changes, patch))
-            seen.append({} if patch else settings)
+            seen.append(({}, set()) if patch else point)
     for variant, values in itertools.product(found, tuned):
         changed(base, {**variant.changes, **values})            # ValueError before a run, not after
     return Plan(config, base, found, tuned, command)

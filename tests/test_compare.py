@@ -119,6 +119,10 @@ def test_a_grid_has_every_point_but_the_base():
     assert (quantized["lora.init"], quantized["lora.quantize"]) == ("loftq", "nf4")
     assert full["lora"] is None and not any(name.startswith("lora.") for name in full)
     assert [v.name for v in read(["demo"]).variants] == ["base"]
+    steps = read(["demo", "--max_steps=9", *(f"--variant={text}" for text in (
+        "max_steps=9", "batch_tokens=4096", "batch_tokens=4096 max_steps=9"))])
+    assert [v.name for v in steps.variants[1:]] == ["batch_tokens=4096",        # half the steps
+                                                    "batch_tokens=4096 max_steps=9"]
 
 
 def test_values_are_those_of_the_command_line_and_the_floor_follows_the_rate():

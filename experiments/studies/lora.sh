@@ -18,7 +18,7 @@ compare() {
         --batch_tokens=512 --micro_batch=4 --lora.r=4 --lora.alpha=16 --eval_tokens=16384 \
         --tune_seeds=1 "$@"
 }
-rates=learning_rate=4e-3,8e-3,1.6e-2,3.2e-2
+rates=learning_rate=4e-3,8e-3,1.6e-2,3.2e-2,6.4e-2
 
 case $part in
 published)
@@ -33,7 +33,7 @@ variants)
         --tune=learning_rate=2.5e-4,5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2,3.2e-2 "$@" ;;
 settings)
     compare --name=alpha --seeds=3 --set=lora.alpha=1,4,64 \
-        --tune=learning_rate=1e-3,4e-3,1.6e-2,6.4e-2,0.256 "$@"
+        --tune=learning_rate=2e-3,4e-3,8e-3,1.6e-2,3.2e-2,6.4e-2,0.128 "$@"
     compare --name=rank --seeds=3 --set=lora.r=1,16,64 --tune=$rates "$@"
     compare --name=targets --seeds=3 --tune=$rates \
         --set=lora.target_modules=c_attn.q+c_attn.k,c_attn.q+c_attn.v,c_attn+attn.c_proj "$@"
