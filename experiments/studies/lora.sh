@@ -1,11 +1,13 @@
 #!/bin/sh
 # What LoRA's settings change once each has its own learning rate: docs/LOG.md, "nine variants of
-# LoRA". BASE is a run on other text than the reviews; any setting of train.py may follow, and for
-# each call a folder of its own, --out=FOLDER, so that no report takes another's place:
+# LoRA" and "LoRA's other settings". BASE is a run on other text than the reviews; any setting of
+# train.py may follow, and for each call a folder of its own, --out=FOLDER, so that no report takes
+# another's place:
 #
 #     sh experiments/studies/lora.sh variants --init_from=BASE --lora.target_modules=c_attn
 #     sh experiments/studies/lora.sh variants --init_from=BASE --lora.target_modules=all-linear
 #     sh experiments/studies/lora.sh settings --init_from=BASE --lora.target_modules=c_attn
+#     sh experiments/studies/lora.sh epochs --init_from=BASE --data=FEW_REVIEWS
 #     sh experiments/studies/lora.sh published            # a published study's 17, on gpt2-medium
 set -e
 part=${1:-}
@@ -45,7 +47,10 @@ settings)
         --variant=lora.bias=all --variant=lora.modules_to_save=ln_f --variant=lora.layers=0,1 \
         --variant=lora.layers=2,3 --variant=micro_batch=1 --variant=micro_batch=2 \
         --variant=max_steps=25 --variant=max_steps=100 --variant=max_steps=200 "$@" ;;
+epochs)
+    compare --name=epochs --seeds=3 --max_steps=0 --epochs=1 --variant=epochs=0.5 \
+        --variant=epochs=2 --variant=epochs=4 --variant=epochs=8 --tune=$rates "$@" ;;
 *)
-    echo "lora.sh: name what to run: published, variants or settings" >&2
+    echo "lora.sh: name what to run: published, variants, settings or epochs" >&2
     exit 2 ;;
 esac
