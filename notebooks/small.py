@@ -15,8 +15,11 @@ import fcntl
 import io
 import os
 from pathlib import Path
+from typing import Iterator
 
 from bpe import Tokenizer
+from data import shards
+from data.corpus import prepare
 from model import GPT
 from run.config import build, flatten
 from run.load import load_writer
@@ -30,17 +33,27 @@ SETTINGS = {**PRESETS["demo"].settings, "max_steps": 150, "compile": "off", "eva
             "eval_tokens": 16384, "sample_tokens": 0, "save_every": 200}
 
 
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Wait while another notebook is within the same name's."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)                # until the file is closed
+        yield
+
+
 def small_run(name: str, **changes) -> tuple[GPT, Tokenizer]:
     """The model of out/notebooks/<name>, in eval mode, and its tokenizer.
 
     It is trained first, with `changes` of SETTINGS, unless the run is there already.
     """
     settings = {**flatten(SETTINGS), **flatten(changes), "out": str(OUT / name)}
-    OUT.mkdir(parents=True, exist_ok=True)
-    with (open(OUT / ".lock", "w") as lock,
-          contextlib.redirect_stdout(io.StringIO())):   # other words at the first call than later
-        fcntl.flock(lock, fcntl.LOCK_EX)                # until the file is closed
-        summary = train(build(TrainConfig, settings))
+    with contextlib.redirect_stdout(io.StringIO()):     # other words at the first call than later
+        with alone("corpus"):
+            if not (shards.DATA / "corpus" / "meta.json").exists():
+                prepare()
+        with alone(name):
+            summary = train(build(TrainConfig, settings))
     print(f"out/notebooks/{name}: {summary['step']} steps, training loss "
           f"{summary['train_loss']:.2f}, validation loss {summary['val_loss']:.2f}")
     return load_writer(OUT / name)

@@ -194,6 +194,7 @@ def test_two_notebooks_at_once_train_their_base_once(tmp_path, monkeypatch):
         return {"step": 1, "train_loss": 1.0, "val_loss": 1.0}
     monkeypatch.setattr(small, "OUT", tmp_path)
     monkeypatch.setattr(small, "train", train)
+    monkeypatch.setattr(small, "prepare", lambda: None)
     monkeypatch.setattr(small, "load_writer", lambda folder: None)
     both = [threading.Thread(target=small.base_run) for _ in range(2)]
     for thread in both:
