@@ -206,7 +206,7 @@ def test_a_run_on_a_small_file_system_says_that_it_is_full(settings, tmp_path):
 def test_a_run_started_on_a_full_disk_says_so_and_starts_when_there_is_room(settings, tmp_path):
     """With 0 to 7 pages of 4 KiB left: the lock, config.json, run.json, the tokenizer or a
     checkpoint is the first that has no room."""
-    settings.update(save_every=1, milestone_every=0, eval_every=0, sample_tokens=0)
+    settings.update(max_steps=5, save_every=1, milestone_every=0, eval_every=0, sample_tokens=0)
     run = on_a_small_disk(tmp_path, "32m", (
         f"import pathlib\nfrom bench.kills import differences\n"
         f"settings = json.loads({json.dumps(json.dumps(settings))})\n"
@@ -320,8 +320,8 @@ def test_a_spike_is_marked_and_with_skip_spikes_not_applied(settings, monkeypatc
         calls.append(self.training)
         return logits, loss * 40 if self.training and sum(calls) == 111 else loss
     monkeypatch.setattr(GPT, "forward", spiking)
-    settings.update(max_steps=112, batch_tokens=4 * 32, save_every=1, milestone_every=1,
-                    save_total_limit=4, eval_every=0, eval_tokens=32, sample_tokens=0)
+    settings.update(max_steps=111, batch_tokens=4 * 32, save_every=110, milestone_every=110,
+                    eval_every=0, eval_tokens=32, sample_tokens=0)
     for skip in (0.0, 8.0):
         out = f"{settings['out']}{skip}"
         calls.clear()
@@ -329,8 +329,8 @@ def test_a_spike_is_marked_and_with_skip_spikes_not_applied(settings, monkeypatc
         marked = [line for line in lines(out) if "spike" in line]
         assert [line["step"] for line in marked] == [111] and marked[0]["spike"] > 8
         assert marked[0].get("skipped") == ("spike" if skip else None)
-        before, after = (checkpoint.load(Path(out) / f"step_{n:07d}.pt")["model"]["lm_head.weight"]
-                         for n in (110, 111))
+        before, after = (checkpoint.load(Path(out) / name)["model"]["lm_head.weight"]
+                         for name in ("step_0000110.pt", "last.pt"))
         assert torch.equal(before, after) == bool(skip)
     assert "standard deviations above the last 100, not applied" in capsys.readouterr().out
 
