@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.hookimpl(optionalhook=True)             # pytest-xdist may not be here
+def pytest_xdist_auto_num_workers(config):
+    """One more than cores: for a quarter of their time tests wait for processes they started."""
+    return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file is one process's, for what it trains once; but each whole notebook is on its own, and
     each test of faults, which start processes of theirs. What compiles is one process's, which
