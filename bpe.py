@@ -37,7 +37,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 if __name__ == "__main__":                      # Ctrl-C while the rest is imported
     signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"bpe.py: interrupted\n") and 130))
@@ -164,7 +164,7 @@ class Tokenizer:
         self._encoding = None
 
     @classmethod
-    def train(cls, texts: Iterable[str] | str | dict[bytes, int], vocab_size: int,
+    def train(cls, texts: Iterable[str] | str | Mapping[bytes, int], vocab_size: int,
               pattern: str = GPT2_PATTERN, special_tokens: Iterable[str] = (END_OF_TEXT,),
               min_frequency: int = 1, num_proc: int | None = None, progress: bool = False,
               tie: str = "ids") -> "Tokenizer":
@@ -182,7 +182,7 @@ class Tokenizer:
                                              tie)
         return cls(merges, pattern, special_tokens)
 
-    def extend(self, texts: Iterable[str] | str | dict[bytes, int], vocab_size: int,
+    def extend(self, texts: Iterable[str] | str | Mapping[bytes, int], vocab_size: int,
                min_frequency: int = 1, num_proc: int | None = None, progress: bool = False
                ) -> "Tokenizer":
         """A tokenizer with more merges, learned from new texts as the merges here leave them.
@@ -196,11 +196,11 @@ class Tokenizer:
         return Tokenizer(self.merges + merges, self.pattern, self.special_tokens, self.byte_ids,
                          self.first_merge)
 
-    def _learn(self, texts: Iterable[str] | str | dict[bytes, int], ids: Sequence[int], least: int,
-               min_frequency: int, num_proc: int | None, progress: bool, tie: str = "ids"
-               ) -> list[tuple[int, int]]:
+    def _learn(self, texts: Iterable[str] | str | Mapping[bytes, int], ids: Sequence[int],
+               least: int, min_frequency: int, num_proc: int | None, progress: bool,
+               tie: str = "ids") -> list[tuple[int, int]]:
         """The merges that follow those here and make these ids: those of extend_slowly."""
-        pieces = texts if isinstance(texts, dict) else count_pieces(
+        pieces = texts if isinstance(texts, Mapping) else count_pieces(
             [texts] if isinstance(texts, str) else texts, self.pattern, num_proc, progress)
         if (self.merges, self.byte_ids) != ([], tuple(range(256))):     # else they are ids already
             pieces = encode_pieces(self.to_tiktoken(), pieces)

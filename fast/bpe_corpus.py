@@ -17,10 +17,12 @@ import tiktoken
 from fast.bpe_counts import in_batches
 from fast.bpe_encode import encode_with_tiktoken
 from fast.bpe_pieces import GPT2_PATTERN, NO_PATTERN
-from fast.bpe_table import PieceTable, gpt2_starts
+from fast.bpe_table import PieceTable, gpt2_starts, with_room
 
+BLOCK = 1 << 19                 # characters together; many, for threads take turns
 AHEAD = 8                       # blocks that are read ahead of the reader of ids, for each thread
 PLAIN = 15                      # blocks that go the plain way after one of mostly new pieces
+MOST, MOST_BYTES = 1 << 17, 1 << 26     # pieces in a table, so that it stays small and quick
 BETWEEN, MARK = "\U0010ffff", 1 << 30   # a character that is none, and an id that nothing has
 
 
@@ -48,7 +50,7 @@ def encode_corpus(encoding: tiktoken.Encoding, pattern: str, texts: Iterable[str
     pending: deque = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         def encoded() -> Iterator[tuple[np.ndarray, bool]]:
-            for batch in in_batches(texts, pattern):
+            for batch in in_batches(texts, pattern, BLOCK):
                 pending.append(pool.submit(encode, batch))
                 if len(pending) > num_threads * AHEAD:
                     yield from pending.popleft().result()
@@ -80,19 +82,20 @@ class PieceEncoder:
     def begin(self) -> None:
         """Forget all pieces."""
         self.table = PieceTable()
-        self.ids = np.zeros(0, np.uint32)               # of all pieces, end to end
-        self.count = self.offset = np.zeros(0, np.int64)    # of each piece's ids in these
+        self.known = self.end = 0                       # pieces, and ids of all of them
+        self.ids = np.zeros(0, np.uint32)               # end to end; room for more, as in these:
+        self.count = self.offset = np.zeros(0, np.int64)    # of each piece's ids
 
     def encode(self, texts: list[str]) -> tuple[list[np.ndarray], bool]:
         """The ids of each text, and whether half of it or more were pieces that had been before."""
-        if self.table.is_full():
+        if self.table.length >= MOST or len(self.table.text) >= MOST_BYTES:
             self.begin()
         encoded = [text.encode() for text in texts]
         ends = np.cumsum([0, *map(len, encoded)])
         data = b"".join(encoded)
         starts = gpt2_starts(data, ends[:-1])
-        number = self.table.look_up(data, starts)
-        new = self.table.pieces[len(self.count):]
+        number = self.table.look_up(data, starts, np.append(starts[1:], len(data)))
+        new = self.table.since(self.known)
         self.learn(new)
         count = self.count[number]
         stops = np.append(0, count.cumsum())            # of the pieces' ids in the block's
@@ -113,6 +116,11 @@ class PieceEncoder:
             ids = self.whole.encode_to_numpy(text, allowed_special={BETWEEN})
             count = np.diff(np.flatnonzero(ids == MARK), prepend=-1) - 1
             ids = ids[ids != MARK]
-        self.ids = np.concatenate((self.ids, ids))
-        self.count = np.concatenate((self.count, count))
-        self.offset = self.count.cumsum() - self.count
+        begin, self.known = self.known, self.known + len(pieces)
+        self.count = with_room(self.count, self.known)
+        self.offset = with_room(self.offset, self.known)
+        self.count[begin:self.known] = count
+        self.offset[begin:self.known] = self.end + count.cumsum() - count
+        begin, self.end = self.end, self.end + len(ids)
+        self.ids = with_room(self.ids, self.end)
+        self.ids[begin:self.end] = ids

@@ -19,14 +19,14 @@ import signal
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import BinaryIO, Iterable, Iterator
+from typing import BinaryIO, Iterable, Iterator, Mapping
 
 import numpy as np
 import regex
 from tqdm import tqdm
 
 from fast.bpe_pieces import (GPT2_PATTERN, GPT4_PATTERN, NANOCHAT_PATTERN, O200K_PATTERN,
-                             check_surrogates, compile_pattern, kinds, shown_as, split)
+                             check_surrogates, compile_pattern, doubtful, kinds, split)
 from fast.bpe_table import PieceTable, gpt2_starts
 
 # Patterns whose texts can be cut, with what stands behind a `safe_cut`, and those with fewer last.
@@ -44,12 +44,10 @@ def safe_cut(pattern: str) -> regex.Pattern:
     letter or a number, before anything else. In the GPT-2 and GPT-4 patterns no piece reaches
     across (a letter is followed by letters only, a number by numbers), and nothing looks back. In
     o200k a mark or 's may follow a letter, so there it is before white space."""
-    doubtful = np.flatnonzero(shown_as() != np.arange(0x110000))
-    runs = np.split(doubtful, np.flatnonzero(np.diff(doubtful) != 1) + 1)
+    runs = np.split(doubtful(), np.flatnonzero(np.diff(doubtful()) != 1) + 1)
     ranges = [f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in runs if len(run)]
-    doubtful, behind = "".join(ranges) + r"\uffff", SAFE_PATTERNS[pattern]
-    return regex.compile(rf"(?rV1)(?<=[[\p{{L}}\p{{N}}]--[{doubtful}]])"
-                         rf"(?=[[{behind}]--[{doubtful}]])")
+    never, behind = "".join(ranges) + r"\uffff", SAFE_PATTERNS[pattern]
+    return regex.compile(rf"(?rV1)(?<=[[\p{{L}}\p{{N}}]--[{never}]])(?=[[{behind}]--[{never}]])")
 
 
 def read_blocks(paths: Iterable[str | Path], pattern: str = GPT2_PATTERN, errors: str = "strict",
@@ -118,9 +116,9 @@ def decode_stream(file: BinaryIO, path: str | Path, errors: str, block: int) -> 
 
 # ------------------------------------------------------------------------------- texts to counts
 
-def in_batches(texts: Iterable[str], pattern: str) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of (text, whether it ends here), about one block together; long texts are cut where
-    that is safe."""
+def in_batches(texts: Iterable[str], pattern: str, block: int) -> Iterator[list[tuple[str, bool]]]:
+    """Lists of (text, whether it ends here), about a block of characters together; long texts are
+    cut where that is safe."""
     batch, size = [], 0
     for text in texts:
         check_surrogates(text)
@@ -129,13 +127,13 @@ def in_batches(texts: Iterable[str], pattern: str) -> Iterator[list[tuple[str, b
             batch.append((text, True))
         while start < len(text):
             cut = None
-            if len(text) - start > 2 * BLOCK and pattern in SAFE_PATTERNS:
-                cut = safe_cut(pattern).search(text, start + 1, start + BLOCK)
+            if len(text) - start > 2 * block and pattern in SAFE_PATTERNS:
+                cut = safe_cut(pattern).search(text, start + 1, start + block)
             stop = cut.start() if cut else len(text)
             batch.append((text[start:stop], stop == len(text)))
             size += stop - start
             start = stop
-            if size >= BLOCK:
+            if size >= block:
                 yield batch
                 batch, size = [], 0
     if batch:
@@ -143,7 +141,7 @@ def in_batches(texts: Iterable[str], pattern: str) -> Iterator[list[tuple[str, b
 
 
 def count_pieces(texts: Iterable[str], pattern: str, num_proc: int | None = None,
-                 progress: bool = False) -> dict[bytes, int]:
+                 progress: bool = False) -> Mapping[bytes, int]:
     """How often each distinct piece occurs; memory grows with these, not with the texts.
 
     num_proc: counting processes; None is one per core. ValueError for a pattern that cannot
@@ -152,7 +150,7 @@ def count_pieces(texts: Iterable[str], pattern: str, num_proc: int | None = None
     compile_pattern(pattern)
     kinds()   # before the fork, so that all processes share the table
     texts = tqdm(texts, desc="counting", unit="text", disable=None if progress else True)
-    batches = in_batches(texts, pattern)
+    batches = in_batches(texts, pattern, BLOCK)
     head = list(itertools.islice(batches, 8))   # processes pay off for more than that
     batches = itertools.chain(head, batches)
     num_proc = os.cpu_count() if num_proc is None else num_proc
@@ -162,7 +160,7 @@ def count_pieces(texts: Iterable[str], pattern: str, num_proc: int | None = None
         counts = count_in_processes(batches, pattern, num_proc)
     else:
         counts = count_batches(batches, pattern)
-    pieces = dict(counts) if pattern == GPT2_PATTERN else {
+    pieces = counts.pieces() if pattern == GPT2_PATTERN else {
         piece.encode(): count for piece, count in counts.items()}
     longest = max(map(len, pieces), default=0)
     if longest > MAX_PIECE:
@@ -171,8 +169,8 @@ def count_pieces(texts: Iterable[str], pattern: str, num_proc: int | None = None
     return pieces
 
 
-def count_batches(batches: Iterable[list[tuple[str, bool]]], pattern: str) -> Counter:
-    """How often each piece occurs in batches of texts; in bytes with GPT-2's pattern."""
+def count_batches(batches: Iterable[list[tuple[str, bool]]], pattern: str) -> Counter | PieceTable:
+    """How often each piece occurs in batches of texts; a table with GPT-2's pattern."""
     counts, table = Counter(), PieceTable()
     for batch in batches:
         if pattern != GPT2_PATTERN:
@@ -183,27 +181,25 @@ def count_batches(batches: Iterable[list[tuple[str, bool]]], pattern: str) -> Co
         begins = np.cumsum([0, *map(len, encoded)])[:-1]
         data = b"".join(encoded)
         table.count(data, gpt2_starts(data, begins))
-        if table.is_full():
-            table.add_to(counts)
-            table = PieceTable()
-    table.add_to(counts)
-    return counts
+    return table if pattern == GPT2_PATTERN else counts
 
 
-def count_in_processes(batches: Iterable[list[str]], pattern: str, num_proc: int) -> Counter:
-    """Workers take batches from a queue of bounded length, so the reader cannot run ahead."""
+def count_in_processes(batches: Iterable[list[str]], pattern: str, num_proc: int
+                       ) -> Counter | PieceTable:
+    """Workers take batches from a queue of bounded length; what finds no room there is counted
+    here, so the reader cannot run ahead."""
     context = multiprocessing.get_context("fork")
     tasks, results = context.Queue(2 * num_proc), context.Queue()
     workers = [context.Process(target=count_worker, args=(pattern, tasks, results), daemon=True)
-               for _ in range(num_proc)]
+               for _ in range(num_proc - 1)]
     with warnings.catch_warnings():   # Python 3.12+ warns of fork beside threads; we only count
         warnings.simplefilter("ignore", DeprecationWarning)
         for worker in workers:
             worker.start()
     try:
-        counts = Counter()
-        for batch in itertools.chain(batches, [None] * num_proc):
-            wait_for(tasks.put, workers, batch)
+        counts = count_batches(without_room(batches, tasks, workers), pattern)
+        for _ in workers:
+            wait_for(tasks.put, workers, None)
         for _ in workers:
             part = wait_for(results.get, workers)
             if isinstance(part, Exception):
@@ -217,22 +213,37 @@ def count_in_processes(batches: Iterable[list[str]], pattern: str, num_proc: int
             worker.join()
 
 
+def without_room(batches, tasks, workers):
+    """Those of the batches that the queue of tasks has no room for."""
+    for batch in batches:
+        try:
+            tasks.put_nowait(batch)
+        except queue.Full:
+            check_alive(workers)
+            yield batch
+
+
 def wait_for(call, workers, *args):
     """A queue's put or get that notices when a worker was killed."""
     while True:
         try:
             return call(*args, timeout=1)
         except (queue.Full, queue.Empty):
-            if any(worker.exitcode for worker in workers):
-                raise RuntimeError("a counting process was killed, perhaps for its memory; "
-                                   "use num_proc=1") from None
+            check_alive(workers)
+
+
+def check_alive(workers):
+    """RuntimeError if one was killed."""
+    if any(worker.exitcode for worker in workers):
+        raise RuntimeError("a counting process was killed, perhaps for its memory; use num_proc=1")
 
 
 def count_worker(pattern, tasks, results):
     """A counting process: batches from `tasks`, up to a None; counts, or an error, to `results`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for the parent, which ends us
     try:
-        results.put(count_batches(iter(tasks.get, None), pattern))
+        counts = count_batches(iter(tasks.get, None), pattern)
+        results.put(counts.pieces() if pattern == GPT2_PATTERN else counts)
     except ValueError as error:
         results.put(error)
         for _ in iter(tasks.get, None):            # drain, so that the parent can finish writing

@@ -15,13 +15,17 @@ ids. Out: the merges in their order.
 """
 import heapq
 import itertools
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 from tqdm import tqdm
 
+from fast.bpe_table import Pieces
 
-def learn_merges(pieces: dict[Sequence[int], int], num_merges: int, min_frequency: int = 1,
+CHUNK = 1 << 18                     # positions that are looked at together
+
+
+def learn_merges(pieces: Mapping[Sequence[int], int], num_merges: int, min_frequency: int = 1,
                  progress: bool = False, ids: Sequence[int] = range(256, 1 << 40),
                  tie: str = "ids") -> list[tuple[int, int]]:
     """The merges of `train_slowly`, fast; ids: rising, above those of the pieces. ValueError if
@@ -96,18 +100,18 @@ class Corpus:
     assignments. A pair is one integer of its two tokens.
     """
 
-    def __init__(self, pieces: dict[Sequence[int], int], ids: Sequence[int]):
-        sizes = np.fromiter(map(len, pieces), np.int64, len(pieces)) + 1
-        if isinstance(next(iter(pieces), b""), bytes):
-            flat = b"\0".join([b"", *pieces, b""])
-            self.first = np.frombuffer(flat, np.uint8).astype(np.int32)
+    def __init__(self, pieces: Mapping[Sequence[int], int], ids: Sequence[int]):
+        if isinstance(pieces, Pieces):
+            sizes, counts = pieces.sizes + 1, pieces.counts
+            self.first = np.frombuffer(b"\0" + pieces.text, np.uint8).astype(np.int32)
         else:
+            sizes = np.fromiter(map(len, pieces), np.int64, len(pieces)) + 1
+            counts = np.fromiter(pieces.values(), np.int64, len(pieces))
             flat = itertools.chain((0,), *((*piece, 0) for piece in pieces))
             self.first = np.fromiter(flat, np.int32, sizes.sum() + 1)
         self.first[0] = -1
         self.first[sizes.cumsum()] = -1
         self.last = self.first.copy()
-        counts = np.fromiter(pieces.values(), np.int64, len(pieces))
         small = not len(counts) or counts.max() < 1 << 31   # half the memory
         self.weight = np.zeros(len(self.first), np.int32 if small else np.int64)
         self.weight[1:] = np.repeat(counts.astype(self.weight.dtype), sizes)    # of the piece
@@ -125,30 +129,29 @@ class Corpus:
         """The two tokens of a pair or of an array of pairs."""
         return pair >> self.id_bits, pair & (1 << self.id_bits) - 1
 
-    def index(self, min_frequency: int, size: int = 4000) -> tuple[list[int], int]:
+    def index(self, min_frequency: int, size: int = 6000) -> tuple[list[int], int]:
         """The `size` most frequent pairs, and the least count."""
-        at = np.flatnonzero(self.first >= 0)
-        left = self.first[at]
-        right = self.first[at + self.length[left]]
-        # (left, right, position) in one integer: sorting these in place needs no second array.
-        key = left.astype(np.int64)
-        key <<= self.id_bits
-        key |= right
-        key <<= self.position_bits
-        key |= at
-        del at, left
-        key = key[right >= 0]
+        self.counts, self.where, parts = {}, {}, []
+        for begin in range(0, len(self.first), CHUNK):
+            at = begin + np.flatnonzero(self.first[begin:begin + CHUNK] >= 0)
+            left = self.first[at].astype(np.int64)
+            right = self.first[at + self.length[left]]
+            # (left, right, position) in one integer: sorting these in place needs no second array.
+            key = (left << self.id_bits | right) << self.position_bits | at
+            parts.append(key[right >= 0])
+        key = np.concatenate(parts)
+        del parts
         if not len(key):
             return [], min_frequency
         key.sort()
-        at = key & ((1 << self.position_bits) - 1)
-        key >>= self.position_bits
-        starts = group_starts(key)
-        counts = np.add.reduceat(self.weight[at], starts, dtype=np.int64)
+        pairs = key >> self.position_bits
+        starts = group_starts(pairs)
+        pairs = pairs[starts]
+        key &= (1 << self.position_bits) - 1            # the positions are left
+        counts = np.add.reduceat(self.weight[key], starts, dtype=np.int64)
         size = max(min(size, len(counts) // 4), 1)
         floor = max(min_frequency, int(np.partition(counts, -size)[-size]))
-        self.counts, self.where = {}, {}
-        return self.keep(key[starts], counts, at, starts, floor), floor
+        return self.keep(pairs, counts, key, starts, floor), floor
 
     def keep(self, pairs: np.ndarray, counts: np.ndarray, at: np.ndarray, starts: np.ndarray,
              floor: int) -> list[int]:

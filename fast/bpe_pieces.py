@@ -136,11 +136,16 @@ def kinds() -> np.ndarray:
 
 
 @functools.cache
+def doubtful() -> np.ndarray:
+    """The code points that `regex`, of another Unicode version, takes for another class."""
+    return np.flatnonzero(classes() != classes_by(regex.findall))
+
+
+@functools.cache
 def shown_as() -> np.ndarray:
-    """For each code point one that `regex` takes for the same class: itself, unless its Unicode
-    version differs from tiktoken's."""
-    table = np.arange(0x110000, dtype="<u4")
-    seen = classes_by(regex.findall)
-    for i, example in enumerate("\u0378" + "".join(example for _, example in CLASSES)):
-        table[(classes() == i) & (seen != i)] = ord(example)
+    """For each code point one that `regex` takes for the class that tiktoken knows it by: itself,
+    or of a doubtful one an example."""
+    table, points = np.arange(0x110000, dtype="<u4"), doubtful()
+    examples = np.array([ord(example) for example in ("\u0378", *(char for _, char in CLASSES))])
+    table[points] = examples[classes()[points]]
     return table

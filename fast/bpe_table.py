@@ -1,21 +1,20 @@
 """Pieces of GPT-2's pattern in numpy: where they start in a text's bytes, and a number for each.
 
     table = PieceTable()
-    numbers = table.look_up(data, gpt2_starts(data, begins))        # of each piece of a block
-    table.pieces[numbers[0]]                                        # the first piece, in bytes
+    table.count(data, gpt2_starts(data, begins))                    # a block of texts
+    dict(table.pieces())                                            # {piece in bytes: count}
 
 Text repeats its pieces, so what is done for each distinct one (counting, encoding) is done once,
 and the rest is arithmetic on whole blocks. In: UTF-8. Out: what regex.findall gives, as numbers.
 """
 import functools
-from collections import Counter
+from typing import Any, Iterator, Mapping
 
 import numpy as np
 
 from fast.bpe_pieces import SPACE, kinds
 
-BITS = 19                       # of a slot's index; the rows take 12 MiB
-MOST, MOST_BYTES = 1 << 17, 1 << 26         # pieces in a table, so that it stays small and quick
+ROWS = 1 << 12                  # of a new table
 LONG = 16                       # bytes of a piece that is looked up in a dict instead
 ONE = [ord(c) for c in "sdmt"]
 TWO = [ord(a) << 8 | ord(b) for a, b in ("ll", "ve", "re")]
@@ -83,44 +82,76 @@ def gpt2_starts(data: bytes, begins: np.ndarray) -> np.ndarray:
     return np.flatnonzero(start)
 
 
-class PieceTable:
-    """Distinct pieces, numbered as they come.
+class Pieces(Mapping[bytes, int]):
+    """Distinct pieces and how often each occurs: {piece: count} in a tenth of a dict's memory.
 
-    A hash table with open addressing: a row is a piece as two integers (its bytes, and its length
-    in the last of 16) and its number. Longer pieces are in a dict.
+    text: the pieces, a byte 0 after each; sizes: theirs, without it; counts: in the same order.
+    """
+
+    def __init__(self, text: bytes, sizes: np.ndarray, counts: np.ndarray):
+        self.text, self.sizes, self.counts = text, sizes, counts
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[bytes]:
+        stops = (self.sizes + 1).cumsum() - 1
+        for stop, size in zip(stops.tolist(), self.sizes.tolist()):
+            yield self.text[stop - size:stop]
+
+    def __getitem__(self, piece: bytes) -> int:
+        return self._as_dict[piece]
+
+    @functools.cached_property
+    def _as_dict(self) -> dict[bytes, int]:
+        return dict(zip(self, self.counts.tolist()))
+
+
+class PieceTable:
+    """Distinct pieces, numbered as they come, and counts of them.
+
+    A hash table with open addressing, at most a quarter full: a row is a piece as two integers (its
+    bytes, and its length in the last of 16) and its number. Longer pieces are in a dict.
     """
 
     def __init__(self):
-        self.rows = np.zeros((1 << BITS, 3), np.uint64)
-        self.pieces: list[bytes] = []
-        self.numbers: dict[bytes, int] = {}
-        self.size = 0                                   # bytes of the pieces
-        self.counts = np.zeros(0, np.int64)             # of the pieces that were counted
+        self.rows = np.zeros((ROWS, 3), np.uint64)
+        self.long: dict[bytes, int] = {}
+        self.text = bytearray()                         # as in Pieces
+        self.length = 0                                 # how many there are
+        self.stops = self.counts = np.zeros(0, np.int64)    # of each in the text; room for more
 
-    def is_full(self) -> bool:
-        """Whether it is time for a new table."""
-        return len(self.pieces) >= MOST or self.size >= MOST_BYTES
+    def pieces(self) -> Pieces:
+        """Those that are here, as often as they were counted."""
+        stops = self.stops[:self.length]
+        return Pieces(bytes(self.text), np.diff(stops, prepend=-1) - 1, self.counts[:self.length])
+
+    def since(self, number: int) -> list[bytes]:
+        """The pieces from a number on."""
+        stops = self.stops[max(number - 1, 0):self.length].tolist()
+        starts = [-1] * (not number) + stops
+        return [bytes(self.text[i + 1:j]) for i, j in zip(starts, starts[1:])]
 
     def count(self, data: bytes, starts: np.ndarray) -> None:
         """Count the pieces of a block."""
-        number = self.look_up(data, starts)
-        counts = np.bincount(number, minlength=len(self.pieces))
-        counts[:len(self.counts)] += self.counts
-        self.counts = counts
+        self._add_counts(self.look_up(data, starts, np.append(starts[1:], len(data))), 1)
 
-    def add_to(self, counts: Counter) -> None:
-        """Add to others what was counted here."""
-        for piece, count in zip(self.pieces, self.counts.tolist()):
-            counts[piece] += count
+    def update(self, others: Pieces) -> None:
+        """Count others as often as they were counted elsewhere."""
+        stops = (others.sizes + 1).cumsum() - 1
+        self._add_counts(self.look_up(others.text, stops - others.sizes, stops), others.counts)
 
-    def look_up(self, data: bytes, starts: np.ndarray) -> np.ndarray:
+    def _add_counts(self, number: np.ndarray, times: Any) -> None:
+        self.counts = with_room(self.counts, self.length)
+        np.add.at(self.counts, number, times)
+
+    def look_up(self, data: bytes, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """The number of each piece of a block; new pieces get the next ones."""
-        stops = np.append(starts[1:], len(data))
         size = np.minimum(stops - starts, LONG)
         eight = np.ndarray(len(data) + 8, "<u8", data + bytes(16), strides=(1,))   # from each byte
-        low = eight[starts] & LOW[size]
-        high = eight[starts + 8] & HIGH[size] | LENGTH[size]
-        slot = ((low * FACTORS[0] ^ high * FACTORS[1]) >> np.uint64(64 - BITS)).astype(np.int64)
+        low = eight[starts] & LOW.take(size)
+        high = eight[starts + 8] & HIGH.take(size) | LENGTH.take(size)
+        slot = self._slots(low, high)
         found = self.rows.take(slot, axis=0)
         number = found[:, 2].astype(np.int64)
         left = np.flatnonzero((found[:, 0] != low) | (found[:, 1] != high) | (size == LONG))
@@ -130,7 +161,7 @@ class PieceTable:
             empty = self.rows[slot[left], 1] == 0
             new.append(left[empty])
             left = left[~empty]
-            slot[left] = slot[left] + 1 & (1 << BITS) - 1
+            slot[left] = slot[left] + 1 & len(self.rows) - 1
             found = self.rows[slot[left]]
             right = (found[:, 0] == low[left]) & (found[:, 1] == high[left])
             number[left[right]] = found[right, 2]
@@ -139,28 +170,52 @@ class PieceTable:
         order = new[np.lexsort((low[new], high[new]))]
         first = np.ones(len(order), bool)               # of equal ones
         first[1:] = (low[order[1:]] != low[order[:-1]]) | (high[order[1:]] != high[order[:-1]])
-        number[order] = len(self.pieces) + first.cumsum() - 1
+        number[order] = self.length + first.cumsum() - 1
         order = order[first]
-        self._add(data, starts[order], stops[order])
-        self._place(np.stack((low[order], high[order], number[order].astype(np.uint64)), 1),
-                    slot[order])
+        self._place(np.stack((low[order], high[order], number[order].astype(np.uint64)), 1))
+        known = self.length + len(order)
+        more = []                                       # of the long ones
         for k, i, j in zip(long.tolist(), starts[long].tolist(), stops[long].tolist()):
-            known = self.numbers.get(data[i:j])
-            if known is None:
-                known = self.numbers[data[i:j]] = len(self.pieces)
-                self._add(data, starts[k:k + 1], stops[k:k + 1])
-            number[k] = known
+            number[k] = found = self.long.setdefault(data[i:j], known + len(more))
+            if found == known + len(more):
+                more.append(k)
+        order = np.append(order, np.array(more, np.int64))
+        if len(order):
+            self._add(data, starts[order], stops[order])
         return number
 
     def _add(self, data: bytes, starts: np.ndarray, stops: np.ndarray) -> None:
         """New pieces of a block, which have the next numbers."""
-        self.pieces += [data[i:j] for i, j in zip(starts.tolist(), stops.tolist())]
-        self.size += int((stops - starts).sum())
+        begin, self.length = self.length, self.length + len(starts)
+        self.stops = with_room(self.stops, self.length)
+        self.stops[begin:self.length] = len(self.text) - 1 + (stops - starts + 1).cumsum()
+        new = [data[i:j] for i, j in zip(starts.tolist(), stops.tolist())]
+        self.text += b"\0".join((*new, b""))
 
-    def _place(self, rows: np.ndarray, slot: np.ndarray) -> None:
-        """Write different new rows into free slots, from these on."""
+    def _slots(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Where pieces are looked for first."""
+        bits = len(self.rows).bit_length() - 1
+        return ((low * FACTORS[0] ^ high * FACTORS[1]) >> np.uint64(64 - bits)).astype(np.int64)
+
+    def _place(self, rows: np.ndarray) -> None:
+        """Write different new rows into free slots, of a larger table where it would be too full.
+        """
+        size = len(self.rows)
+        while 4 * (self.length + len(rows)) > size:
+            size *= 2
+        if size > len(self.rows):
+            rows = np.concatenate((self.rows[self.rows[:, 1] != 0], rows))
+            self.rows = np.zeros((size, 3), np.uint64)
+        slot = self._slots(rows[:, 0], rows[:, 1])
         while len(rows):
-            free = np.flatnonzero(self.rows[slot, 1] == 0)
-            free = free[np.unique(slot[free], return_index=True)[1]]    # one for each slot
-            self.rows[slot[free]] = rows[free]
-            rows, slot = np.delete(rows, free, 0), np.delete(slot, free) + 1 & (1 << BITS) - 1
+            free = self.rows[slot, 1] == 0
+            self.rows[slot[free]] = rows[free]          # of those that want one slot, one has it
+            left = self.rows[slot, 2] != rows[:, 2]
+            rows, slot = rows[left], slot[left] + 1 & size - 1
+
+
+def with_room(array: np.ndarray, length: int) -> np.ndarray:
+    """The array, or a longer one that begins with it."""
+    if length <= len(array):
+        return array
+    return np.append(array, np.zeros(max(length, 2 * len(array)) - len(array), array.dtype))

@@ -23,7 +23,6 @@ import tiktoken
 
 from fast.bpe_encode import TIKTOKEN_GPT2
 from fast.bpe_pieces import GPT2_PATTERN, NO_PATTERN
-from formats.download import download
 from formats.files import read_json, write_json, write_text
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -242,6 +241,7 @@ def gpt2_folder() -> Path:
 
     FileNotFoundError if that fails; ValueError if a file is not what OpenAI published.
     """
+    from formats.download import download       # here: HTTP takes a tenth of `import bpe`
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "oneloop" / "gpt2"
     for name, sha256 in GPT2_SHA256.items():
         download(GPT2_URL + name, folder / name, sha256,

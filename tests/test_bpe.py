@@ -13,7 +13,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 import bpe
 from bpe import Tokenizer, train_slowly
-from fast import bpe_counts, bpe_encode, bpe_merges, bpe_pieces, bpe_table
+from fast import bpe_corpus, bpe_counts, bpe_encode, bpe_merges, bpe_pieces, bpe_table
 from fast.bpe_counts import count_pieces
 from fast.bpe_merges import learn_merges
 from fast.bpe_pieces import GPT2_PATTERN, GPT4_PATTERN, O200K_PATTERN, split
@@ -157,15 +157,32 @@ def test_merges_equal_rustbpe(shared, corpus, most, vocab_size):
 @given(st.lists(dense | anything, max_size=6), st.integers(1, 40), st.sampled_from([1, 3]),
        st.sampled_from([2, 1 << 17]), patterns)
 def test_a_corpus_gives_the_ids_of_each_text(texts, block, threads, most, pattern):
-    """Cut into blocks of any size, in threads, and with tables that are full after two pieces."""
+    """Cut into blocks of any size, in threads, and with tables that are full after two pieces or
+    grow from two rows."""
     tok = Tokenizer([(97, 98), (32, 256), (228, 184), (32, 32), (97, 97)], pattern)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bpe_counts, "BLOCK", block)
-        patch.setattr(bpe_table, "MOST", most)
+        patch.setattr(bpe_corpus, "BLOCK", block)
+        patch.setattr(bpe_corpus, "MOST", most)
+        patch.setattr(bpe_table, "ROWS", 2)
         found = [ids.tolist() for ids in tok.encode_corpus(iter(texts), threads)]
         counted = count_pieces(texts, pattern, num_proc=1)
     assert found == [tok.encode_slowly(text) for text in texts]
     assert counted == naive_pieces(texts, pattern)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(dense | anything, max_size=5), st.lists(dense | anything, max_size=5))
+def test_what_two_processes_counted_is_added(here, there):
+    """Tables that grow from two rows; pieces of any length, with bytes 0 in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe_table, "ROWS", 2)
+        one, other = (bpe_counts.count_batches([[(text, True)] for text in texts], GPT2_PATTERN)
+                      for texts in (here, there))
+        one.update(other.pieces())
+    pieces = one.pieces()
+    assert dict(pieces) == naive_pieces([*here, *there], GPT2_PATTERN)
+    assert one.since(0) == list(pieces) and one.since(2) == list(pieces)[2:]
 
 
 def test_pieces_that_share_a_slot_or_hold_the_mark_keep_their_ids(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from bpe import Tokenizer
 from data import fineweb, shards
 from data.fineweb import FinewebConfig, prepare
-from fast import bpe_corpus, bpe_counts
+from fast import bpe_corpus
 
 SHARD_TOKENS = 3000
 
@@ -77,7 +77,7 @@ def test_every_document_is_there_once_and_in_order(tmp_path, texts, tokenizer):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_documents_keep_their_order_whatever_the_threads_and_the_groups(
         monkeypatch, texts, tokenizer, threads):
-    monkeypatch.setattr(bpe_counts, "BLOCK", 50)    # characters: many tasks
+    monkeypatch.setattr(bpe_corpus, "BLOCK", 50)    # characters: many tasks
     monkeypatch.setattr(bpe_corpus, "AHEAD", 4)     # and few of them at once
     tok = Tokenizer.load(tokenizer)
     rows = list(fineweb.encode_all(tok, iter(texts), threads))
@@ -86,7 +86,7 @@ def test_documents_keep_their_order_whatever_the_threads_and_the_groups(
 
 
 def test_reading_stays_a_bounded_way_ahead_of_writing(monkeypatch, tokenizer):
-    monkeypatch.setattr(bpe_counts, "BLOCK", 100)
+    monkeypatch.setattr(bpe_corpus, "BLOCK", 100)
     monkeypatch.setattr(bpe_corpus, "AHEAD", 10)
     read = 0
 
