@@ -21,8 +21,9 @@ its floor does not, the floor keeps its share of it.
 Equal: tokens, unless --equal asks for something else; steps and warmup follow from it, but for
 variants that set max_steps or epochs themselves, and the schedule ends with the run. FLOP are what
 GPT.flops_per_token says, minutes those of short runs beforehand. A run's loss is that of its end,
-on the whole validation split, or --eval_tokens of it. --tune tries values for every variant and the
-base alike, with seeds that are used nowhere else.
+on the whole validation split, or --eval_tokens of it: nats per token, or bits per byte where data
+differ, as their tokenizers may. --tune tries values for every variant and the base alike, with
+seeds that are used nowhere else.
 
 Out: a JSON file, a table for docs/LOG.md and a picture (extra "plots"), named by --name, in --out.
 Runs are in --out/runs, named by a hash of settings, patch, code and data: the same command goes on
@@ -72,6 +73,8 @@ PACE_STEPS, PACE_RUNS = 40, 2                   # by which --equal=minutes knows
 FIXED = dict(eval_every=0, eval_tokens=0, patience=0, hellaswag_every=0, sample_every=0,
              sample_tokens=0, milestone_every=0, keep_last=1, max_bad_steps=10**9)
 SETTINGS = settings_of(TrainConfig)
+RESULT = 2                                      # what result.json holds; a new number is a new run
+UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
 
 
 @dataclass(frozen=True)
@@ -223,7 +226,7 @@ class Trial:
         """A hash of all that its result depends on."""
         data, start = shards.find(self.settings["data"]), Path(self.settings["init_from"])
         meta = data / "meta.json"
-        facts = [{**self.settings, "out": ""}, self.patch, code(), torch.__version__,
+        facts = [{**self.settings, "out": ""}, self.patch, code(), torch.__version__, RESULT,
                  meta.read_text() if meta.exists() else shards.fingerprint(data),
                  (start / "run.json").read_text() if (start / "run.json").exists() else ""]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -313,8 +316,9 @@ def perform(trial: Trial, folder: Path, jobs: int = 1) -> dict[str, Any]:
         raise ValueError("stopped before its end; the same command goes on")
     seconds = load_run(folder, "").steps["seconds"]
     finite = all(math.isfinite(summary[key] or math.nan) for key in ("train_loss", "val_loss"))
-    result = {"loss": summary["val_loss"] if finite else None, "steps": summary["step"],
-              "tokens": summary["tokens"], "seconds": float(seconds[-1]),
+    result = {"loss": summary["val_loss"] if finite else None,
+              "bits_per_byte": summary["val_bits_per_byte"] if finite else None,      # of text
+              "steps": summary["step"], "tokens": summary["tokens"], "seconds": float(seconds[-1]),
               "step_seconds": float(np.median(np.diff(seconds, prepend=0))),
               "memory_mib": summary["peak_memory_mib"], "jobs": jobs, "settings": trial.settings,
               "patch": trial.patch}
@@ -414,14 +418,23 @@ def compare(plan: Plan) -> dict[str, Any]:
     if plan.tuned != [{}]:
         tried = [(v, values, TUNE_SEED + i) for v in variants for values in plan.tuned
                  for i in range(config.tune_seeds)]
-        losses = [result["loss"] for result in train_all(trials(tried), config)]
-        tuning = choose(variants, plan.tuned, losses)
+        results = train_all(trials(tried), config)
+        measure = measured(results)
+        tuning = choose(variants, plan.tuned, [result[measure] for result in results])
     best = {name: next(row["values"] for row in rows if row["best"])
             for name, rows in tuning.items()}
     found = train_all(trials([(v, best.get(v.name, {}), seed) for seed in range(config.seeds)
                               for v in variants]), config)          # whole seeds, if it is stopped
     return report(plan, facts, tuning, {v.name: found[i::len(variants)]
                                         for i, v in enumerate(variants)})
+
+
+def measured(results: list[dict[str, Any]]) -> str:
+    """The figure that results are compared by: losses per token, unless data differ, for then a
+    token may be another, and then per byte where all of them have that."""
+    per_byte = len({result["settings"]["data"] for result in results}) > 1 and all(
+        result["loss"] is None or result["bits_per_byte"] is not None for result in results)
+    return "bits_per_byte" if per_byte else "loss"
 
 
 def choose(variants: list[Variant], tuned: list[dict[str, str]], losses: list[float | None]
@@ -452,7 +465,8 @@ def choose(variants: list[Variant], tuned: list[dict[str, str]], losses: list[fl
 def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
            runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """All figures and sentences of a comparison, as JSON holds them."""
-    losses = {name: [result["loss"] for result in found] for name, found in runs.items()}
+    measure = measured(list(itertools.chain(*runs.values())))
+    losses = {name: [result[measure] for result in found] for name, found in runs.items()}
     lost = {name for name, values in losses.items() if None in values}
     tests = {name: paired([a - b for a, b in zip(values, losses["base"])]) for name, values in
              losses.items() if name != "base" and not lost & {name, "base"} and values[1:]}
@@ -479,8 +493,8 @@ def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
                 name, losses[name], losses["base"], test, corrected.get(name), needed)}
     return {"command": plan.command, "config": dataclasses.asdict(plan.config), "base": plan.base,
             "made": {**provenance(pick_device(plan.base["device"]), 1, ""), "code": code()},
-            "noise_floor": floor, "comparisons": len(rows) - 1, "variants": rows,
-            "tuning": tuning}
+            "unit": UNITS[measure], "noise_floor": floor, "comparisons": len(rows) - 1,
+            "variants": rows, "tuning": tuning}
 
 
 def verdict(name: str, losses: list[float | None], base: list[float | None], test: Paired | None,
@@ -508,8 +522,8 @@ def spell(loss: float | None) -> str:
 def markdown(found: dict[str, Any]) -> str:
     """The report for docs/LOG.md: command, table, sentences."""
     config, rows, floor = found["config"], found["variants"], found["noise_floor"]
-    columns = ["variant", *["tuned"] * bool(found["tuning"]), "validation loss", "difference, 95%",
-               "p", "seeds for half the floor", "steps", "time", "memory"]
+    columns = ["variant", *["tuned"] * bool(found["tuning"]), f"validation loss, {found['unit']}",
+               "difference, 95%", "p", "seeds for half the floor", "steps", "time", "memory"]
     lines = [f"`{found['command']}`: equal {config['equal']}, {config['seeds']} paired "
              f"seeds.", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, row in rows.items():
@@ -556,7 +570,7 @@ def draw(figure: Any, found: dict[str, Any]) -> None:
         right.axvspan(-floor, floor, color=plots.GREY, alpha=0.12, linewidth=0)
     for ax, names, title in ((left, list(rows), "validation loss: seeds, mean, deviation"),
                              (right, [""] * len(rows), "difference, 95%; grey: noise floor")):
-        ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel="nats per token")
+        ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=found["unit"])
         ax.set_yticks(range(len(rows)), names)
         ax.set_title(title, loc="left", fontweight="bold")
 

@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bpe import Tokenizer
 from data import pydocs
+from data.corpus import CorpusConfig, prepare
 from experiments import compare
 from experiments.compare import changed, drawn_by_name, perform, read, train_all
 from experiments.studies import chat as chat_study
@@ -158,17 +160,19 @@ def test_the_commands_of_the_studies_are_right():
     count = 0
     for path in STUDIES.glob("*.sh"):
         text = path.read_text().replace("\\\n", " ")
-        for name, value in re.findall(r"^(\w+)=([^\s$]+)$", text, re.M):
-            text = text.replace(f"${name}", value)
+        for name, value in re.findall(r'^(\w+)=("[^"$]*"|[^\s$"]+)$', text, re.M):
+            text = text.replace(f"${name}", value.strip('"'))
         bodies = dict(re.findall(r"^(\w+)\(\) \{\s*(.*?)\s*\}", text, re.M | re.S))
-        for line in re.findall(rf"^ *((?:{'|'.join(bodies)}) .*?)(?: ;;)?$", text, re.M):
+        starts = "|".join([*bodies, "python -m experiments.compare"])
+        text = re.sub(r"^\w+\(\) \{.*?\}", "", text, flags=re.M | re.S)
+        for line in re.findall(rf"^ *((?:{starts}) .*?)(?: ;;)?$", text, re.M):
             while (name := line.split()[0]) in bodies:
                 line = bodies[name].replace('"$@"', line.removeprefix(name))
             given = shlex.split(line.replace('"$@"', ""))
             assert given[:3] == ["python", "-m", "experiments.compare"]
             assert len(read(given[3:]).variants) > 1
             count += 1
-    assert count == 11
+    assert count == 13
 
 
 def test_arms_of_the_data_study_differ_in_one_thing_and_are_tested_on_nothing_they_saw():
@@ -299,6 +303,24 @@ def test_runs_have_an_equal_share(words, here, equal):
         flops = [6 * (4096 + 32 + 3280 * layers) + 12 * 16 * 16 * layers for layers in (1, 3)]
         assert deep["steps"] == round(24 * flops[0] / flops[1])
     assert base["steps"] == 12 and deep["steps"] >= 1
+
+
+def test_data_of_another_tokenizer_are_compared_per_byte(words, here, dataset, tmp_path):
+    """Twice as many bytes a token are twice the nats: only per byte is one the better."""
+    text = dataset.parent / "text.txt"
+    Tokenizer.train(text.read_text(), 300, special_tokens=()).save(tmp_path / "tok.json")
+    other = prepare(CorpusConfig(from_=str(text), tokenizer=str(tmp_path / "tok.json"),
+                                 validation=1 / 6, out=str(tmp_path / "other")))
+    report = found(words, f"--set=data={other}", "--seeds=2")
+    assert report["unit"] == "bits per byte"
+    assert "validation loss, bits per byte" in compare.markdown(report)
+    runs = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
+    for name, row in zip((dataset, other), report["variants"].values()):
+        own = [run for run in runs if run["settings"]["data"] == str(name)]
+        assert sorted(row["losses"]) == sorted(run["bits_per_byte"] for run in own)
+    assert all(run["bits_per_byte"] == pytest.approx(run["loss"] / math.log(2)) for run in runs
+               if run["settings"]["data"] == str(dataset))           # there a token is a byte
+    assert found(words, "--set=learning_rate=1e-3", "--seeds=1")["unit"] == "nats per token"
 
 
 def test_a_setting_that_is_the_length_itself_is_compared_as_it_is(words, here):
