@@ -22,8 +22,8 @@ Equal: tokens, unless --equal asks for something else; steps and warmup follow f
 variants that set max_steps or epochs themselves, and the schedule ends with the run. FLOP are what
 GPT.flops_per_token says, minutes those of short runs beforehand. A run's loss is that of its end,
 on the whole validation split, or --eval_tokens of it: nats per token, or bits per byte where data
-differ, as their tokenizers may. --tune tries values for every variant and the base alike, with
-seeds that are used nowhere else.
+have different tokenizers. --tune tries values for every variant and the base alike, with seeds that
+are used nowhere else.
 
 Out: a JSON file, a table for docs/LOG.md and a picture (extra "plots"), named by --name, in --out.
 Runs are in --out/runs, named by a hash of settings, patch, code and data: the same command goes on
@@ -54,6 +54,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import shards
+from data.sets import mixture_of
 from experiments import plots
 from experiments.runs import PALETTE, duration, load_run
 from experiments.ttest import Paired, holm, paired, seeds_needed
@@ -224,11 +225,11 @@ class Trial:
     @functools.cached_property
     def identity(self) -> str:
         """A hash of all that its result depends on."""
-        data, start = shards.find(self.settings["data"]), Path(self.settings["init_from"])
-        meta = data / "meta.json"
+        data, start = self.settings["data"], Path(self.settings["init_from"]) / "run.json"
+        metas = [shards.find(name) / "meta.json" for name in mixture_of(data) or [data]]
         facts = [{**self.settings, "out": ""}, self.patch, code(), torch.__version__, RESULT,
-                 meta.read_text() if meta.exists() else shards.fingerprint(data),
-                 (start / "run.json").read_text() if (start / "run.json").exists() else ""]
+                 [meta.read_text() if meta.exists() else shards.fingerprint(meta.parent)
+                  for meta in metas], start.read_text() if start.exists() else ""]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -315,9 +316,12 @@ def perform(trial: Trial, folder: Path, jobs: int = 1) -> dict[str, Any]:
     if summary["step"] < trial.settings["max_steps"]:
         raise ValueError("stopped before its end; the same command goes on")
     seconds = load_run(folder, "").steps["seconds"]
+    tokenizer = folder / "tokenizer.json"
     finite = all(math.isfinite(summary[key] or math.nan) for key in ("train_loss", "val_loss"))
     result = {"loss": summary["val_loss"] if finite else None,
-              "bits_per_byte": summary["val_bits_per_byte"] if finite else None,      # of text
+              "bits_per_byte": summary["val_bits_per_byte"] if finite else None,
+              "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16]
+              if tokenizer.exists() else "",
               "steps": summary["step"], "tokens": summary["tokens"], "seconds": float(seconds[-1]),
               "step_seconds": float(np.median(np.diff(seconds, prepend=0))),
               "memory_mib": summary["peak_memory_mib"], "jobs": jobs, "settings": trial.settings,
@@ -430,11 +434,9 @@ def compare(plan: Plan) -> dict[str, Any]:
 
 
 def measured(results: list[dict[str, Any]]) -> str:
-    """The figure that results are compared by: losses per token, unless data differ, for then a
-    token may be another, and then per byte where all of them have that."""
-    per_byte = len({result["settings"]["data"] for result in results}) > 1 and all(
-        result["loss"] is None or result["bits_per_byte"] is not None for result in results)
-    return "bits_per_byte" if per_byte else "loss"
+    """The figure that results are compared by: per token, unless their tokens differ."""
+    differ = len({result["tokenizer"] for result in results}) > 1
+    return "bits_per_byte" if differ else "loss"
 
 
 def choose(variants: list[Variant], tuned: list[dict[str, str]], losses: list[float | None]

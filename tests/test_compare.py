@@ -6,6 +6,7 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -321,6 +322,16 @@ def test_data_of_another_tokenizer_are_compared_per_byte(words, here, dataset, t
     assert all(run["bits_per_byte"] == pytest.approx(run["loss"] / math.log(2)) for run in runs
                if run["settings"]["data"] == str(dataset))           # there a token is a byte
     assert found(words, "--set=learning_rate=1e-3", "--seeds=1")["unit"] == "nats per token"
+
+
+def test_mixtures_are_compared(words, here, dataset, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(dataset, other)
+    base, more = (f"{dataset}:{share},{other}:{1 - share}" for share in (0.5, 0.75))
+    report = found([f"--data={base}" if word.startswith("--data=") else word for word in words],
+                   f"--variant=data={more}", "--seeds=2")
+    a, b = (row["losses"] for row in report["variants"].values())
+    assert report["unit"] == "nats per token" and len({*a, *b}) == 4
 
 
 def test_a_setting_that_is_the_length_itself_is_compared_as_it_is(words, here):
