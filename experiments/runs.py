@@ -136,11 +136,14 @@ def mean_run(runs: list[Run]) -> Run:
 
 
 def differences(runs: list[Run]) -> list[str]:
-    """Whether each run's last validation loss differs from the first's by more than their seeds
-    do, in words: the paired t-test, corrected for several (experiments/ttest.py). "" where fewer
-    than two seeds are common."""
+    """Whether each run's last validation loss, per byte where all know that, for their tokens may
+    differ, is another than the first's by more than seeds do, in words: the paired t-test,
+    corrected for several (experiments/ttest.py). "" where fewer than two seeds are common."""
+    per_byte = all(len(run.measured("bits_per_byte", "steps")[0]) for run in runs)
+
     def last(run: Run) -> dict[Any, float]:
-        losses = {one.config.get("seed"): one.measured("val_loss", "steps")[1]
+        key = "bits_per_byte" if per_byte else "val_loss"
+        losses = {one.config.get("seed"): one.measured(key, "steps")[1]
                   for one in run.seeds or (run,)}
         return {seed: float(loss[-1]) for seed, loss in losses.items()
                 if len(loss) and math.isfinite(loss[-1])}

@@ -111,14 +111,14 @@ def test_the_fall_from_the_start_may_leave_the_picture():
 
 # ---------------------------------------------------------------------------------- seeds
 
-def write_seed(folder, seed, losses, **settings):
+def write_seed(folder, seed, losses, more=None, **settings):
     """A run of three steps, its validation loss that of the last step."""
     write_run(folder, steps=0)
     with open(folder / "log.jsonl", "w") as file:
         for step, loss in enumerate(losses, 1):
             file.write(json.dumps({"step": step, "loss": loss, "lr": 1e-3, "grad_norm": 1.0 + loss,
                                    "tokens": 10 * step, "tokens_per_s": 5.0}) + "\n")
-        file.write(json.dumps({"step": step, "val_loss": losses[-1]}) + "\n")
+        file.write(json.dumps({"step": step, "val_loss": losses[-1], **(more or {})}) + "\n")
     (folder / "config.json").write_text(json.dumps(
         {"data": "data/corpus", "out": str(folder), "seed": seed, "max_steps": 3, **settings}))
     return str(folder)
@@ -166,6 +166,16 @@ def test_differences_of_noise_are_none_and_several_are_corrected_for(tmp_path):
     chances = holm([paired([0.1, -0.1, 0.05]).p, paired([-0.1, -0.09, -0.1]).p])
     assert differences(seeds_together(load_runs(runs))) == [
         "", f"no difference found (p {chances[0]:.2g})", f"differs (p {chances[1]:.2g})"]
+
+
+def test_runs_of_other_tokens_differ_per_byte_or_not_at_all(tmp_path):
+    """Nats per token of longer tokens are more; bits per byte say that nothing was found."""
+    runs = [write_seed(tmp_path / f"{data}-{seed}", seed, [9, factor * loss], {
+        "bits_per_byte": loss + other}, data=data)
+        for data, factor, others in (("a", 1, (0, 0, 0)), ("b", 2, (0.1, -0.1, 0.05)))
+        for seed, (loss, other) in enumerate(zip((2.0, 2.1, 2.3), others))]
+    p = paired([0.1, -0.1, 0.05]).p
+    assert differences(seeds_together(load_runs(runs))) == ["", f"no difference found (p {p:.2g})"]
 
 
 def test_runs_are_found_by_their_settings(two_settings, tmp_path, capsys):
