@@ -16,7 +16,7 @@ import tiktoken
 
 from fast.bpe_counts import in_batches
 from fast.bpe_encode import encode_with_tiktoken
-from fast.bpe_pieces import GPT2_PATTERN, NO_PATTERN
+from fast.bpe_pieces import GPT2_PATTERN, NO_PATTERN, kinds
 from fast.bpe_table import PieceTable, gpt2_starts, with_room
 
 BLOCK = 1 << 19                 # characters together; many, for threads take turns
@@ -31,6 +31,8 @@ def encode_corpus(encoding: tiktoken.Encoding, pattern: str, texts: Iterable[str
     """The ids of each text in order, special tokens as ordinary text. num_threads: None is one per
     core. ValueError for a lone surrogate."""
     whole, own = as_pieces(encoding), threading.local()     # each thread has its own table
+    if pattern == GPT2_PATTERN:
+        kinds()                                         # once, and not in each of them
 
     def encode(batch: list[tuple[str, bool]]) -> list[tuple[np.ndarray, bool]]:
         parts = [text for text, _ in batch]

@@ -33,8 +33,8 @@ PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "o200k": O200K_PATTERN,
             "nanochat": NANOCHAT_PATTERN, "none": NO_PATTERN}
 
 # What these patterns tell apart, each with an example; everything else is like U+0378, unassigned.
-CLASSES = ((r"[\p{Lu}\p{Lt}]+", "A"), (r"\p{Ll}+", "a"), (r"[\p{Lm}\p{Lo}]+", "中"),
-           (r"\p{N}+", "²"), (r"\s+", " "), (r"\p{M}+", "\u0301"))
+CLASSES = ((r"\p{Lu}\p{Lt}", "A"), (r"\p{Ll}", "a"), (r"\p{Lm}\p{Lo}", "中"), (r"\p{N}", "²"),
+           (r"\s", " "), (r"\p{M}", "\u0301"))
 LETTER, NUMBER, SPACE = 1, 2, 3   # the kinds of characters for GPT-2's; 0 is everything else
 POINTS = np.concatenate((np.arange(0xD800), np.arange(0xE000, 0x40000))).astype("<u4")
 # Every ASCII character and one or two characters of each other kind, between letters: a pattern
@@ -51,8 +51,7 @@ def split(pattern: str, text: str) -> list[str]:
     compiled = compile_pattern(pattern)
     if text.isascii():
         return find_all(compiled, text)
-    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-    shown = shown_as()[codes].tobytes().decode("utf-32-le")
+    shown = as_text(shown_as()[as_codes(text)])
     pieces = find_all(compiled, shown)
     if shown != text:
         ends = list(itertools.accumulate(map(len, pieces)))
@@ -108,25 +107,37 @@ def check_surrogates(text: str) -> None:
 
 # -------------------------------------------------------------- two versions of Unicode, one split
 
-def classes_by(findall: Callable[[str, str], Iterable[str]]) -> np.ndarray:
-    """The class of every code point, as the engine with this `findall(pattern, text)` knows it."""
-    table = np.zeros(0x110000, np.uint8)
-    every = POINTS.tobytes().decode("utf-32-le")
-    for i, (pattern, _) in enumerate(CLASSES, 1):
-        found = "".join(findall(pattern, every))
-        table[np.frombuffer(found.encode("utf-32-le"), "<u4")] = i
+@functools.cache
+def classes_by_regex() -> np.ndarray:
+    """The class of every code point as `regex` knows it (Unicode has letters up to U+3FFFF)."""
+    table, every = np.zeros(0x110000, np.uint8), as_text(POINTS)
+    for i, (members, _) in enumerate(CLASSES, 1):
+        table[as_codes("".join(regex.findall(f"[{members}]+", every)))] = i
     return table
 
 
 @functools.cache
 def classes() -> np.ndarray:
-    """The class of every code point as tiktoken knows it (Unicode has letters up to U+3FFFF)."""
-    def findall(pattern, text):   # tiktoken drops what does not match
-        only = tiktoken.Encoding(pattern, pat_str=pattern, special_tokens={},
-                                 mergeable_ranks={bytes([b]): b for b in range(256)})
-        return only.decode(only.encode_ordinary(text))
+    """The same as tiktoken knows it, which is asked for the differences only: it is slow to write
+    what it has found."""
+    table, seen = classes_by_regex().copy(), classes_by_regex()[POINTS]
+    for sign in ("^", ""):                              # lost by a class, then found for one
+        for i, (members, _) in enumerate(CLASSES, 1):
+            only = tiktoken.Encoding("class", pat_str=f"[{sign}{members}]+", special_tokens={},
+                                     mergeable_ranks={bytes([b]): b for b in range(256)})
+            among = as_text(POINTS[seen == i if sign else seen != i])
+            table[as_codes(bytes(only.encode_ordinary(among)).decode())] = 0 if sign else i
+    return table
 
-    return classes_by(findall)
+
+def as_text(codes: np.ndarray) -> str:
+    """Code points as text."""
+    return codes.tobytes().decode("utf-32-le")
+
+
+def as_codes(text: str) -> np.ndarray:
+    """Text as code points."""
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
 @functools.cache
@@ -138,7 +149,7 @@ def kinds() -> np.ndarray:
 @functools.cache
 def doubtful() -> np.ndarray:
     """The code points that `regex`, of another Unicode version, takes for another class."""
-    return np.flatnonzero(classes() != classes_by(regex.findall))
+    return np.flatnonzero(classes() != classes_by_regex())
 
 
 @functools.cache
