@@ -301,7 +301,13 @@ def from_hugging_face(data: dict[str, Any]) -> dict[str, Any]:
     else:
         pattern = GPT2_PATTERN if levels[0].get("use_regex", True) else NO_PATTERN
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    specials = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+    added = data.get("added_tokens", [])
+    specials = {token["content"]: token["id"] for token in added}
+    for token in added:
+        if token.get("special") is False:
+            raise ValueError(f"its added token {token['content']!r:.80} is not special: it would "
+                             f"be found in all text, and here none is; where no text has it, set "
+                             f"its \"special\" to true in the file")
     return {**from_vocab(model["vocab"], merges, specials), "pattern": pattern}
 
 

@@ -174,6 +174,8 @@ def test_a_tokenizer_trained_by_hugging_face_keeps_its_ids(tmp_path, specials, p
     (lambda d: d["model"]["vocab"].pop("Ġ"), "no byte-level BPE: its vocabulary lacks 'Ġ'"),
     (lambda d: d["model"]["vocab"].update(unreachable=290), "'unreachable' is no byte, merge or"),
     (lambda d: d["model"]["merges"].pop(0), "not consecutive|is no byte, merge or"),
+    (lambda d: d["added_tokens"].append({"id": 290, "content": "    ", "special": False}),
+     "its added token '    ' is not special: it would be found in all text"),
 ])
 def test_a_hugging_face_file_that_would_change_ids_is_refused(small, tmp_path, change, reason):
     small.save_pretrained(tmp_path)
