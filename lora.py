@@ -446,11 +446,9 @@ def merge_lora(model: nn.Module, *inputs: Any) -> float:
         if not changes:
             continue
         exact = merged_weight(base, changes)
-        merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
         dtype = torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
-        merged.weight = nn.Parameter(exact.to(dtype).contiguous(), requires_grad=False)
-        merged.bias, layer.lora_merged = base.bias, merged
-        moved = max(moved, (merged.weight.float() - exact).abs().max().item())
+        layer.lora_merged = plain_linear(base, exact.to(dtype))
+        moved = max(moved, (layer.lora_merged.weight.float() - exact).abs().max().item())
         packed += isinstance(base, NF4Linear)
     if inputs:
         moved = (logits() - before).abs().max().item()
@@ -472,6 +470,13 @@ def merged_weight(base: nn.Module, changes: list[tuple[LowRank, float]]) -> torc
     return weight
 
 
+def plain_linear(base: nn.Module, weight: torch.Tensor) -> nn.Linear:
+    """A linear layer with this weight (out, in) and the bias of another."""
+    plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    plain.weight, plain.bias = nn.Parameter(weight.contiguous(), requires_grad=False), base.bias
+    return plain
+
+
 def unmerge_lora(model: nn.Module) -> None:
     """Take merged adapters off again; the base is as it was, bit for bit."""
     adapters_of(model)
@@ -483,13 +488,18 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def unload_lora(model: nn.Module) -> nn.Module:
-    """The plain model, in place: with what is merged, else without any adapter's change."""
+    """The plain model, in place: with what is merged, else without any adapter's change. Where
+    something is merged no layer stays quantised, so that all of it can be trained and saved."""
     adapters_of(model)
     layers = adapted_layers(model)
-    if all(layer.lora_merged is None for layer in layers.values()):
+    merged = any(layer.lora_merged is not None for layer in layers.values())
+    if not merged:
         activate(model, {})
     for name, layer in layers.items():
         model.set_submodule(name, layer.lora_merged or layer.base_layer)
+    for name, layer in linear_layers(model).items() if merged else ():
+        if isinstance(layer, NF4Linear):
+            model.set_submodule(name, plain_linear(layer, layer.dequantize()))
     del model.adapters
     return model
 

@@ -52,7 +52,7 @@ class SampleConfig:
     seed: int = 0  # of the sampling
     chat: bool = False  # talk in the terminal
     template: str = ""  # alpaca, plain, chatml, llama3 or none; empty: the run's own
-    system: str = ""  # the system message of a chat
+    system: str = ""  # the system message of a chat, or of --prompts that have none
     prompts: str = ""  # a file of prompts to answer, a line each or records of chat data
     explain: str = ""  # write a page on how the model reads the prompt, in float32, to this file
     out: str = ""  # where the answers to --prompts go, as JSON lines; empty: the screen
@@ -67,6 +67,12 @@ class SampleConfig:
         if self.explain and (not self.prompt or self.prompts):
             raise ValueError(f"explain={self.explain} is a page on one prompt; add --prompt=TEXT"
                              + ", without --prompts" * bool(self.prompts))
+        if self.out and not self.prompts:
+            raise ValueError(f"out={self.out} is for the answers to --prompts=FILE; leave it out")
+        for name in ("system", "template"):
+            if getattr(self, name) and not (self.chat or self.prompts or self.explain):
+                raise ValueError(f"{name}={getattr(self, name)} is of conversations: --chat, "
+                                 f"--prompts or --explain; a --prompt is continued as it stands")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is not in (0, 1]; 1 takes all tokens")
         if self.temperature != 0 and self.temperature < 1e-5:
@@ -291,6 +297,8 @@ def answer_prompts(model: GPT, tokenizer: Tokenizer, name: str, config: SampleCo
     settings = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                     top_k=config.top_k, top_p=config.top_p, seed=config.seed)
     for messages, reference in prompts:
+        if config.system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": config.system}, *messages]
         prompt = "\n\n".join(message["content"] for message in messages)
         if template:
             answer = chat_reply(model, tokenizer, messages, template, **settings)

@@ -22,7 +22,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from bpe import Tokenizer
+from bpe import END_OF_TEXT, Tokenizer
 from data.prepared import DATA, split_by_hash
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter
@@ -40,6 +40,14 @@ class CorpusConfig:
     validation: float = 0.05  # share of the bytes that validates
     shard_tokens: int = 100_000_000  # tokens of a shard
     out: str = ""  # folder of the shards; empty: data/corpus
+
+    def __post_init__(self):
+        if self.code and self.from_:
+            raise ValueError(f"code=true adds Python's sources to its documentation, and from="
+                             f"{self.from_} is other text; give one of the two")
+        if self.tokenizer and self.vocab_size != CorpusConfig.vocab_size:
+            raise ValueError(f"vocab_size={self.vocab_size} is of a tokenizer that is trained, and "
+                             f"tokenizer={self.tokenizer} is there already; give one of the two")
 
 
 def documentation() -> list[str]:
@@ -119,6 +127,8 @@ def split_documents(documents: list[str], validation: float) -> tuple[list[str],
 def write_shards(folder: Path, train: list[str], val: list[str], tokenizer: Tokenizer,
                  source: str, shard_tokens: int = 100_000_000) -> dict[str, Any]:
     """Encode documents, each behind an end-of-text token, into shards. Returns meta.json."""
+    if tokenizer.eot is None and len(train) > 1:
+        print(f"note: this tokenizer has no {END_OF_TEXT}, so nothing stands between documents")
     writer = ShardWriter(folder, tokenizer, source, shard_tokens)
     for split, documents in (("train", train), ("val", val)):
         for ids in tokenizer.encode_corpus(documents):

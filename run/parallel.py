@@ -158,7 +158,10 @@ class Parallel:
                 i: {key: _split(value, parameters[i]) for key, value in entry.items()}
                 for i, entry in moments["state"].items()}}
         load_trainable_state(self.model, weights, run)
+        settings = [{**group, "params": None} for group in optimizer.param_groups]
         optimizer.load_state_dict(moments)
+        for group, own in zip(optimizer.param_groups, settings):    # what is asked for now
+            group.update(own, params=group["params"])
 
 
 def lower_stream(model: nn.Module, dtype: torch.dtype) -> None:

@@ -293,6 +293,14 @@ def test_a_bad_text_file_is_named_with_the_place(tmp_path, name, content, messag
         prepare(CorpusConfig(from_=str(tmp_path), tokenizer="bytes", out=str(tmp_path / "out")))
 
 
+@pytest.mark.parametrize("given, message", [
+    (dict(from_="text", code=True), "from=text is other text"),
+    (dict(tokenizer="gpt2", vocab_size=300), "vocab_size=300 is of a tokenizer that is trained")])
+def test_settings_of_a_corpus_that_exclude_each_other_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        CorpusConfig(**given)
+
+
 def test_documents_are_split_whole_and_the_same_way_each_time():
     documents = [f"document {i} " * (i % 7 + 1) for i in range(300)]
     train, val = split_documents(documents, 0.1)

@@ -112,7 +112,7 @@ def test_a_chat_run_answers_with_its_own_template_and_new_tokens(base, chats, tm
     assert f"the model {fit['verdict']}" in shown and 0 <= fit["exact_match"] <= 1
 
 
-def test_checkpoints_of_an_adapter_run_hold_the_adapter_only(base, chats, tmp_path):
+def test_checkpoints_of_an_adapter_run_hold_the_adapter_only(base, chats, tmp_path, capsys):
     words = settings(base, chats, tmp_path / "run", lora=dict(r=2, target_modules=("all-linear",)))
     train(build(TrainConfig, words))
     state = checkpoint.load(tmp_path / "run" / "last.pt")
@@ -123,6 +123,7 @@ def test_checkpoints_of_an_adapter_run_hold_the_adapter_only(base, chats, tmp_pa
     assert lora.describe(model).startswith("adapter default: ")
     for name, tensor in checkpoint.trainable_state(model).items():
         assert torch.equal(tensor, state["model"][name]), name
+    assert "1 tokens of" in capsys.readouterr().out     # the base's text had no end, chats have
     train(build(TrainConfig, {**words, "max_steps": 10}))               # and it goes on
     with pytest.raises(ValueError, match="holds a run with lora.r=2, this one has lora.r=4"):
         train(build(TrainConfig, {**words, "lora": {**words["lora"], "r": 4}, "max_steps": 12}))

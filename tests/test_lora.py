@@ -437,8 +437,11 @@ def test_train_and_eval_merge_nothing_and_a_merged_model_refuses_to_switch():
         unmerge_lora(model)
 
 
-def test_a_merged_model_becomes_a_plain_one():
-    model = shake(add_lora(gpt(), LoRAConfig(r=4, bias="all", use_dora=True)))
+@pytest.mark.parametrize("config", [LoRAConfig(r=4, bias="all", use_dora=True),
+                                    LoRAConfig(r=4, quantize="nf4")])
+def test_a_merged_model_becomes_a_plain_one(config):
+    """All of it: of a quantised one the layers without an adapter too."""
+    model = shake(add_lora(gpt(), config))
     after = logits(model)
     merge_lora(model)
     plain = gpt(seed=5)

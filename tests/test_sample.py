@@ -314,6 +314,9 @@ def test_prompts_of_a_file_are_answered_into_another(talker, tmp_path):
         assert [line.get("reference") for line in lines] == references
         assert lines[0]["answer"] == ANSWERS["Hello!"] and lines[-1]["answer"] == ANSWERS["Bye!"]
         assert lines[0]["model"] == str(talker[0])
+    sample.main([str(talker[0]), f"--prompts={tmp_path / 'p.txt'}", f"--out={out}",
+                 "--system=Be brief."])
+    assert json.loads(out.read_text().splitlines()[0])["prompt"] == "Be brief.\n\nHello!"
 
 
 def test_what_cannot_chat_says_why(talker, run, tmp_path):
@@ -321,6 +324,8 @@ def test_what_cannot_chat_says_why(talker, run, tmp_path):
             ([str(run), "--chat"], "was not trained on conversations"),
             ([str(run), "--chat", "--template=llama3"], "lacks special tokens of template=llama3"),
             ([str(run), "--chat", "--template=vicuna"], "choose alpaca, plain"),
+            ([str(talker[0]), "--prompt=Hello!", "--system=Be brief."], "as it stands"),
+            ([str(talker[0]), "--prompt=Hello!", "--out=answers.jsonl"], "for the answers to"),
             ([str(talker[0]), f"--prompts={tmp_path / 'none'}"], "there is no file")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             sample.main(words)

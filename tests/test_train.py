@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -288,6 +289,20 @@ def test_a_torn_log_is_repaired_and_no_step_appears_twice(dataset, tmp_path):
         file.write('{"step": 6, "loss": 1.0, "lr": 0, "grad_norm": 1}\n{"step": 7, "lo')
     train(settings(dataset, tmp_path, max_steps=8))
     assert [line["step"] for line in steps(tmp_path)] == list(range(1, 9))
+
+
+def test_settings_of_the_optimizer_that_are_changed_take_effect(dataset, tmp_path):
+    """AdamW takes lr * weight_decay of a matrix off, whatever else its step does."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    train(settings(dataset, a, max_steps=2))
+    shutil.copytree(a, b)
+    before = weights(a)
+    train(settings(dataset, a, max_steps=3))
+    train(settings(dataset, b, max_steps=3, weight_decay=5.0))      # it was 0.1
+    lr = steps(a)[-1]["lr"]
+    for name, p in weights(a).items():
+        more = lr * 4.9 * before[name] * (p.dim() > 1)
+        torch.testing.assert_close(weights(b)[name], p - more, rtol=0, atol=1e-6)   # one rounding
 
 
 # ---- what it refuses

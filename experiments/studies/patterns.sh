@@ -21,6 +21,7 @@ for pattern in gpt2 gpt4 o200k nanochat; do
     }
 done
 python -m experiments.compare demo --name=patterns --data="$data-gpt2" --max_steps=0 --epochs=1 \
-    --batch_tokens=1024 --micro_batch=16 --model.block_size=64 --compile=off --warmup_steps=20 \
+    --batch_tokens=1024 --micro_batch=16 --compile=off --warmup_steps=20 \
+    --model.block_size=64 --model.n_layer=2 --model.n_head=2 --model.n_embd=64 \
     --variant="data=$data-gpt4 epochs=1" --variant="data=$data-o200k epochs=1" \
     --variant="data=$data-nanochat epochs=1" "$@"
