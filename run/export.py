@@ -6,7 +6,8 @@
 
 An adapter is a run that trained one, or a folder in PEFT's format. A run that trained an adapter
 needs no other word: its base is known, and the adapter is merged. (lora.save_lora writes one alone,
-as PEFT reads it.) What is written generates as sample.py --temperature=0 does:
+as PEFT reads it.) What is written generates as sample.py --temperature=0 does; that of a run on
+conversations ends an answer at any special token, as --chat does:
 
     python -c 'import transformers; print(transformers.pipeline("text-generation", "FOLDER")("A"))'
 """
@@ -16,8 +17,9 @@ from pathlib import Path
 import torch
 
 import lora
+from formats.files import read_json, write_json
 from run.config import parse, run_command
-from run.load import add_adapter_of, is_run, load_base, needs_tokenizer
+from run.load import add_adapter_of, is_run, load_base, needs_tokenizer, run_template
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ def export(source: str | Path, folder: str | Path, adapter: str | Path = "") -> 
         lora.merge_lora(model, tokens)                              # says how far logits moved
         lora.unload_lora(model)
     model.save_pretrained(folder, tokenizer.eot)
+    if adapter and run_template(adapter) or run_template(source):   # special tokens end an answer
+        file = Path(folder) / "generation_config.json"
+        ends = sorted(tokenizer.special_tokens.values())
+        write_json(file, {**read_json(file), "eos_token_id": ends})
     tokenizer.save_pretrained(folder)
 
 

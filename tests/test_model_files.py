@@ -8,7 +8,7 @@ import torch
 from bpe import Tokenizer
 from lora import LoRAConfig, add_lora, merge_lora, unload_lora
 from model import GPT, MLP, GPTConfig
-from run import export
+from run import checkpoint, export
 from run.config import build
 from run.load import load_model
 from sample import continue_text
@@ -240,22 +240,27 @@ def test_a_model_does_not_change_with_the_file_that_it_was_read_from(tmp_path):
 DOCUMENTS = [f"document {i} of many, {'odd' if i % 2 else 'even'}." for i in range(60)]
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """A model that has learned the documents and their ends, and its tokenizer."""
+def learn_documents(tokenizer, end):
+    """A model that has learned the documents, with this token behind each."""
     torch.set_num_threads(1)
-    tokenizer = Tokenizer.train(DOCUMENTS, 300)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2,
                           n_embd=32, vocab_multiple=64))
-    ids = [id for text in DOCUMENTS for id in [*tokenizer.encode(text), tokenizer.eot]]
+    ids = [id for text in DOCUMENTS for id in [*tokenizer.encode(text), end]]
     ids = torch.tensor(ids[:len(ids) // 65 * 65]).view(-1, 65)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
         model(ids[:, :-1], ids[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model that has learned the documents and their ends, and its tokenizer."""
+    tokenizer = Tokenizer.train(DOCUMENTS, 300)
+    return learn_documents(tokenizer, tokenizer.eot), tokenizer
 
 
 def test_an_exported_model_generates_in_transformers_what_it_does_here(trained, tmp_path):
@@ -278,6 +283,31 @@ def test_an_exported_model_generates_in_transformers_what_it_does_here(trained, 
     assert read.hash == tokenizer.hash
     idx = torch.tensor([tokenizer.encode(DOCUMENTS[3])])
     torch.testing.assert_close(again(idx)[0], model(idx)[0], rtol=0, atol=1e-5)
+
+
+def test_an_exported_chat_run_ends_an_answer_where_its_template_does(tmp_path):
+    """chatml's <|im_end|>, in transformers' generate; without a template <|endoftext|> alone."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.train(DOCUMENTS, 300).add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    end = tokenizer.special_tokens["<|im_end|>"]
+    model = learn_documents(tokenizer, end)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    (tmp_path / "run.json").write_text("{}")
+    for template, stops in (("chatml", [tokenizer.eot, end - 1, end]), ("", tokenizer.eot)):
+        settings = {"model": vars(model.config), "template": template}
+        checkpoint.save(tmp_path / "best.pt", {"model": model.state_dict(), "config": settings,
+                                               "step": 60, "base": "", "best_loss": 1.0})
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        export.export(tmp_path, tmp_path / "folder")
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "folder")
+        assert theirs.generation_config.eos_token_id == stops
+        idx = torch.tensor([tokenizer.encode("document 7")])
+        out = theirs.generate(idx, max_new_tokens=50)[0].tolist()
+        if template:
+            assert out == model.generate(idx, 50, 0, stop_ids=(end,))[0].tolist()
+            assert out[-1] == end
+        else:
+            assert end in out[:-1]
 
 
 @pytest.mark.parametrize("variant", [dict(), dict(use_dora=True), dict(init="pissa")])
