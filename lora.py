@@ -770,9 +770,14 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
             base = str(notes["base"] or "unnamed")
             raise ValueError(f"it was trained on another base ({base:.80}, hash "
                              f"{notes['base_hash']!s:.8}); this model's hash is {here[:8]}")
-        for key, p in trained_parameters(model, config, layers).items():
+        trained = trained_parameters(model, config, layers)
+        for key, p in trained.items():
             if key not in others or others[key].shape != p.shape:
                 raise ValueError(f"it has no tensor {key} of shape {tuple(p.shape)}")
+        for key in sorted(others.keys() - trained.keys()):
+            raise ValueError(f"it has a tensor {key:.200}, which is not read: only A and B of "
+                             f"linear layers, and what its bias and modules_to_save name; make "
+                             f"the adapter without it")
         with torch.random.fork_rng(devices=[]):         # its random start is overwritten
             add_lora(model, config, name, quiet=True)
     except ValueError as error:
