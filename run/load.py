@@ -16,14 +16,14 @@ import lora
 from bpe import Tokenizer
 from fast.linear import use_fast_products
 from formats.files import read_json
-from formats.gpt2 import count_weights
+from formats.gpt2 import OPENAI, count_weights, download
 from model import GPT, SIZES, GPTConfig
 from run import checkpoint
 from run.classifier import Classifier
-from run.config import build
+from run.config import build, warn
 from run.device import host_memory
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.bpe", "merges.txt")
+TOKENIZER_FILES = ("tok.json", "tokenizer.json", "vocab.bpe", "merges.txt")
 
 
 def is_run(name: str | Path) -> bool:
@@ -260,10 +260,19 @@ def _load_other(folder: Path, name: str | Path, dropout: float) -> tuple[GPT, To
     """A model that is not a run of ours."""
     if (folder / "best.pt").exists() or not folder.is_dir() and folder.parent.name == "out":
         raise FileNotFoundError(f"there is no run in {folder}")
-    model = GPT.from_pretrained(name, dropout)
+    if not folder.exists():
+        if str(name) in OPENAI:
+            return GPT.from_pretrained(name, dropout), Tokenizer.gpt2()
+        folder = download(str(name))
+    model = GPT.from_pretrained(folder, dropout)
     if folder.is_dir() and any((folder / file).exists() for file in TOKENIZER_FILES):
         return model, Tokenizer.load(folder)
-    return model, Tokenizer.gpt2() if model.config.vocab_size == GPTConfig.vocab_size else None
+    if model.config.vocab_size != GPTConfig.vocab_size:
+        return model, None
+    if folder.is_dir():                                 # llm.c's files are of GPT-2's tokens
+        warn(f"warning: {name} has no tokenizer; its vocabulary is as large as GPT-2's, whose "
+             f"tokenizer is assumed; if it has another, put its tokenizer.json there")
+    return model, Tokenizer.gpt2()
 
 
 def _checkpoint_of(folder: Path, which: str = "best.pt") -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Files of others: weights against transformers and a hand-written llm.c file, export, damage."""
 import json
+import shutil
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sample import continue_text
 from train import TrainConfig, train
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
+DOCUMENTS = [f"document {i} of many, {'odd' if i % 2 else 'even'}." for i in range(60)]
 
 
 def tiny(**changes):
@@ -155,6 +158,41 @@ def test_a_wrong_tensor_is_named(tmp_path, damage, message):
         GPT.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name,own,warned", [
+    ("user/name", ["tokenizer.json"], False), ("user/name", ["vocab.json", "merges.txt"], False),
+    ("user/name", [], True), ("gpt2-medium", [], False), ("folder", [], True),
+    ("folder", ["tok.json"], False)])
+def test_a_model_comes_with_its_own_tokenizer_and_gpt2s_is_never_assumed_unsaid(
+        tmp_path, monkeypatch, capsys, name, own, warned):
+    """A folder stands for the hub, of which only the files come that are asked for."""
+    hub = pytest.importorskip("huggingface_hub")
+    tiny(vocab_size=50257, n_embd=8, n_layer=1).save_pretrained(tmp_path / "folder")
+    tokenizer = Tokenizer.train(DOCUMENTS, 300)
+    tokenizer.save_pretrained(tmp_path / "hf")
+    bpe = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())["model"]
+    tokenizer.save(tmp_path / "hf" / "tok.json")
+    (tmp_path / "hf" / "vocab.json").write_text(json.dumps(bpe["vocab"]))
+    (tmp_path / "hf" / "merges.txt").write_text("\n".join(map(" ".join, bpe["merges"])))
+    for file in own:
+        shutil.copy(tmp_path / "hf" / file, tmp_path / "folder")
+
+    def snapshot_download(repository, allow_patterns):
+        assert repository == {"gpt2-medium": "openai-community/gpt2-medium"}.get(name, name)
+        (tmp_path / "cache").mkdir()
+        for pattern in allow_patterns:
+            for file in (tmp_path / "folder").glob(pattern):
+                shutil.copy(file, tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    gpt2 = SimpleNamespace(vocab_size=50257, hash="GPT-2's")
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("run.load.Tokenizer.gpt2", lambda: gpt2)
+    monkeypatch.chdir(tmp_path)
+    assert load_model(name)[1].hash == (tokenizer if own else gpt2).hash
+    said = capsys.readouterr().err
+    assert (f"warning: {name} has no tokenizer; " in said) == warned and said.count("\n") == warned
+
+
 def test_another_architecture_is_refused(tmp_path):
     pytest.importorskip("safetensors")
     tiny().save_pretrained(tmp_path)
@@ -236,9 +274,6 @@ def test_a_model_does_not_change_with_the_file_that_it_was_read_from(tmp_path):
 
 
 # ---- export
-
-DOCUMENTS = [f"document {i} of many, {'odd' if i % 2 else 'even'}." for i in range(60)]
-
 
 def learn_documents(tokenizer, end):
     """A model that has learned the documents, with this token behind each."""
