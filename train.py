@@ -264,7 +264,10 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
         profiler.step(step)
 
         evaluating, saving, better = due(config.eval_every), due(config.save_every), False
-        if due(log.every) or evaluating or saving:
+        scoring = config.hellaswag_every > 0 and due(config.hellaswag_every)
+        sampling = config.sample_tokens and data.tokenizer and (
+            due(config.sample_every) or bool(data.prompts) and evaluating)
+        if due(log.every) or evaluating or scoring or sampling or saving:
             late = 0 < config.max_minutes < (time.monotonic() - began) / 60
             late, stopped = log.flush(late, stop.is_set())
             if (late or stopped) and step < config.max_steps:
@@ -274,9 +277,6 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
                 saver.wait()
                 raise FloatingPointError(resume.about_bad_steps(out, log.bad_steps, step, batches))
         watch.at(step, "evaluating")
-        scoring = config.hellaswag_every > 0 and due(config.hellaswag_every)
-        sampling = config.sample_tokens and data.tokenizer and (
-            due(config.sample_every) or bool(data.prompts) and evaluating)
         if evaluating or scoring or sampling:
             whole = parallel.whole()
             if evaluating:
@@ -308,7 +308,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
                 milestone = config.milestone_every > 0 and step % config.milestone_every == 0
                 saver.save(state, last=saving, best=better, milestone=milestone)
             state = None
-        if evaluating or saving:
+        if evaluating or scoring or sampling or saving:
             log.lap(training=False)
     saver.close()
     progress.step, progress.best_loss = step, world.from_first(saver.best_loss)

@@ -20,10 +20,10 @@ its floor does not, the floor keeps its share of it.
 
 Equal: tokens, unless --equal asks for something else; steps and warmup follow from it, but for
 variants that set max_steps or epochs themselves, and the schedule ends with the run. FLOP are what
-GPT.flops_per_token says, minutes those of short runs beforehand. A run's loss is that of its end,
-on the whole validation split, or --eval_tokens of it: nats per token, or bits per byte where data
-have different tokenizers. --tune tries values for every variant and the base alike, with seeds that
-are used nowhere else.
+GPT.flops_per_token says, minutes those of short runs beforehand (compiled where --compile=on). A
+run's loss is that of its end, on the whole validation split, or --eval_tokens of it: nats per
+token, or bits per byte where data have different tokenizers; of a mixture by the base's weights.
+--tune tries values for every variant and the base alike, with seeds that are used nowhere else.
 
 Out: a JSON file, a table for docs/LOG.md and a picture (extra "plots"), named by --name, in --out.
 Runs are in --out/runs, named by a hash of settings, patch, code and data: the same command goes on
@@ -74,8 +74,7 @@ PACE_STEPS, PACE_RUNS = 40, 2                   # by which --equal=minutes knows
 FIXED = dict(eval_every=0, eval_tokens=0, patience=0, hellaswag_every=0, sample_every=0,
              sample_tokens=0, milestone_every=0, keep_last=1, max_bad_steps=10**9)
 SETTINGS = settings_of(TrainConfig)
-RESULT = 2                                      # what result.json holds; a new number is a new run
-UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
+RESULT = 3                                      # what result.json holds; a new number is a new run
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,8 @@ def read(words: list[str]) -> Plan:
         name: tuple(values) for name, values in lists.items()})
     base = flatten(dataclasses.asdict(parse(TrainConfig, others, PROG, {
         **preset.settings, **FIXED}, follow=follow)))
+    if config.equal == "minutes" and base["compile"] == "auto":
+        base["compile"] = "off"                     # or runs would be, and their short ones not
     if base["seed"] or base["dry_run"]:
         raise ValueError("seed and dry_run cannot be set here; --seeds=N says how many seeds")
     tuned = grid([values_of(text, "tune") for text in config.tune])
@@ -154,6 +155,9 @@ def read(words: list[str]) -> Plan:
             raise ValueError(f"variant: {wrong[0]!r} is no NAME=VALUE")
         sides.append([dict(word.split("=", 1) for word in text.split()) for text in config.variant])
     patches = [path for text in config.patch for path in text.split(",")]
+    names = [text.partition("=")[0] for text in config.set_]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"set={twice[0]} is given twice; write NAME=VALUE,VALUE")
     found, seen = [Variant("base", {})], [(base, set())]
     for changes, path in itertools.product(grid(sides), patches or ["none"]) \
             if sides or patches else ():
@@ -165,7 +169,10 @@ def read(words: list[str]) -> Plan:
         own = {"max_steps", "epochs"} & changes.keys() if settings != base else set()
         point = settings, own                       # steps that are given do not follow from others
         if patch or point not in seen:
-            found.append(Variant(" ".join(named + [Path(path).name] * bool(patch)), changes, patch))
+            name = " ".join(named + [Path(path).name] * bool(patch))
+            if name in [variant.name for variant in found]:
+                raise ValueError(f"two variants are called {name!r}; rename one of the files")
+            found.append(Variant(name, changes, patch))
             seen.append(({}, set()) if patch else point)
     for variant, values in itertools.product(found, tuned):
         changed(base, {**variant.changes, **values})            # ValueError before a run, not after
@@ -319,7 +326,9 @@ def perform(trial: Trial, folder: Path, jobs: int = 1) -> dict[str, Any]:
     tokenizer = folder / "tokenizer.json"
     finite = all(math.isfinite(summary[key] or math.nan) for key in ("train_loss", "val_loss"))
     result = {"loss": summary["val_loss"] if finite else None,
-              "bits_per_byte": summary["val_bits_per_byte"] if finite else None,
+              "bits_per_byte": summary.get("val_bits_per_byte") if finite else None,
+              "sources": {key.removeprefix("val_loss/"): loss for key, loss in summary.items()
+                          if key.startswith("val_loss/")}, "judged_by": summary.get("val_tokens"),
               "tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest()[:16]
               if tokenizer.exists() else "",
               "steps": summary["step"], "tokens": summary["tokens"], "seconds": float(seconds[-1]),
@@ -423,8 +432,7 @@ def compare(plan: Plan) -> dict[str, Any]:
         tried = [(v, values, TUNE_SEED + i) for v in variants for values in plan.tuned
                  for i in range(config.tune_seeds)]
         results = train_all(trials(tried), config)
-        measure = measured(results)
-        tuning = choose(variants, plan.tuned, [result[measure] for result in results])
+        tuning = choose(variants, plan.tuned, judged(results, plan.base["data"])[0])
     best = {name: next(row["values"] for row in rows if row["best"])
             for name, rows in tuning.items()}
     found = train_all(trials([(v, best.get(v.name, {}), seed) for seed in range(config.seeds)
@@ -433,10 +441,18 @@ def compare(plan: Plan) -> dict[str, Any]:
                                         for i, v in enumerate(variants)})
 
 
-def measured(results: list[dict[str, Any]]) -> str:
-    """The figure that results are compared by: per token, unless their tokens differ."""
-    differ = len({result["tokenizer"] for result in results}) > 1
-    return "bits_per_byte" if differ else "loss"
+def judged(results: list[dict[str, Any]], data: str) -> tuple[list[float | None], str]:
+    """The figures that results are compared by, and their unit: nats per token, unless their tokens
+    differ. data: the base's, by whose weights mixtures of the same sources are judged."""
+    if len({result["tokenizer"] for result in results}) > 1:
+        return [result["bits_per_byte"] for result in results], "bits per byte"
+    weights = mixture_of(data)
+    if weights and all(result["sources"].keys() == weights.keys() for result in results):
+        whole = sum(weights.values())
+        return [None if result["loss"] is None else sum(
+            float(weight / whole) * result["sources"][name] for name, weight in weights.items())
+            for result in results], "nats per token"
+    return [result["loss"] for result in results], "nats per token"
 
 
 def choose(variants: list[Variant], tuned: list[dict[str, str]], losses: list[float | None]
@@ -467,11 +483,15 @@ def choose(variants: list[Variant], tuned: list[dict[str, str]], losses: list[fl
 def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
            runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """All figures and sentences of a comparison, as JSON holds them."""
-    measure = measured(list(itertools.chain(*runs.values())))
-    losses = {name: [result[measure] for result in found] for name, found in runs.items()}
+    figures, unit = judged(list(itertools.chain(*runs.values())), plan.base["data"])
+    rest = iter(figures)
+    losses = {name: list(itertools.islice(rest, len(found))) for name, found in runs.items()}
+    tokens = {name: found[0]["judged_by"] for name, found in runs.items()}
+    other = {name for name in runs if unit == "nats per token" and tokens[name] != tokens["base"]}
     lost = {name for name, values in losses.items() if None in values}
     tests = {name: paired([a - b for a, b in zip(values, losses["base"])]) for name, values in
-             losses.items() if name != "base" and not lost & {name, "base"} and values[1:]}
+             losses.items() if name != "base" and name not in other
+             and not lost & {name, "base"} and values[1:]}
     corrected = dict(zip(tests, holm([test.p for test in tests.values()])))
     spreads = {name: statistics.stdev(values) for name, values in losses.items()
                if name not in lost and values[1:]}
@@ -491,11 +511,13 @@ def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
             "seconds": statistics.median(run["seconds"] for run in found) if timed else None,
             "memory_mib": max(run["memory_mib"] for run in found),
             "trained_parameters": facts[name]["trained"],
-            "verdict": "" if name == "base" else verdict(
-                name, losses[name], losses["base"], test, corrected.get(name), needed)}
+            "verdict": "" if name == "base" else
+            f"{name}: no test, as its validation has {tokens[name]:,} labelled tokens and the "
+            f"base's {tokens['base']:,}" if name in other else
+            verdict(name, losses[name], losses["base"], test, corrected.get(name), needed)}
     return {"command": plan.command, "config": dataclasses.asdict(plan.config), "base": plan.base,
             "made": {**provenance(pick_device(plan.base["device"]), 1, ""), "code": code()},
-            "unit": UNITS[measure], "noise_floor": floor, "comparisons": len(rows) - 1,
+            "unit": unit, "noise_floor": floor, "comparisons": len(rows) - 1,
             "variants": rows, "tuning": tuning}
 
 

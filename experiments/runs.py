@@ -136,26 +136,31 @@ def mean_run(runs: list[Run]) -> Run:
 
 
 def differences(runs: list[Run]) -> list[str]:
-    """Whether each run's last validation loss, per byte where all know that, for their tokens may
+    """Whether each run's validation loss, per byte where all know that, for their tokens may
     differ, is another than the first's by more than seeds do, in words: the paired t-test,
-    corrected for several (experiments/ttest.py). "" where fewer than two seeds are common."""
+    corrected for several (experiments/ttest.py), at the last step that all seeds of both
+    evaluated. "" where fewer than two seeds are common."""
     per_byte = all(len(run.measured("bits_per_byte", "steps")[0]) for run in runs)
+    key = "bits_per_byte" if per_byte else "val_loss"
 
-    def last(run: Run) -> dict[Any, float]:
-        key = "bits_per_byte" if per_byte else "val_loss"
-        losses = {one.config.get("seed"): one.measured(key, "steps")[1]
-                  for one in run.seeds or (run,)}
-        return {seed: float(loss[-1]) for seed, loss in losses.items()
-                if len(loss) and math.isfinite(loss[-1])}
-    found: dict[int, float] = {}
-    base = last(runs[0])
+    def evaluated(run: Run) -> dict[Any, dict[int, float]]:
+        return {one.config.get("seed"): {line["step"]: _number(line[key])
+                                         for line in one.evaluations if key in line}
+                for one in run.seeds or (run,)}
+    words, found, base = [""] * len(runs), {}, evaluated(runs[0])
     for i, run in enumerate(runs[1:], 1):
-        own = last(run)
-        if len(common := sorted(base.keys() & own.keys(), key=str)) > 1:
-            found[i] = paired([own[seed] - base[seed] for seed in common]).p
-    chances = dict(zip(found, holm(list(found.values()))))
-    return ["" if i not in chances else f"differs (p {chances[i]:.2g})" if chances[i] < 0.05
-            else f"no difference found (p {chances[i]:.2g})" for i in range(len(runs))]
+        own = evaluated(run)
+        seeds = sorted(base.keys() & own.keys(), key=str)
+        steps = set.intersection(*(set(part[seed]) for part in (base, own) for seed in seeds)) \
+            if len(seeds) > 1 else None
+        if steps:
+            change = [own[seed][max(steps)] - base[seed][max(steps)] for seed in seeds]
+            lost = sum(not math.isfinite(value) for value in change)
+            words[i] = f"no test, {lost} of {len(seeds)} seeds diverged" if lost else ""
+            found |= {} if lost else {i: paired(change).p}
+    for i, chance in zip(found, holm(list(found.values()))):
+        words[i] = f"{'differs' if chance < 0.05 else 'no difference found'} (p {chance:.2g})"
+    return words
 
 
 def moving_average(values: np.ndarray, window: int) -> np.ndarray:

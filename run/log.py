@@ -68,6 +68,7 @@ class RunLog:
         # Steps between looks: one for two steps, then log_every, fewer where steps are long. A
         # signal is heard of then, and torchrun ends a rank 30 s after its own.
         self.every, self.log_every, self.start = 1, config.log_every, start
+        self.each_step = config.skip_spikes > 0     # is judged by all before it, whenever they came
         self.pending: list[tuple[int, float, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.last_loss = float("nan")
         self.spikes = Spikes(recent)
@@ -108,7 +109,7 @@ class RunLog:
         losses = self.world.sum(torch.stack([row[2] for row in self.pending])).tolist()
         norms, skips = (torch.stack(column).tolist() for column in list(zip(*self.pending))[3:])
         step = self.pending[-1][0]
-        if step > self.start + 1:                                   # the first one warms up
+        if step > self.start + 1 and not self.each_step:            # the first one warms up
             self.every = max(1, min(self.log_every, int(LOOK * self.world.size / max(each, 1e-9))))
         self.trained_tokens += tokens
         speed = tokens / seconds
@@ -131,8 +132,8 @@ class RunLog:
                 self.spikes.add(loss)
             self.write(line)
         step = self.pending[-1][0]                                  # the last one
-        if self.active and (step > self.start + 2 or step % self.log_every == 0
-                            or step == self.max_steps):
+        if self.active and (step > self.start + 2 and not self.each_step
+                            or step % self.log_every == 0 or step == self.max_steps):
             self._show(step, losses[-1], self.pending[-1][1], norms[-1], speed)
         self.pending.clear()
         return [count > 0 for count in agreed]

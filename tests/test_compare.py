@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -128,6 +129,12 @@ def test_a_grid_has_every_point_but_the_base():
                                                     "batch_tokens=4096 max_steps=9"]
 
 
+def test_equal_minutes_compile_all_runs_or_none():
+    assert read(["demo", "--equal=minutes"]).base["compile"] == "off"
+    assert read(["demo", "--equal=minutes", "--compile=on"]).base["compile"] == "on"
+    assert read(["demo"]).base["compile"] == "auto"
+
+
 def test_values_are_those_of_the_command_line_and_the_floor_follows_the_rate():
     base = read(["lora-demo"]).base
     wider = changed(base, {"lora.target_modules": "c_attn+c_fc", "learning_rate": "4e-3"})
@@ -143,6 +150,7 @@ def test_values_are_those_of_the_command_line_and_the_floor_follows_the_rate():
     ("--tune=max_steps=1,2", "do not tune them"), ("--set=seed=1,2", "seed cannot be compared"),
     ("--seed=3", "seed and dry_run cannot be set here"), ("--seeds=0", "seeds=0 is not in 1"),
     ("--set learning_rate=1", "settings are written --key=value"),
+    ("--set=lora.r=1 --set=lora.r=2", "set=lora.r is given twice"),
     ("--variant=muon", "variant: 'muon' is no NAME=VALUE"),
     ("--patch=nowhere.py", "patch=nowhere.py cannot be run: "),
     ("--equal=minutes --jobs=2", "jobs=2 makes times worthless"),
@@ -324,14 +332,41 @@ def test_data_of_another_tokenizer_are_compared_per_byte(words, here, dataset, t
     assert found(words, "--set=learning_rate=1e-3", "--seeds=1")["unit"] == "nats per token"
 
 
-def test_mixtures_are_compared(words, here, dataset, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(dataset, other)
-    base, more = (f"{dataset}:{share},{other}:{1 - share}" for share in (0.5, 0.75))
-    report = found([f"--data={base}" if word.startswith("--data=") else word for word in words],
-                   f"--variant=data={more}", "--seeds=2")
+def test_mixtures_are_compared_by_the_weights_of_the_base(words, here, tmp_path):
+    """Weights that stay as they started lose the same by any mixture."""
+    folders = []
+    for name, text in (("easy", "a" * 4000), ("hard", "".join(map(str, range(1500))))):
+        (tmp_path / f"{name}.txt").write_text("\n".join(re.findall(".{1,50}", text)))
+        folders.append(prepare(CorpusConfig(from_=str(tmp_path / f"{name}.txt"), tokenizer="bytes",
+                                            validation=0.2, out=str(tmp_path / name))))
+    base, more = (f"{folders[0]}:{share},{folders[1]}:{1 - share}" for share in (0.5, 0.75))
+    words = [f"--data={base}" if word.startswith("--data=") else word for word in words]
+    still = ["--learning_rate=0", "--min_learning_rate=0"]
+    report = found([*words, *still], f"--variant=data={more}", "--seeds=2")
     a, b = (row["losses"] for row in report["variants"].values())
-    assert report["unit"] == "nats per token" and len({*a, *b}) == 4
+    assert report["unit"] == "nats per token" and a == pytest.approx(b, abs=1e-9) and a[0] != a[1]
+    report = found(words, f"--variant=data={more}", "--seeds=2")
+    a, b = (row["losses"] for row in report["variants"].values())
+    assert len({*a, *b}) == 4
+
+
+def test_losses_of_other_validation_tokens_are_not_tested(words, here, dataset):
+    report = found(words, "--set=eval_tokens=128", "--seeds=2")
+    row = report["variants"]["eval_tokens=128"]
+    assert row["difference"] is None and "no test, as its validation has 128" in row["verdict"]
+
+
+def test_class_data_and_shards_without_bytes_are_compared(words, here, dataset, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for split in ("train", "val"):                      # llm.c's shards: no tokenizer, no bytes
+        ids = np.load(dataset / f"{split}_0000.npy")
+        header = np.zeros(256, np.int32)
+        header[:3] = 20240520, 1, len(ids)
+        (tmp_path / "bin" / f"x_{split}_0.bin").write_bytes(
+            header.tobytes() + ids.astype(np.uint16).tobytes())
+    words = [f"--data={tmp_path / 'bin'}" if word.startswith("--data=") else word for word in words]
+    report = found(words, "--set=learning_rate=1e-3", "--seeds=2")
+    assert report["unit"] == "nats per token" and all(report["variants"]["base"]["losses"])
 
 
 def test_a_setting_that_is_the_length_itself_is_compared_as_it_is(words, here):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -176,6 +177,24 @@ def test_runs_of_other_tokens_differ_per_byte_or_not_at_all(tmp_path):
         for seed, (loss, other) in enumerate(zip((2.0, 2.1, 2.3), others))]
     p = paired([0.1, -0.1, 0.05]).p
     assert differences(seeds_together(load_runs(runs))) == ["", f"no difference found (p {p:.2g})"]
+
+
+def test_runs_are_judged_at_a_step_that_all_have_come_to_and_not_where_some_diverged(tmp_path):
+    def curves(name, rate, *losses):
+        runs = [write_seed(tmp_path / f"{name}-{seed}", seed, [9, 9, loss], learning_rate=rate)
+                for seed, loss in enumerate(losses)]
+        for run in runs:                                # and before that, in both the same
+            log = Path(run) / "log.jsonl"
+            log.write_text(json.dumps({"step": 1, "val_loss": 5.0}) + "\n" + log.read_text())
+        return runs
+    base = curves("a", 1, 2.0, 2.1, 2.3)
+    lost = curves("b", 2, 2.0, math.nan, 2.2)
+    slow = curves("c", 3, 1.0, 1.1, 1.3)
+    log = Path(slow[2]) / "log.jsonl"                   # one seed is at its first evaluation
+    log.write_text("".join(log.read_text().splitlines(True)[:3]))
+    assert differences(seeds_together(load_runs(base + lost))) == [
+        "", "no test, 1 of 3 seeds diverged"]
+    assert differences(seeds_together(load_runs(base + slow))) == ["", "no difference found (p 1)"]
 
 
 def test_runs_are_found_by_their_settings(two_settings, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The loop: exact under ranks, accumulation, padding, interruption; clear when used wrongly."""
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -289,6 +290,31 @@ def test_a_torn_log_is_repaired_and_no_step_appears_twice(dataset, tmp_path):
         file.write('{"step": 6, "loss": 1.0, "lr": 0, "grad_norm": 1}\n{"step": 7, "lo')
     train(settings(dataset, tmp_path, max_steps=8))
     assert [line["step"] for line in steps(tmp_path)] == list(range(1, 9))
+
+
+def test_spikes_are_skipped_alike_however_often_a_run_looks_at_its_losses(dataset, tmp_path):
+    """A run that goes on looks at every step for a while; each is judged by all before it."""
+    for every in (1, 50):
+        train(settings(dataset, tmp_path / str(every), log_every=every, max_steps=150, save_every=0,
+                       eval_every=0, eval_tokens=32, batch_tokens=64, micro_batch=2,
+                       skip_spikes=0.01, learning_rate=1e-7, min_learning_rate=1e-7))
+    assert sum("skipped" in line for line in steps(tmp_path / "1")) > 5
+    assert_same_run(tmp_path / "1", tmp_path / "50")
+
+
+def test_samples_are_not_counted_as_training(dataset, tmp_path, monkeypatch):
+    """By a clock that moves in samples and a little when it is read."""
+    now = itertools.count(step=1e-3)
+    late = [0.0]
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(now) + late[0]))
+
+    def preview(*_):
+        late[0] += 100
+        return "a text"
+    monkeypatch.setattr("train.preview", preview)
+    summary = train(settings(dataset, tmp_path, sample_tokens=8, sample_every=4, eval_every=0,
+                             save_every=0))
+    assert late[0] >= 500 and summary["train_seconds"] < 100
 
 
 def test_settings_of_the_optimizer_that_are_changed_take_effect(dataset, tmp_path):
