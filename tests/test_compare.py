@@ -356,7 +356,7 @@ def test_losses_of_other_validation_tokens_are_not_tested(words, here, dataset):
     assert row["difference"] is None and "no test, as its validation has 128" in row["verdict"]
 
 
-def test_class_data_and_shards_without_bytes_are_compared(words, here, dataset, tmp_path):
+def test_shards_without_bytes_are_compared(words, here, dataset, tmp_path):
     (tmp_path / "bin").mkdir()
     for split in ("train", "val"):                      # llm.c's shards: no tokenizer, no bytes
         ids = np.load(dataset / f"{split}_0000.npy")
