@@ -1,4 +1,5 @@
-"""Training and encoding speed and memory of bpe.py beside Hugging Face, rustbpe, minbpe, tiktoken.
+"""Training and encoding speed and memory of bpe.py beside Hugging Face, rustbpe, minbpe, tiktoken,
+and bpeasy, fast-bpe-rs and ffbpe where they are installed.
 
     python -m bench.bpe [--data=FOLDER] [--sizes=20,100] [--repeats=3] [--minbpe=CHECKOUT]
 
@@ -23,18 +24,19 @@ import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable
 
 from bench.machine import (CPU, REPOSITORY, Row, in_process, lasting, median_row, publish, table,
                            take_turns, where)
 from bpe import GPT2_PATTERN, Tokenizer
-from fast.bpe_counts import read_blocks
 from fast.bpe_encode import TIKTOKEN_GPT2
 from run.config import parse, run_command
 
-PEERS = ("ours", "Hugging Face", "rustbpe", "tiktoken", "minbpe")
-MODULES = {"Hugging Face": "tokenizers", "rustbpe": "rustbpe"}   # importing is not timed
+PEERS = ("ours", "Hugging Face", "rustbpe", "bpeasy", "fast-bpe-rs", "ffbpe", "tiktoken", "minbpe")
+MODULES = {"Hugging Face": "tokenizers", "rustbpe": "rustbpe", "bpeasy": "bpeasy",
+           "fast-bpe-rs": "fast_bpe_rs", "ffbpe": "ffbpe"}      # importing is not timed
 
 
 @dataclass(frozen=True)
@@ -98,29 +100,26 @@ def write_texts(source: Path, folder: Path, sizes: tuple[int, ...]) -> dict[str,
 
 # --------------------------------------------------- what is measured, each in its own process
 
-def train_ours(path: str, vocab_size: int) -> None:
-    Tokenizer.train(read_blocks([path]), vocab_size, special_tokens=())
-
-
-def train_hugging_face(path: str, vocab_size: int) -> None:
-    from tokenizers import Tokenizer as HF
-    from tokenizers import models, pre_tokenizers, trainers
-    level = pre_tokenizers.ByteLevel
-    tok = HF(models.BPE())
-    tok.pre_tokenizer = level(add_prefix_space=False, use_regex=True)
-    tok.train([path], trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=level.alphabet(), show_progress=False))
-
-
-def train_rustbpe(path: str, vocab_size: int) -> None:
-    import rustbpe
-
-    def blocks():
-        with open(path, encoding="utf-8") as file:
-            while lines := file.readlines(1 << 20):
-                yield "".join(lines)
-    rustbpe.Tokenizer().train_from_iterator(blocks(), vocab_size, buffer_size=16,
-                                            pattern=GPT2_PATTERN)
+# Training, as a command each: its process is timed and weighed whole, imports included, and here the
+# call alone, with the imports done before.
+BLOCKS = ("file = open(path, encoding='utf-8')\n"
+          "blocks = iter(lambda: ''.join(file.readlines(1 << 20)), '')\n")
+COMMANDS = {
+    "ours": "from bpe import Tokenizer; from fast.bpe_counts import read_blocks\n"
+            "Tokenizer.train(read_blocks([path]), size, special_tokens=())",
+    "Hugging Face": "from tokenizers import Tokenizer, models, pre_tokenizers, trainers\n"
+                    "level = pre_tokenizers.ByteLevel; tok = Tokenizer(models.BPE())\n"
+                    "tok.pre_tokenizer = level(add_prefix_space=False, use_regex=True)\n"
+                    "tok.train([path], trainers.BpeTrainer(vocab_size=size, "
+                    "initial_alphabet=level.alphabet(), show_progress=False))",
+    "rustbpe": BLOCKS + "import rustbpe; rustbpe.Tokenizer().train_from_iterator(blocks, size, "
+                        "buffer_size=16, pattern=pattern)",
+    "bpeasy": BLOCKS + "import bpeasy; bpeasy.train_bpe(blocks, pattern, 1 << 20, size, 16)",
+    "fast-bpe-rs": BLOCKS + "from fast_bpe_rs import BPE; BPE(pattern).train(size, list(blocks))",
+    "ffbpe": BLOCKS + "from ffbpe import BpeTrainer, PreTokenizer\n"
+                      "counter = PreTokenizer([], pat_str=pattern).word_counter()\n"
+                      "counter.add_source(blocks); trainer = BpeTrainer([], unit='byte')\n"
+                      "trainer.add_word_counter(counter); trainer.train(size)"}
 
 
 def train_minbpe(path: str, vocab_size: int) -> None:
@@ -151,21 +150,6 @@ def encode_hugging_face(texts: list[str]) -> Callable[[], Any]:
     return lambda: [encoding.ids for encoding in tok.encode_batch(texts)]
 
 
-# The same as commands, for the time of a whole process: Python's start and imports included.
-COMMANDS = {
-    "ours": "from bpe import Tokenizer; from fast.bpe_counts import read_blocks\n"
-            "Tokenizer.train(read_blocks([path]), size, special_tokens=())",
-    "Hugging Face": "from tokenizers import Tokenizer, models, pre_tokenizers, trainers\n"
-                    "level = pre_tokenizers.ByteLevel; tok = Tokenizer(models.BPE())\n"
-                    "tok.pre_tokenizer = level(add_prefix_space=False, use_regex=True)\n"
-                    "tok.train([path], trainers.BpeTrainer(vocab_size=size, "
-                    "initial_alphabet=level.alphabet(), show_progress=False))",
-    "rustbpe": "import rustbpe\nfile = open(path, encoding='utf-8')\n"
-               "blocks = iter(lambda: ''.join(file.readlines(1 << 20)), '')\n"
-               "rustbpe.Tokenizer().train_from_iterator(blocks, size, buffer_size=16, "
-               "pattern=pattern)"}
-
-
 def started(who: str, path: str, vocab_size: int) -> subprocess.Popen:
     """A Python that trains and does nothing else."""
     given = f"path, size, pattern = {path!r}, {vocab_size}, {GPT2_PATTERN!r}\n"
@@ -194,8 +178,6 @@ def succeeded(process: subprocess.Popen) -> None:
         raise subprocess.CalledProcessError(process.returncode, process.args)
 
 
-TRAINERS = {"ours": train_ours, "Hugging Face": train_hugging_face, "rustbpe": train_rustbpe,
-            "minbpe": train_minbpe}
 ENCODERS = {"ours": encode_ours, "tiktoken": encode_tiktoken, "Hugging Face": encode_hugging_face}
 
 
@@ -204,7 +186,9 @@ def measure(kind: str, who: str, path: str, vocab_size: int) -> Row:
     if kind == "train":
         if who in MODULES:
             importlib.import_module(MODULES[who])
-        return {"ms": 1000 * lasting(lambda: TRAINERS[who](path, vocab_size))}
+        given = {"path": path, "size": vocab_size, "pattern": GPT2_PATTERN}
+        return {"ms": 1000 * lasting(lambda: train_minbpe(path, vocab_size) if who == "minbpe" else
+                                     exec(COMMANDS[who], given))}
     text = Path(path).read_text(encoding="utf-8")
     return {"ms": 1000 * lasting(ENCODERS[who]([text[i:i + 4000]
                                                 for i in range(0, len(text), 4000)]))}
@@ -277,7 +261,8 @@ def main(words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows, texts = [], write_texts(source, Path(folder), config.sizes)
         for case, path in texts.items():
-            who, vocab_size, repeats = ("ours", *MODULES), config.vocab_size, config.repeats
+            vocab_size, repeats = config.vocab_size, config.repeats
+            who = ("ours", *(name for name, module in MODULES.items() if find_spec(module)))
             if "4 times" in case:
                 who, repeats = ("ours", "rustbpe"), 1
             if case == "mix 0.3 MB":
@@ -289,8 +274,9 @@ def main(words: list[str]) -> None:
         case = f"mix {config.sizes[0]} MB"
         rows.append(compare(case, "encode", tuple(ENCODERS), texts[case], 50257, config.repeats,
                             memory=False))
-    versions = {name: importlib.metadata.version(name)
-                for name in ("tokenizers", "rustbpe", "tiktoken", "numpy", "regex")}
+    versions = {name: importlib.metadata.version(name) for name in (
+        "tokenizers", "rustbpe", "bpeasy", "fast-bpe-rs", "ffbpe", "tiktoken", "numpy", "regex")
+        if find_spec(name.replace("-", "_"))}
     states = [state for row in rows for state in row.pop("states")]
     publish(report, "bpe", config.save, CPU, rows, states, versions=versions,
             repeats=config.repeats)
