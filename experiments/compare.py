@@ -488,8 +488,9 @@ def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
     losses = {name: list(itertools.islice(rest, len(found))) for name, found in runs.items()}
     tokens = {name: found[0]["judged_by"] for name, found in runs.items()}
     # Windows of another length leave another rest of the split out; more is another validation.
-    other = {name for name in runs if unit == "nats per token"
-             and abs(tokens[name] - tokens["base"]) > 0.05 * tokens["base"]}
+    other = {name: f"{name}: no test, as its validation has {count:,} labelled tokens and the "
+                   f"base's {tokens['base']:,}" for name, count in tokens.items()
+             if unit == "nats per token" and abs(count - tokens["base"]) > 0.05 * tokens["base"]}
     lost = {name for name, values in losses.items() if None in values}
     tests = {name: paired([a - b for a, b in zip(values, losses["base"])]) for name, values in
              losses.items() if name != "base" and name not in other
@@ -513,10 +514,8 @@ def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
             "seconds": statistics.median(run["seconds"] for run in found) if timed else None,
             "memory_mib": max(run["memory_mib"] for run in found),
             "trained_parameters": facts[name]["trained"],
-            "verdict": "" if name == "base" else
-            f"{name}: no test, as its validation has {tokens[name]:,} labelled tokens and the "
-            f"base's {tokens['base']:,}" if name in other else
-            verdict(name, losses[name], losses["base"], test, corrected.get(name), needed)}
+            "verdict": "" if name == "base" else other.get(name) or verdict(
+                name, losses[name], losses["base"], test, corrected.get(name), needed)}
     return {"command": plan.command, "config": dataclasses.asdict(plan.config), "base": plan.base,
             "made": {**provenance(pick_device(plan.base["device"]), 1, ""), "code": code()},
             "unit": unit, "noise_floor": floor, "comparisons": len(rows) - 1,

@@ -151,13 +151,15 @@ def differences(runs: list[Run]) -> list[str]:
     for i, run in enumerate(runs[1:], 1):
         own = evaluated(run)
         seeds = sorted(base.keys() & own.keys(), key=str)
-        steps = set.intersection(*(set(part[seed]) for part in (base, own) for seed in seeds)) \
-            if len(seeds) > 1 else None
-        if steps:
-            change = [own[seed][max(steps)] - base[seed][max(steps)] for seed in seeds]
-            lost = sum(not math.isfinite(value) for value in change)
-            words[i] = f"no test, {lost} of {len(seeds)} seeds diverged" if lost else ""
-            found |= {} if lost else {i: paired(change).p}
+        steps = [set(part[seed]) for part in (base, own) for seed in seeds]
+        if len(seeds) < 2 or not set.intersection(*steps):
+            continue
+        last = max(set.intersection(*steps))
+        change = [own[seed][last] - base[seed][last] for seed in seeds]
+        if lost := sum(not math.isfinite(value) for value in change):
+            words[i] = f"no test, {lost} of {len(seeds)} seeds diverged"
+        else:
+            found[i] = paired(change).p
     for i, chance in zip(found, holm(list(found.values()))):
         words[i] = f"{'differs' if chance < 0.05 else 'no difference found'} (p {chance:.2g})"
     return words
