@@ -278,9 +278,9 @@ def _prompt_of(record: object) -> tuple[list[Message], str | None]:
     if isinstance(record, ValueError):
         raise record
     if isinstance(record, dict) and "prompt" in record:
-        record = {"messages": [{"role": "user", "content": record["prompt"]}]}
+        record = {**record, "messages": [{"role": "user", "content": record["prompt"]}]}
     if isinstance(record, dict) and "messages" in record:
-        messages = record["messages"]
+        messages = conversations.from_messages(record)
         conversations.check_messages(messages)
     else:
         messages = conversations.convert(record)

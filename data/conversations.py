@@ -1,7 +1,7 @@
 """Conversations from files: whatever shape they come in, they leave as messages.
 
     {"messages": [{"role": "system|user|assistant", "content": "..."}]}         format messages
-    {"instruction": "...", "input": "...", "output": "..."}                     alpaca
+    {"instruction": "...", "input": "...", "output": "...", "history": [...]}   alpaca
     {"conversation": [{"system": "...", "input": "...", "output": "..."}]}      conversation
     {"conversations": [{"from": "human|gpt|system", "value": "..."}]}           sharegpt
 
@@ -9,6 +9,9 @@ JSONL, or a JSON array of them. A conversation may open with a system message; t
 assistant take turns. Alpaca's input is joined to its instruction by a blank line, and kept beside
 it as well, so that the alpaca template can part them again: {"role": "user", "content":
 "instruction\\n\\ninput", "input": "input"}.
+
+Its history is a list of [question, answer] from before. An answer that is not to be learned says
+"weight": 0 (OpenAI), or its format's own word for that; so it does as a message.
 
     conversations, dropped = read(files)
     write_conversations(folder, conversations, source, validation=0.05, dropped=dropped)
@@ -25,9 +28,11 @@ from bpe import Tokenizer
 from data.prepared import split_by_hash, write_dataset
 from data.texts import check_characters, read_records
 
-Message = dict[str, str]
+Message = dict[str, Any]
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant",
             "assistant": "assistant", "bing": "assistant", "bard": "assistant", "system": "system"}
+WEIGHTS = ("weight", "loss", "train", "output_with_loss")       # of OpenAI, swift, axolotl, xtuner
+UNREAD = ("tools", "tool_calls", "functions", "function_call", "images")    # they change an answer
 SHOWN = 20              # broken records that are reported one by one; the others are counted
 
 
@@ -59,20 +64,28 @@ def check_messages(messages: Any) -> None:
 
 def from_messages(record: dict[str, Any]) -> list[Message]:
     """{messages: [{role, content}]}, the form that all are brought into."""
-    return [{key: message[key] for key in ("role", "content", "input") if message.get(key)
-             is not None} if isinstance(message, dict) else message for message in
-            _list(record, "messages")]
+    return [*_system(record), *(
+        {**{key: message[key] for key in ("role", "content", "input") if message.get(key)
+            is not None}, **_weight(message)} if isinstance(message, dict) else message for message
+        in _list(record, "messages"))]
 
 
 def from_alpaca(record: dict[str, Any]) -> list[Message]:
-    """{instruction, input, output}: one question, one answer."""
+    """{instruction, input, output}: one question, one answer, after those of its history."""
     question, more = record["instruction"], record.get("input") or ""
     user = {"role": "user", "content": question}
     if isinstance(question, str) and isinstance(more, str) and more.strip():
         user = {"role": "user", "content": f"{question}\n\n{more}", "input": more}
     elif more and not isinstance(more, str):
         raise ValueError("no text: the input is none")
-    return [*_system(record), user, {"role": "assistant", "content": record["output"]}]
+    past = record.get("history") or []
+    if not isinstance(past, list) or any(not isinstance(turn, list) or len(turn) != 2
+                                         for turn in past):
+        raise ValueError("no history: it must be a list of [question, answer]")
+    return [*_system(record),
+            *({"role": role, "content": content} for turn in past
+              for role, content in zip(("user", "assistant"), turn)),
+            user, {"role": "assistant", "content": record["output"]}]
 
 
 def from_conversation(record: dict[str, Any]) -> list[Message]:
@@ -80,19 +93,19 @@ def from_conversation(record: dict[str, Any]) -> list[Message]:
     messages: list[Message] = []
     for turn in _list(record, "conversation"):
         if not messages:
-            messages += _system(turn)
+            messages += _system(turn) or _system(record)
             first = turn.get("system")
         elif turn.get("system") not in (None, "", first):
             raise ValueError("wrong role order: a later turn has another system message")
         messages += [{"role": "user", "content": turn["input"]},
-                     {"role": "assistant", "content": turn["output"]}]
+                     {"role": "assistant", "content": turn["output"], **_weight(turn)}]
     return messages
 
 
 def from_sharegpt(record: dict[str, Any]) -> list[Message]:
     """{conversations: [{from, value}]}, with the speakers' names of ShareGPT."""
     return [*_system(record), *({"role": SPEAKERS.get(turn["from"], turn["from"]),
-                                 "content": turn["value"]}
+                                 "content": turn["value"], **_weight(turn)}
                                 for turn in _list(record, "conversations"))]
 
 
@@ -113,14 +126,27 @@ def convert(record: Any) -> list[Message]:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not of the format that has {key!r}: {type(error).__name__} {error}"
                          ) from None
+    for part in (record, *(record[key] if isinstance(record[key], list) else ())):
+        for name in UNREAD:
+            if isinstance(part, dict) and part.get(name) not in (None, "", "[]", []):
+                raise ValueError(f"no plain text: {name} is not read, and answers depend on it")
     check_messages(messages)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no answer: nobody answers in this conversation")
+    if not any(message["role"] == "assistant" and message.get("weight", 1)
+               for message in messages):
+        raise ValueError("no answer: nobody answers in this conversation, or all with weight 0")
     return messages
 
 
 def _system(record: dict[str, Any]) -> list[Message]:
     return [{"role": "system", "content": record["system"]}] if record.get("system") else []
+
+
+def _weight(turn: dict[str, Any]) -> dict[str, int]:
+    """{"weight": 0} of an answer that is not to be learned."""
+    for name in WEIGHTS:
+        if turn.get(name) not in (None, 0, 1):
+            raise ValueError(f"no weight: {name}={turn[name]!r:.40} is neither 0 nor 1")
+    return {"weight": 0} if any(turn.get(name) == 0 for name in WEIGHTS) else {}
 
 
 def _list(record: dict[str, Any], key: str) -> list[Any]:

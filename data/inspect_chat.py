@@ -54,7 +54,8 @@ def examine(talks: list[dict[str, Any]], tokenizer: Tokenizer, template: str,
         fitting, whole = cut(spans, block_size + 1)
         lengths += labelled
         prompts.append(spans[-1][1] - sum(labelled))
-        answers.update(m["content"].strip() for m in messages if m["role"] == "assistant")
+        answers.update(m["content"].strip() for m in messages
+                       if m["role"] == "assistant" and m.get("weight", 1))
         counts.update({"several turns": len(spans) > 1,
                        "system message": messages[0]["role"] == "system",
                        "truncated": bool(fitting) and not whole, "unlabelled": not fitting})

@@ -3,10 +3,10 @@
     ids, labels = render(messages, tokenizer, "chatml")     # labels: the id, or -100 for no label
     ids = render_prompt(messages, tokenizer, "chatml")      # up to where the answer begins
 
-An answer's label covers its text and the token that ends it, in every turn. Text is encoded in
-stretches that end where an answer begins or ends, so the prompt's ids are a prefix of the whole
-conversation's. Special tokens come from the template alone, by id: a message that spells one is
-encoded as ordinary text.
+An answer's label covers its text and the token that ends it, in every turn; one of "weight": 0 has
+none. Text is encoded in stretches that end where an answer begins or ends, so the prompt's ids are
+a prefix of the whole conversation's. Special tokens come from the template alone, by id: a message
+that spells one is encoded as ordinary text.
 
 Published templates: Stanford Alpaca (alpaca), DeepSeek LLM (plain), OpenAI's ChatML, Llama 3.
 """
@@ -107,7 +107,7 @@ def render_prompt(messages: list[Message], tokenizer: Tokenizer, template: str) 
 
 
 def chosen_spans(spans: list[tuple[int, int]], labels: Labels) -> list[tuple[int, int]]:
-    """The answers to learn: all, or the last."""
+    """The answers to learn: all of a weight above 0, or the last of those."""
     if labels not in ("all", "last"):
         raise ValueError(f"labels={labels!r} is unknown; choose all or last")
     return spans if labels == "all" else spans[-1:]
@@ -116,14 +116,15 @@ def chosen_spans(spans: list[tuple[int, int]], labels: Labels) -> list[tuple[int
 def cut(spans: list[tuple[int, int]], limit: int) -> tuple[list[tuple[int, int]], bool]:
     """The answers that fit into `limit` ids, and whether those are all of them, whole."""
     fitting = [span for span in spans if span[1] <= limit]
-    if not fitting and spans[0][0] < limit:
+    if not fitting and spans and spans[0][0] < limit:
         fitting = [(spans[0][0], limit)]
     return fitting, fitting == spans
 
 
 def encode(messages: list[Message], tokenizer: Tokenizer, template: str, prompt: bool = False
            ) -> tuple[list[int], list[tuple[int, int]]]:
-    """The ids of a conversation, and where its answers (with their end tokens) stand in them."""
+    """The ids of a conversation, and where its answers (with their end tokens) stand in them, but
+    for answers of weight 0."""
     check_messages(messages)
     if prompt and messages[-1]["role"] != "user":
         raise ValueError(f"a prompt ends with a user's message, not with one of "
@@ -144,7 +145,8 @@ def encode(messages: list[Message], tokenizer: Tokenizer, template: str, prompt:
                 ids += tokenizer.encode("".join(words))
         if is_answer:
             spans.append((start, len(ids)))
-    return ids, spans
+    answers = (message for message in messages if message["role"] == "assistant")
+    return ids, [span for span, answer in zip(spans, answers) if answer.get("weight", 1)]
 
 
 def encode_before_word(space: str, tokenizer: Tokenizer) -> list[int]:

@@ -235,7 +235,47 @@ def test_all_formats_give_the_same_messages():
     assert convert(ALPACA)[0]["content"] == "Add the numbers.\n\nAll of them.\n\n1 and 2"
 
 
+def test_the_history_of_an_alpaca_record_comes_before_its_question():
+    history = [["What is this?", "A test."], ["Who says so?", "I do."]]
+    found = convert({"instruction": "Of what?", "output": "It.", "system": "Be brief.",
+                     "history": history})
+    assert [m["content"] for m in found] == ["Be brief.", *history[0], *history[1], "Of what?",
+                                             "It."]
+    assert [m["role"] for m in found] == ["system", *["user", "assistant"] * 3]
+    for nothing in ([], None):
+        assert convert({**ALPACA, "history": nothing}) == convert(ALPACA)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_of_weight_0_has_no_label_and_the_same_ids(template, tmp_path):
+    """OpenAI's "weight", and what swift, axolotl and xtuner call the same."""
+    first = [{**TALK[1], "weight": 1}, {**TALK[2], "weight": 0}, *TALK[3:]]
+    turns = [{"input": "What is this?", "output": "A test.", "output_with_loss": False},
+             {"input": "Of what?", "output": " Of the thing\n", "output_with_loss": True}]
+    for record in ({"messages": first, "system": "Be brief."},
+                   {"messages": [TALK[0], TALK[1], {**TALK[2], "loss": False}, *TALK[3:]]},
+                   {"conversation": turns, "system": "Be brief."},
+                   {"system": "Be brief.", "conversations": [
+                       {"from": m["role"], "value": m["content"], "train": m is not TALK[2]}
+                       for m in TALK[1:]]}):
+        messages = convert(record)
+        ids, labels = render(messages, TOKENIZER, template)
+        assert (ids, labels) == render(TALK, TOKENIZER, template, labels="last")
+    tokenizer = extend_tokenizer(TOKENIZER, template)
+    write_conversations(tmp_path, [{"messages": messages}], "test", val=pairs(1))
+    samples = load_samples(tmp_path, "train", tokenizer, template, 256)
+    assert samples.label_counts.tolist() == [sum(y != IGNORE for y in labels)]
+    report = inspect_chat.examine([{"messages": messages}], TOKENIZER, template, 256)
+    assert report["answers"] == 1 and report["repeated answers"] == 0
+
+
 @pytest.mark.parametrize("record,reason", [
+    ({"instruction": "a", "output": "b", "history": ["cd"]}, "no history"),
+    ({"instruction": "a", "output": "b", "history": [["c", ""]]}, "empty answer"),
+    ({"messages": [TALK[1], {**TALK[2], "weight": 0}]}, "no answer"),
+    ({"messages": [TALK[1], {**TALK[2], "weight": 0.5}]}, "no weight"),
+    ({"messages": TALK, "tools": [{"name": "search"}]}, "no plain text"),
+    ({"messages": [*TALK[:4], {**TALK[4], "tool_calls": [{}]}]}, "no plain text"),
     ({"instruction": "a", "output": ""}, "empty answer"),
     ({"instruction": "a", "output": 7}, "no text"),
     ({"instruction": "a", "input": ["b"], "output": "c"}, "no text"),

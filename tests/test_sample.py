@@ -319,6 +319,14 @@ def test_prompts_of_a_file_are_answered_into_another(talker, tmp_path):
     assert json.loads(out.read_text().splitlines()[0])["prompt"] == "Be brief.\n\nHello!"
 
 
+def test_a_record_of_prompts_keeps_its_system_message(tmp_path):
+    file, talk = tmp_path / "p.jsonl", [{"role": "user", "content": "Hello!"}]
+    file.write_text("\n".join(json.dumps({**record, "system": "Be brief."}) for record in (
+        {"prompt": "Hello!"}, {"messages": talk}, {"instruction": "Hello!", "output": "Hi"})))
+    expected = [{"role": "system", "content": "Be brief."}, *talk]
+    assert [messages for messages, _ in sample.read_prompts(file)] == [expected] * 3
+
+
 def test_what_cannot_chat_says_why(talker, run, tmp_path):
     for words, message in (
             ([str(run), "--chat"], "was not trained on conversations"),
