@@ -32,6 +32,7 @@ from bpe import Tokenizer
 from data import conversations
 from data.chat import extend_tokenizer, find_template, render_prompt
 from data.conversations import Message
+from data.texts import RECORDS
 from fast.decoding import compile_blocks, record_steps
 from model import GPT, sample_token
 from run.config import parse, run_command
@@ -260,7 +261,7 @@ def read_prompts(path: Path) -> list[tuple[list[Message], str | None]]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     found: list[tuple[list[Message], str | None]] = []
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix.lower() not in RECORDS:
         lines = path.read_text(encoding="utf-8").splitlines()
         found = [([{"role": "user", "content": line}], None) for line in lines if line.strip()]
     else:

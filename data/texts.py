@@ -1,7 +1,8 @@
 """Files to texts: documents (.txt, .jsonl, .parquet) and records (.json, .jsonl).
 
     for text in read_documents(find_files("folder")): ...       # .txt: a file is a document,
-                                                                # .jsonl: {"text": ...} a line
+                                                                # .jsonl: {"text": ...} a line,
+                                                                # .json: a list of those or texts
     for place, record in read_records(path): ...                # any JSON object a line or item
 """
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 DOCUMENTS = (".txt", ".jsonl", ".parquet")
-RECORDS = (".json", ".jsonl")
+RECORDS = (".json", ".jsonl", ".ndjson")
 
 
 def find_files(source: str | Path, endings: tuple[str, ...] = DOCUMENTS) -> list[Path]:
@@ -20,7 +21,8 @@ def find_files(source: str | Path, endings: tuple[str, ...] = DOCUMENTS) -> list
     for name in str(source).split(","):
         path = Path(name)
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix in endings and p.is_file())
+            files += sorted(p for p in path.rglob("*")
+                            if p.suffix.lower() in endings and p.is_file())
         elif path.is_file():
             files.append(path)
         else:
@@ -52,20 +54,23 @@ def check_characters(text: str, place: str) -> None:
 
 def read_documents(files: Iterable[Path]) -> Iterator[str]:
     """Every document that is not blank, in order. Errors name the file and the line or byte."""
+    readers = {".jsonl": _read_json, ".ndjson": _read_json, ".json": _read_json,
+               ".parquet": _read_parquet}
     for path in files:
-        read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix)
+        read = readers.get(path.suffix.lower())
         for text in read(path) if read else [read_text(path)]:
             if text.strip():
                 yield text
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_json(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8-sig") as file:                  # without a byte order mark
         try:
-            for place, record in _json_lines(path, file):
+            for place, record in (read_records(path) if path.suffix.lower() == ".json" else
+                                  _json_lines(path, file)):
                 if isinstance(record, ValueError):
                     raise ValueError(f"{place} is {record}")
-                text = record.get("text") if isinstance(record, dict) else None
+                text = record.get("text") if isinstance(record, dict) else record
                 if not isinstance(text, str):
                     raise ValueError(f'{place} is no {{"text": "..."}} object')
                 check_characters(text, place)

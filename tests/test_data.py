@@ -279,12 +279,21 @@ def test_documents_of_txt_and_jsonl_files(tmp_path):
     (tmp_path / "c.txt").write_text("   \n")
     (tmp_path / "ignored.md").write_text("no")
     assert list(read_documents(find_files(tmp_path))) == ["first\n", "second", "thïrd"]
+    (tmp_path / "D.JSONL").write_text('{"text": "fourth"}\n')
+    (tmp_path / "e.ndjson").write_text('{"text": "fifth"}\n')
+    (tmp_path / "f.json").write_text('[{"text": "sixth"},\n "seventh"]')      # no source of JSON
+    (tmp_path / "g.json").write_text('{"text": "eighth"}\n{"text": "ninth"}\n')
+    named = ",".join(str(tmp_path / name) for name in ("D.JSONL", "e.ndjson", "f.json", "g.json"))
+    assert list(read_documents(find_files(named))) == [
+        "fourth", "fifth", "sixth", "seventh", "eighth", "ninth"]
+    assert tmp_path / "D.JSONL" in find_files(tmp_path)
 
 
 @pytest.mark.parametrize("name,content,message", [
     ("a.txt", b"good \xff bad", "a.txt is not UTF-8: byte 5 is 0xff"),
     ("a.jsonl", b'{"text": "x"}\n{"text": }\n', "a.jsonl, line 2 is no JSON"),
     ("a.jsonl", b'{"content": "x"}\n', "a.jsonl, line 1 is no"),
+    ("A.JSONL", b'{"content": "x"}\n', "A.JSONL, line 1 is no"),
     ("a.txt", b"", "holds no text"),
 ])
 def test_a_bad_text_file_is_named_with_the_place(tmp_path, name, content, message):
