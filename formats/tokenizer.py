@@ -297,7 +297,9 @@ def from_hugging_face(data: dict[str, Any]) -> dict[str, Any]:
         if found:
             raise ValueError(reason)
     if splits:
-        pattern = splits[0]["pattern"].get("Regex") or regex.escape(splits[0]["pattern"]["String"])
+        found = splits[0]["pattern"]
+        pattern = (from_oniguruma(found["Regex"]) if found.get("Regex") else
+                   regex.escape(found["String"]))
     else:
         pattern = GPT2_PATTERN if levels[0].get("use_regex", True) else NO_PATTERN
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
@@ -327,7 +329,7 @@ def write_hugging_face(folder: str | Path, merges: list[tuple[int, int]], token_
                   "use_regex": gpt2}
     pre_tokenizer = byte_level if gpt2 else {
         "type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+            {"type": "Split", "pattern": {"Regex": to_oniguruma(pattern)}, "behavior": "Isolated",
              "invert": False}, byte_level]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     by_id = sorted(special_tokens.items(), key=lambda item: item[1])
@@ -347,6 +349,34 @@ def write_hugging_face(folder: str | Path, merges: list[tuple[int, int]], token_
         config.update(bos_token=end, eos_token=end, unk_token=end)
     write_json(folder / "tokenizer.json", data, indent=1, ensure_ascii=False)
     write_json(folder / "tokenizer_config.json", config, indent=1)
+
+
+# Hugging Face's engine, Oniguruma, reads x{1,3}+ as (?:x{1,3})+. Elsewhere it is possessive: what
+# it has taken is never given back, which Oniguruma writes as (?>x{1,3}).
+ITEM = r"\\[pPx]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|[^]\\])*\]|."            # what a count may follow
+COUNT = r"\{(?:\d+,?\d*|,\d+)\}"
+
+
+def to_oniguruma(pattern: str) -> str:
+    """A pattern of ours as Hugging Face reads it."""
+    return _rewrite_counts(pattern, "(?>", ")")
+
+
+def from_oniguruma(pattern: str) -> str:
+    """A pattern of Hugging Face as the engines here read it."""
+    return regex.sub(rf"(?s)\(\?>((?:{ITEM}){COUNT})\)", r"\1+",
+                     _rewrite_counts(pattern, "(?:", ")+"))
+
+
+def _rewrite_counts(pattern: str, before: str, after: str) -> str:
+    """Every x{1,3}+ as x{1,3} between two texts; ValueError where x is a group."""
+    def written(match: regex.Match) -> str:
+        item, count = match.groups()
+        if count and item in ")]":
+            raise ValueError(f"pattern={pattern!r:.200} has a group with {count}+, which Hugging "
+                             f"Face and other engines read differently; write (?>...) or (?:...)+")
+        return f"{before}{item}{count}{after}" if count else match[0]
+    return regex.sub(rf"(?s)({ITEM})(?:({COUNT})\+)?", written, pattern)
 
 
 # -------------------------------------------------------------------------------------- tiktoken

@@ -10,10 +10,14 @@ from formats import tokenizer as bpe_files
 
 TEXT = ("It's 2024, isn't it? We'll see: naïve café 中文中文 \U0001f600\U0001f600  \n\t x  = 10\n"
         "the cat and the hat and the bat <|endoftext|> 12345 ") * 3
-PATTERNS = [*bpe.PATTERNS.values(), r"\w+|\s|[^\w\s]+"]
+CL100K = (      # as tiktoken has it now: {1,3}+ gives nothing back
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+PATTERNS = [*bpe.PATTERNS.values(), r"\w+|\s|[^\w\s]+", CL100K,
+            r"\{{1,2}+|[\]{1,2}+]{2}+|c{2,}+|[\s\S]"]
 
 
-@pytest.fixture(params=PATTERNS, ids=[*bpe.PATTERNS, "own"])
+@pytest.fixture(params=PATTERNS, ids=[*bpe.PATTERNS, "own", "cl100k", "counts"])
 def tok(request):
     return Tokenizer.train([TEXT], 290, pattern=request.param,
                            special_tokens=("<|endoftext|>", "<|two words é|>"))
@@ -137,8 +141,15 @@ def test_autotokenizer_gives_the_same_ids(tok, tmp_path):
     same(Tokenizer.load(tmp_path), tok)
 
 
+def test_a_pattern_that_hugging_face_would_read_differently_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"has a group with \{2\}\+, which Hugging Face"):
+        Tokenizer([], r"(?:ab){2}+|[\s\S]").save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("specials", [[], ["<|endoftext|>", "<pad>"]])
-@pytest.mark.parametrize("pattern", [None, bpe.PATTERNS["gpt4"]])
+@pytest.mark.parametrize("pattern", [None, bpe.PATTERNS["gpt4"],
+                                     r"\p{N}{1,3}+|[^\p{N}]{1,2}"])      # all digits, by theirs
 def test_a_tokenizer_trained_by_hugging_face_keeps_its_ids(tmp_path, specials, pattern):
     """Theirs put special tokens first and order the bytes in their own way."""
     tokenizers = pytest.importorskip("tokenizers", reason="a development extra")
@@ -174,6 +185,10 @@ def test_a_tokenizer_trained_by_hugging_face_keeps_its_ids(tmp_path, specials, p
     (lambda d: d["model"]["vocab"].pop("Ġ"), "no byte-level BPE: its vocabulary lacks 'Ġ'"),
     (lambda d: d["model"]["vocab"].update(unreachable=290), "'unreachable' is no byte, merge or"),
     (lambda d: d["model"]["merges"].pop(0), "not consecutive|is no byte, merge or"),
+    (lambda d: d.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": r"(?:ab){1,3}+|[\s\S]"}, "behavior": "Isolated",
+         "invert": False}, {**d["pre_tokenizer"], "use_regex": False}]}),
+     r"has a group with \{1,3\}\+"),
     (lambda d: d["added_tokens"].append({"id": 290, "content": "    ", "special": False}),
      "its added token '    ' is not special: it would be found in all text"),
 ])
