@@ -141,6 +141,15 @@ def test_autotokenizer_gives_the_same_ids(tok, tmp_path):
     same(Tokenizer.load(tmp_path), tok)
 
 
+def test_three_digits_that_give_nothing_back_are_three_digits_to_autotokenizer(tmp_path):
+    """The one merge, 34, would cross from the third digit of 1234 to the fourth."""
+    transformers = pytest.importorskip("transformers", reason="a development extra")
+    tok = Tokenizer([(ord("3"), ord("4"))], CL100K)
+    tok.save_pretrained(tmp_path)
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path)("34 1234 123456")["input_ids"]
+    assert ids == tok.encode("34 1234 123456") == [256, *b" 1234 123456"]
+
+
 def test_a_pattern_that_hugging_face_would_read_differently_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"has a group with \{2\}\+, which Hugging Face"):
         Tokenizer([], r"(?:ab){2}+|[\s\S]").save_pretrained(tmp_path)
