@@ -54,7 +54,8 @@ class LoRAConfig:
         # start: kaiming, gaussian: a random A; pissa: the largest singular directions; olora: a QR
         # decomposition; loftq: what quantising loses
     layers: tuple[int, ...] | None = None  # numbers of the blocks to adapt; none: all
-    modules_to_save: tuple[str, ...] = ()  # modules to train in full and save along
+    modules_to_save: tuple[str, ...] = ()  # modules to train in full and save along; wte, the
+        # embedding, with its head
     rank_pattern: dict[str, int] = field(default_factory=dict)  # other ranks, by the end of a
         # layer's name
     alpha_pattern: dict[str, float] = field(default_factory=dict)  # other alphas, in the same way
@@ -363,10 +364,12 @@ def set_adapter(model: nn.Module, names: str | Iterable[str] | dict[str, float],
 
 def activate(model: nn.Module, shares: dict[str, float]) -> None:
     """Let these adapters compute."""
+    tied = tied_weights(model)
     for key, p in trained_values(model, shares).items():
         owner, _, last = key.rpartition(".")
-        module = model.get_submodule(owner)
-        setattr(getattr(module, "base_layer", module), last, p)
+        for name in {owner, tied.get(owner, owner) if last == "weight" else owner}:
+            module = model.get_submodule(name)
+            setattr(getattr(module, "base_layer", module), last, p)
     for module in (model.adapters, *adapted_layers(model).values()):
         module.active = shares
 
@@ -576,14 +579,15 @@ def choose(setting: str, patterns: Iterable[str], names: Iterable[str], what: st
 def trained_parameters(model: nn.Module, config: LoRAConfig, adapted: Iterable[str]
                        ) -> dict[str, nn.Parameter]:
     """The base's own parameters that the adapter trains: biases and whole modules."""
-    saved = saved_modules(model, config)
-    refuse_tied(model, saved)
+    saved, named, tied = saved_modules(model, config), base_parameters(model), tied_weights(model)
+    refuse_tied(model, [name for name in saved if f"{name}.weight" not in named
+                        and tied.get(name) not in saved])           # of two names, by the first
     for name, layer in ((name, layer) for name in saved for layer in adapted):
         if (layer + ".").startswith(name + "."):
             raise ValueError(f"lora.modules_to_save: {name} holds the adapted layer {layer}; leave "
                              f"one of them out")
     found = {}
-    for key, p in base_parameters(model).items():
+    for key, p in named.items():
         owner, _, last = key.rpartition(".")
         bias = config.bias == "all" or config.bias == "lora_only" and owner in adapted
         if bias and last == "bias" or any(key.startswith(f"{name}.") for name in saved):
@@ -730,10 +734,14 @@ def save_lora(model: nn.Module, folder: str | Path,
                 magnitudes[layer][change.rows] = change.lora_magnitude
     values = trained_values(model, shares)
     others = {key: values[key] for name in shares for key in adapters.trained[name]}
+    saved, tied = saved_modules(model, config), tied_weights(model)
+    for name in [name for name in saved if name in tied and f"{name}.weight" in others]:
+        others[f"{tied[name]}.weight"] = others[f"{name}.weight"]               # PEFT unties them
+        saved += [tied[name]] * (tied[name] not in saved)
     peft.write(
         folder, layers, magnitudes, others,
         {"use_rslora": config.use_rslora, "use_dora": config.use_dora, "bias": config.bias,
-         "lora_dropout": config.dropout, "modules_to_save": saved_modules(model, config) or None,
+         "lora_dropout": config.dropout, "modules_to_save": saved or None,
          "base_model_name_or_path": base or getattr(model, "name_or_path", "") or None},
         linear_layers(model),
         {"base_hash": adapters.base_hash, "init": config.init, "quantize": config.quantize})
@@ -774,7 +782,13 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
         for key, p in trained.items():
             if key not in others or others[key].shape != p.shape:
                 raise ValueError(f"it has no tensor {key} of shape {tuple(p.shape)}")
-        for key in sorted(others.keys() - trained.keys()):
+        tied = {a: b for a, b in tied_weights(model).items() if a in saved}
+        for pair in tied.items():
+            a, b = (others.get(f"{module}.weight") for module in pair)
+            if a is None or b is None or not torch.equal(a, b):
+                raise ValueError(f"its {' and '.join(pair)} are not equal, and here they are one "
+                                 f"weight")
+        for key in sorted(others.keys() - trained.keys() - {f"{module}.weight" for module in tied}):
             raise ValueError(f"it has a tensor {key:.200}, which is not read: only A and B of "
                              f"linear layers, and what its bias and modules_to_save name; make "
                              f"the adapter without it")

@@ -114,11 +114,12 @@ def model_for(data: Any, start: GPT | None, config: Any) -> GPT | Classifier:
                          f"{start.config.vocab_size}; prepare it with "
                          f"--tokenizer={config.init_from}, or one that extends it")
     new = data.vocab_size - start.config.vocab_size
-    if config.lora and new > 0:         # of a mean of rows, no logit is ever above the largest
-        lora.say(f"warning: LoRA trains no embeddings, and {new:,} tokens of {config.data} are new "
-                 f"to {config.init_from}: it will hardly learn to write them, so answers that end "
-                 f"in one do not end; take a template without new tokens (plain, alpaca), data of "
-                 f"its own tokenizer, or train all weights")
+    if config.lora and new > 0 and "wte" not in " ".join(config.lora.modules_to_save):
+        # Of a mean of rows, no logit is ever above the largest.
+        lora.say(f"warning: {new:,} tokens of {config.data} are new to {config.init_from}, and LoRA "
+                 f"alone will hardly learn to write them, so answers that end in one do not end; "
+                 f"train the embedding too, --lora.modules_to_save=wte, or take a template without "
+                 f"new tokens (plain, alpaca)")
     return grow_embedding(start, data.vocab_size, data.parts)
 
 

@@ -11,7 +11,7 @@ import ranks
 from bench.kills import start
 from data.conversations import write_conversations
 from model import GPT, SIZES, GPTConfig
-from run import checkpoint
+from run import checkpoint, export
 from run import log as report
 from run.config import build, parse
 from run.load import load_model
@@ -88,10 +88,10 @@ def test_padding_and_packing_of_everything_at_once_give_one_loss(base, chats, tm
     assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=1e-5)
 
 
-def _samples(base, chats):
+def _samples(base, chats, template="plain"):
     from data import chat
-    tokenizer = chat.extend_tokenizer(load_model(base)[1], "plain")
-    return chat.load_samples(chats, "train", tokenizer, "plain", 48)
+    tokenizer = chat.extend_tokenizer(load_model(base)[1], template)
+    return chat.load_samples(chats, "train", tokenizer, template, 48)
 
 
 def test_a_chat_run_answers_with_its_own_template_and_new_tokens(base, chats, tmp_path, capsys):
@@ -127,6 +127,29 @@ def test_checkpoints_of_an_adapter_run_hold_the_adapter_only(base, chats, tmp_pa
     train(build(TrainConfig, {**words, "max_steps": 10}))               # and it goes on
     with pytest.raises(ValueError, match="holds a run with lora.r=2, this one has lora.r=4"):
         train(build(TrainConfig, {**words, "lora": {**words["lora"], "r": 4}, "max_steps": 12}))
+
+
+def test_tokens_that_the_base_has_not_are_learned_with_the_embedding(base, chats, tmp_path, capsys):
+    """That of an answer's end: the likeliest after most answers, and never without."""
+    from eval.scoring import evaluating
+    found = {}
+    for name, modules in (("without", ()), ("with", ("wte",))):
+        words = settings(base, chats, tmp_path / name, template="chatml", max_steps=60,
+                         learning_rate=2e-2, lora=dict(r=4, modules_to_save=modules))
+        train(build(TrainConfig, words))
+        assert ("--lora.modules_to_save=wte" in capsys.readouterr().out) == (name == "without")
+        model, tokenizer = load_model(tmp_path / name, which="last.pt")
+        end, right = tokenizer.special_tokens["<|im_end|>"], []
+        assert model.lm_head.weight is model.transformer.wte.weight
+        with evaluating(model):
+            for x, y in _samples(base, chats, "chatml").evaluation_batches(8):
+                right += (model(x)[0].argmax(-1) == y)[y == end].tolist()
+        found[name] = sum(right) / len(right)
+        export.main([str(tmp_path / name), f"--out={tmp_path / name / 'out'}"])
+        idx = torch.randint(tokenizer.vocab_size, (2, 20))
+        torch.testing.assert_close(GPT.from_pretrained(tmp_path / name / "out")(idx)[0],
+                                   load_model(tmp_path / name)[0](idx)[0], rtol=0, atol=1e-4)
+    assert found["without"] == 0 and found["with"] > 0.5, found
 
 
 def test_an_adapter_whose_base_has_changed_is_refused(base, chats, tmp_path):

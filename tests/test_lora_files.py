@@ -35,7 +35,7 @@ OURS = {                    # what becomes an ordinary LoRA in a file
     "pissa dora": dict(init="pissa", use_dora=True),
     "parts": dict(target_modules=("c_attn.q", "c_attn.v"), rank_pattern={"c_attn.q": 2}),
     "parts dora": dict(target_modules=("c_attn.q",), use_dora=True, bias="lora_only"),
-    "all-linear": dict(target_modules="all-linear"),
+    "all-linear": dict(target_modules="all-linear"), "tied": dict(modules_to_save=("wte",)),
 }
 
 
@@ -104,6 +104,15 @@ def test_an_adapter_from_peft_gives_the_same_logits_here(variant, theirs, tmp_pa
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("modules", [["wte"], ["wte", "lm_head"]])
+def test_an_embedding_that_peft_trained_apart_from_the_head_is_refused(modules, theirs, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(theirs, peft_config(4, 6, dict(modules_to_save=modules)))
+    shake(model).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="transformer.wte and lm_head are not equal"):
+        load_lora(gpt(), tmp_path / "adapter")
+
+
 def test_an_adapter_of_a_llama_goes_to_peft_and_back(tmp_path):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
 
@@ -131,6 +140,8 @@ def test_saved_and_loaded_adapters_compute_the_same(variant, tmp_path):
     if variant in BOTH:
         assert torch.equal(logits(loaded), logits(model))
         assert trainable_state(loaded).keys() == trainable_state(model).keys()
+    save_lora(loaded, tmp_path / "again")
+    assert torch.equal(logits(load_lora(gpt(), tmp_path / "again")), logits(loaded))
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
