@@ -26,6 +26,7 @@ from bpe import END_OF_TEXT, Tokenizer
 from data.prepared import DATA, split_by_hash
 from data.texts import find_files, read_documents
 from data.writer import ShardWriter
+from formats.gpt2 import OPENAI, download
 from run.config import parse, run_command
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -35,7 +36,7 @@ LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 class CorpusConfig:
     from_: str = ""  # file or folder of .txt and .jsonl; empty: Python's own documentation
     code: bool = False  # add the sources of the standard library
-    tokenizer: str = ""  # gpt2, a tokenizer's path, or bytes; empty: train one on the text
+    tokenizer: str = ""  # gpt2, bytes, a tokenizer's path, or USER/NAME of the hub; empty: train one
     vocab_size: int = 4096  # of the tokenizer that is trained
     validation: float = 0.05  # share of the bytes that validates
     shard_tokens: int = 100_000_000  # tokens of a shard
@@ -154,8 +155,16 @@ def print_summary(folder: Path, meta: dict[str, Any]) -> None:
 
 
 def named_tokenizer(name: str) -> Tokenizer:
-    """"gpt2", "bytes" (256 ids and no merge), or a tokenizer's path."""
-    return Tokenizer([], special_tokens=()) if name == "bytes" else Tokenizer.load(name)
+    """"gpt2", "bytes" (256 ids and no merge), a tokenizer's path, or a hub model's by its name."""
+    if name == "bytes":
+        return Tokenizer([], special_tokens=())
+    if name in OPENAI or Path(name).exists():           # GPT-2 has one in all sizes
+        return Tokenizer.load(name if Path(name).exists() else "gpt2")
+    if name.count("/") != 1 or name.endswith(".json"):
+        raise FileNotFoundError(f"tokenizer={name}: there is no such file or folder; allowed are "
+                                f"gpt2, bytes, a tokenizer's file, a folder or run that holds one, "
+                                f"and USER/NAME of the Hugging Face hub")
+    return Tokenizer.load(download(name, weights=False))
 
 
 def prepare(config: CorpusConfig = CorpusConfig()) -> Path:

@@ -41,7 +41,7 @@ class FinewebConfig:
     from_: str = ""  # files or folders of .jsonl, .parquet and .txt, by comma; empty: FineWeb-Edu
         # from the hub
     subset: str = "sample-10BT"  # of FineWeb-Edu on the hub
-    tokenizer: str = "gpt2"  # gpt2, bytes, or a tokenizer's path
+    tokenizer: str = "gpt2"  # gpt2, bytes, a tokenizer's path, or USER/NAME of the hub
     shard_tokens: int = 100_000_000  # tokens of a shard, rounded up to whole documents
     num_threads: int = 0  # threads that encode; 0: one for each core
     out: str = ""  # folder of the shards; empty: data/fineweb

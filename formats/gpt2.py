@@ -265,15 +265,17 @@ def safetensors():
     return safetensors
 
 
-def download(name: str) -> Path:
-    """The folder of a model on the hub and its tokenizer's files, fetched once."""
+def download(name: str, weights: bool = True) -> Path:
+    """The folder of a model on the hub and its tokenizer's files, or of these alone, fetched once.
+    """
     safetensors()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
     repository = f"openai-community/{name}" if name in OPENAI else name
     try:
         return Path(snapshot_download(repository, allow_patterns=[
-            "config.json", "*.safetensors", "tokenizer.json", "vocab.json", "merges.txt"]))
+            *("config.json", "*.safetensors") * weights, "tokenizer.json", "vocab.json",
+            "merges.txt"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{name!r} is neither a folder here nor a model that can be had "
                                 f"from the Hugging Face hub ({type(error).__name__})") from error

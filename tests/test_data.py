@@ -12,8 +12,8 @@ import torch
 
 from bpe import Tokenizer
 from data import conversations, corpus, loader, shards
-from data.corpus import (CorpusConfig, docstrings, documentation, prepare, split_documents,
-                         write_shards)
+from data.corpus import (CorpusConfig, docstrings, documentation, named_tokenizer, prepare,
+                         split_documents, write_shards)
 from data.sets import TokenSet
 from data.shakespeare import ShakespeareConfig
 from data.shakespeare import prepare as prepare_shakespeare
@@ -308,6 +308,20 @@ def test_a_bad_text_file_is_named_with_the_place(tmp_path, name, content, messag
 def test_settings_of_a_corpus_that_exclude_each_other_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         CorpusConfig(**given)
+
+
+def test_a_tokenizer_is_read_from_the_hub_by_name_without_the_weights(tmp_path, monkeypatch):
+    """A folder stands for the hub."""
+    hub = pytest.importorskip("huggingface_hub")
+    tokenizer, asked = Tokenizer.train(["a text of the hub"], 260), []
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: (
+        asked.append((name, allow_patterns)), str(tmp_path))[1])
+    assert named_tokenizer("somebody/model").hash == tokenizer.hash
+    assert asked == [("somebody/model", ["tokenizer.json", "vocab.json", "merges.txt"])]
+    for name in ("nowhere", "some/tok.json", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=f"tokenizer={name}: .* USER/NAME of the Hugg"):
+            named_tokenizer(name)
 
 
 def test_documents_are_split_whole_and_the_same_way_each_time():
