@@ -3,11 +3,7 @@ import json
 import math
 import re
 import runpy
-import shutil
-import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,9 +15,7 @@ from experiments.plots import PlotConfig, main, published_loss, save
 from experiments.runs import (differences, duration, find_runs, limits, load_run, load_runs,
                               moving_average, seeds_together, short, status, text_plot)
 from experiments.ttest import holm, paired
-
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
-                if (path := shutil.which(name))), None)
+from tests.browser import open_page
 
 
 def lines(steps, start=1, tokens=100, speed=50.0, hellaswag=False):
@@ -461,52 +455,19 @@ def test_a_followed_page_reloads_itself_until_the_run_is_finished(tmp_path):
     assert "refresh" not in path.read_text() and "finished" in path.read_text()
 
 
-@pytest.mark.skipif(not BROWSER, reason="there is no chromium or chrome")
 def test_a_browser_reloads_the_page_and_draws_it(tmp_path):
     config, path = PlotConfig(out="live.html", follow=True, every=1), tmp_path / "live.html"
     folder = write_run(tmp_path / "demo", steps=20, finished=False)
     save(load_runs([str(folder)]), config, path)
-    served, finished = [], threading.Event()
-
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/live.html":
-                served.append(path.read_text())
-                if len(served) == 2:                                # it came back by itself
-                    write_run(folder, steps=100)
-                    save(load_runs([str(folder)]), config, path)
-                elif len(served) == 3:
-                    finished.set()
-            self.send_response(200 if self.path == "/live.html" else 404)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(served[-1].encode() if self.path == "/live.html" else b"")
-
-        def log_message(self, *words):
-            pass
-
-    flags = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu"]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        browser = subprocess.Popen(
-            [*flags, f"--user-data-dir={tmp_path / 'profile'}", "--remote-debugging-port=0",
-             f"http://127.0.0.1:{server.server_port}/live.html"], stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
-        try:
-            assert finished.wait(timeout=60), f"{len(served)} requests"
-        finally:
-            browser.terminate()
-            browser.wait()
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert "step 20/100" in served[0] and "step 100/100" in served[2]
-
-    dom = subprocess.run([*flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-                          path.as_uri()], capture_output=True, text=True, timeout=60).stdout
-    assert "<title>demo: step 100/100" in dom
-    assert "loss against tokens" in svg_texts(dom)
+    with open_page(path) as page:
+        assert "step 20/100" in page.text("p")
+        write_run(folder, steps=100)
+        save(load_runs([str(folder)]), config, path)
+        while not page.run("document.title").startswith("demo: step 100/100"):
+            page.loaded = False
+            while not page.loaded:                                  # it comes back by itself
+                page.read()
+        assert "loss against tokens" in svg_texts(page.run("document.documentElement.outerHTML"))
 
 
 def test_status_of_a_run_that_ended_before_its_last_step_says_so(tmp_path):
