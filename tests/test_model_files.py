@@ -14,23 +14,12 @@ from run import checkpoint, export
 from run.config import build
 from run.load import load_model
 from sample import continue_text
+from tests.test_model import TINY, randomised, tiny
 from train import TrainConfig, train
 
-TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
+pytest.importorskip("safetensors")
+
 DOCUMENTS = [f"document {i} of many, {'odd' if i % 2 else 'even'}." for i in range(60)]
-
-
-def tiny(**changes):
-    torch.manual_seed(1)
-    return GPT(GPTConfig(**{**vars(TINY), **changes})).eval()
-
-
-def randomised(model, std=0.1):
-    """Larger random weights, biases and gains, so that nothing hides behind zeros and ones."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(std * torch.randn_like(p))
-    return model
 
 
 def hugging_face(**shape):
@@ -97,7 +86,6 @@ def untie(model):
     (lambda model: model.register_buffer("gate", torch.ones(1)), "differs from GPT-2 in 'gate'"),
 ])
 def test_a_model_that_the_files_would_not_give_back_is_not_written(tmp_path, change, message):
-    pytest.importorskip("safetensors")
     model = randomised(tiny()).train()
     change(model)
     with pytest.raises(ValueError, match=message):
@@ -107,7 +95,6 @@ def test_a_model_that_the_files_would_not_give_back_is_not_written(tmp_path, cha
 
 def test_a_model_file_whose_activation_was_edited_is_not_written(tmp_path, monkeypatch):
     """What a reader of the file would compare with is edited along, so the check is of its own."""
-    pytest.importorskip("safetensors")
     monkeypatch.setattr(MLP, "forward", lambda self, x: self.c_proj(self.c_fc(x).relu().square()))
     with pytest.raises(ValueError, match="other logits than the model, by up to [0-9.e-]+ where"):
         tiny().train().save_pretrained(tmp_path / "folder")
@@ -116,7 +103,6 @@ def test_a_model_file_whose_activation_was_edited_is_not_written(tmp_path, monke
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_gpt2_in_training_is_written_in_its_precision_and_stays_as_it_is(tmp_path, dtype):
-    pytest.importorskip("safetensors")
     model = add_lora(randomised(tiny(dropout=0.5, vocab_multiple=64)), LoRAConfig(r=2), quiet=True)
     merge_lora(model)
     unload_lora(model)
@@ -194,7 +180,6 @@ def test_a_model_comes_with_its_own_tokenizer_and_gpt2s_is_never_assumed_unsaid(
 
 
 def test_another_architecture_is_refused(tmp_path):
-    pytest.importorskip("safetensors")
     tiny().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
@@ -214,7 +199,6 @@ def test_another_architecture_is_refused(tmp_path):
     (dict(n_embd=4 * 10**8), "config.json asks for"), (dict(n_head=10**4000), "n_head is 10{79}, "),
 ])
 def test_a_config_that_cannot_be_is_refused_before_anything_is_made(tmp_path, changes, message):
-    pytest.importorskip("safetensors")
     tiny().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
@@ -232,7 +216,6 @@ def test_a_config_that_is_no_json_object_is_named(tmp_path, text):
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, 5000, -1])
 def test_truncated_safetensors_are_named(tmp_path, keep):
-    pytest.importorskip("safetensors")
     tiny().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
@@ -241,7 +224,6 @@ def test_truncated_safetensors_are_named(tmp_path, keep):
 
 
 def test_a_shorter_context_keeps_the_first_positions(tmp_path):
-    pytest.importorskip("safetensors")
     whole = randomised(tiny())
     whole.save_pretrained(tmp_path)
     short, idx = GPT.from_pretrained(tmp_path, block_size=9).eval(), torch.randint(61, (2, 9))
@@ -253,7 +235,6 @@ def test_a_shorter_context_keeps_the_first_positions(tmp_path):
 
 
 def test_a_model_can_be_saved_over_the_folder_that_it_came_from(tmp_path):
-    pytest.importorskip("safetensors")
     model = randomised(tiny())
     model.save_pretrained(tmp_path)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -264,7 +245,6 @@ def test_a_model_can_be_saved_over_the_folder_that_it_came_from(tmp_path):
 
 
 def test_a_model_does_not_change_with_the_file_that_it_was_read_from(tmp_path):
-    pytest.importorskip("safetensors")
     randomised(tiny()).save_pretrained(tmp_path)
     model, file = GPT.from_pretrained(tmp_path), tmp_path / "model.safetensors"
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -347,7 +327,6 @@ def test_an_exported_chat_run_ends_an_answer_where_its_template_does(tmp_path):
 
 @pytest.mark.parametrize("variant", [dict(), dict(use_dora=True), dict(init="pissa")])
 def test_the_run_of_an_adapter_is_exported_merged(dataset, tmp_path, variant):
-    pytest.importorskip("safetensors")
     settings = dict(data=str(dataset), max_steps=6, batch_tokens=256, micro_batch=8, device="cpu",
                     dtype="float32", compile="off", sample_tokens=0, learning_rate=2e-2)
     train(build(TrainConfig, {**settings, "out": str(tmp_path / "base"), "model": dict(
@@ -364,7 +343,6 @@ def test_the_run_of_an_adapter_is_exported_merged(dataset, tmp_path, variant):
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path):
-    pytest.importorskip("safetensors")
     tiny().save_pretrained(tmp_path / "bare")           # without a tokenizer
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
