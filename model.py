@@ -277,10 +277,11 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) + sum(packed) - padding
 
     def flops_per_token(self) -> int:
-        """Operations to train on a token, forward and backward: 6 a weight of a matrix product and
+        """Operations to train on a token: 6 a weight of a matrix product, 4 of a frozen one, and
         12·n_layer·C·T for attention, not halved for being causal (PaLM, 2204.02311, appendix B)."""
-        matmul = self.num_params() - self.transformer.wpe.weight.numel()
-        return 6 * matmul + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        c, matmul = self.config, self.num_params() - self.transformer.wpe.weight.numel()
+        trained = min(matmul, sum(p.numel() for p in self.parameters() if p.requires_grad))
+        return 4 * matmul + 2 * trained + 12 * c.n_layer * c.n_embd * c.block_size
 
     @staticmethod
     def from_pretrained(name: str | Path, dropout: float = 0.0,

@@ -87,4 +87,5 @@ class Classifier(nn.Module):
 
     def flops_per_token(self) -> int:
         """As a GPT's, less the product with the vocabulary, which is not computed."""
-        return self.gpt.flops_per_token() - 6 * self.config.vocab_size * self.config.n_embd
+        each = 6 if self.transformer.wte.weight.requires_grad else 4
+        return self.gpt.flops_per_token() - each * self.config.vocab_size * self.config.n_embd
