@@ -218,7 +218,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     log = RunLog(out, config, step, model.flops_per_token(), device, world, progress.recent)
     log.begin(model.num_params(), dtype, network is not parallel.network)
     inside = Inside(parallel.model, config, world, dtype, log)
-    profiler = Profiler(out, config, step, model.config.padded_vocab_size, log)
+    profiler = Profiler(out, config, step, log)
     if data.template:
         log.say(data.train.summary())
     held.enter_context(settled(device))

@@ -55,13 +55,16 @@ class Inside:
         if not self.every or step % self.every:
             yield
             return
+        self.log.lap()
         figures = self._computed(batch)
         trained = [[p for p in block.parameters() if p.requires_grad]
                    for block in self.model.transformer.h]
         gradient = self._squares([[p.grad for p in block] for block in trained])
         before = [[local(p).clone() for p in block] for block in trained]
         weight = self._squares(before)
+        self.log.lap(training=False)
         yield
+        self.log.lap()
         change = self._squares([[local(p) - old for p, old in zip(block, olds)]
                                 for block, olds in zip(trained, before)])
         number = torch.tensor([sum(p.numel() for p in block) or 1 for block in trained])
@@ -75,6 +78,7 @@ class Inside:
         self.log.say(f"step {step}: blocks: {ranges}")
         for text in self._unusual(figures, lr):
             self.log.say(f"step {step}: {text}")
+        self.log.lap(training=False)
 
     def _squares(self, tensors: list[list[torch.Tensor | None]]) -> torch.Tensor:
         """The sum of squares of each block's tensors (L,), of all ranks' parts where split."""

@@ -74,6 +74,7 @@ class RunLog:
         self.spikes = Spikes(recent)
         self.bad_steps = 0                          # in a row that were not finite
         self.busy, self.trained_tokens = 0.0, 0     # seconds without evaluations and saves
+        self.unlogged = 0.0                         # those since the last flush
         self.clock = time.perf_counter()
         self.terminal = sys.stderr.isatty()
         if not self.active:
@@ -103,7 +104,9 @@ class RunLog:
         All ranks call it at the same steps. `votes` are agreed on by the way: of each, whether any
         rank has it.
         """
-        seconds, tokens = self.lap(), len(self.pending) * self.tokens_per_step
+        self.lap()
+        seconds, tokens = self.unlogged, len(self.pending) * self.tokens_per_step
+        self.busy, self.unlogged = self.busy + seconds, 0.0
         *agreed, each = self.world.sum(torch.tensor(
             [*votes, seconds / len(self.pending)], device=self.device)).tolist()
         losses = self.world.sum(torch.stack([row[2] for row in self.pending])).tolist()
@@ -138,13 +141,12 @@ class RunLog:
         self.pending.clear()
         return [count > 0 for count in agreed]
 
-    def lap(self, training: bool = True) -> float:
-        """Seconds since the last lap; those of training are added to `busy`."""
+    def lap(self, training: bool = True) -> None:
+        """Count the seconds since the last lap as training, or leave them out."""
         synchronize(self.device)
         now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        self.busy += seconds if training else 0
-        return seconds
+        self.unlogged += now - self.clock if training else 0
+        self.clock = now
 
     def write(self, line: dict[str, Any]) -> None:
         """Append an object to log.jsonl and TensorBoard."""

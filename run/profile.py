@@ -2,8 +2,9 @@
 
 Writes OUT/trace.json.gz, which https://ui.perfetto.dev draws, and on CUDA OUT/memory.pickle, for
 https://docs.pytorch.org/memory_viz; prints a table that adds up to the step. A kernel counts where
-it belongs by its name and shapes: products with the vocabulary's rows are the head's. On a GPU
-`waiting` is the time in which no kernel runs, on a CPU what is outside PyTorch's operations.
+it belongs by its name and shapes: products with the vocabulary's rows are the head's, unless there
+are as many of something else. On a GPU `waiting` is the time in which no kernel runs, on a CPU what
+is outside PyTorch's operations. What the profiler itself does before and after is not training.
 """
 import os
 import time
@@ -14,6 +15,7 @@ from typing import Any, Iterator
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fast.cross_entropy import COLUMNS
 from run.config import warn
 from run.log import RunLog
 
@@ -30,8 +32,11 @@ PARTS = {               # the first whose words are in the name of a kernel
 class Profiler:
     """Profiles some steps of a run on rank 0; with config.profile = 0, none."""
 
-    def __init__(self, out: Path, config: Any, start: int, rows: int, log: RunLog):
-        self.out, self.rows, self.log, self.cuda = out, rows, log, log.device.type == "cuda"
+    def __init__(self, out: Path, config: Any, start: int, log: RunLog):
+        self.out, self.log, self.cuda = out, log, log.device.type == "cuda"
+        rows, C = config.model.padded_vocab_size, config.model.n_embd
+        self.rows = {rows, rows + -rows % COLUMNS.get(log.device.type, 1)}
+        self.others = {C, 3 * C, 4 * C, C // config.model.n_head}       # sizes of other products
         self.steps = config.profile if log.active else 0
         self.first, self.running = start + SKIPPED, None
         if self.steps and self.first + self.steps > config.max_steps:   # a run that goes on
@@ -45,6 +50,8 @@ class Profiler:
                 batch = next(batches, None)
             if batch is None:
                 return
+            if self.running:
+                self.others |= {batch[0].size(1), batch[0].numel()}
             yield batch
 
     def step(self, step: int) -> None:
@@ -57,12 +64,18 @@ class Profiler:
                 ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * self.cuda])
             self.log.lap()
             self.running.start()
+            self.log.lap(training=False)
             self.began = time.perf_counter()
         elif self.running and step == self.first + self.steps:
             self.log.lap()                                          # waits for the device
             seconds = time.perf_counter() - self.began
             self.running.stop()
-            self.log.say(table(self.running, self.rows, seconds, self.steps, self.cuda))
+            apart = not self.rows & self.others
+            self.log.say(table(self.running, self.rows if apart else set(), seconds, self.steps,
+                               self.cuda))
+            if not apart:
+                self.log.say(f"  the head's products are among the others: its {min(self.rows):,} "
+                             f"rows are also the channels, the context or the tokens of a batch")
             try:
                 self.running.export_chrome_trace(str(self.out / "trace.json.gz"))
                 if self.cuda:
@@ -72,17 +85,18 @@ class Profiler:
             if self.cuda:
                 torch.cuda.memory._record_memory_history(enabled=None)
             self.running = None
+            self.log.lap(training=False)
 
 
-def table(running: profile, rows: int, seconds: float, steps: int, cuda: bool) -> str:
-    """Milliseconds of a step by part; they add up to it. rows: of the head."""
+def table(running: profile, rows: set[int], seconds: float, steps: int, cuda: bool) -> str:
+    """Milliseconds of a step by part; they add up to it. rows: of the head, as it is multiplied."""
     spent: Counter[str] = Counter()
     for event in running.key_averages(group_by_input_shape=True):
         name, own = event.key.lower(), (event.self_device_time_total if cuda
                                         else event.self_cpu_time_total)
         part = next((part for part, words in PARTS.items() if any(w in name for w in words)),
                     "elementwise")
-        if part == "products" and any(rows in shape for shape in event.input_shapes or ()
+        if part == "products" and any(rows & {*shape} for shape in event.input_shapes or ()
                                       if isinstance(shape, list)):
             part = "head"
         spent[part] += own / 1e3 / steps

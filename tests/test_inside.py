@@ -1,7 +1,9 @@
 """Looking into a run, --watch_every, and telling where its time goes, --profile."""
 import gzip
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -29,6 +31,9 @@ class Notes:
     def __init__(self):
         self.lines, self.texts = [], []
         self.write, self.say = self.lines.append, self.texts.append
+
+    def lap(self, training=True):
+        pass
 
 
 def settings(dataset, out, **more):
@@ -169,6 +174,37 @@ def test_the_profile_adds_up_to_the_step_and_its_trace_can_be_read(dataset, tmp_
     assert min(rows.values()) >= 0
     trace = json.loads(gzip.decompress((tmp_path / "run" / "trace.json.gz").read_bytes()))
     assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_a_head_whose_size_others_have_is_not_told_apart(dataset, tmp_path, capsys):
+    """256 bytes are the vocabulary, and 16 rows of 16 tokens are as many."""
+    run(dataset, tmp_path / "run", profile=2, batch_tokens=256, micro_batch=16)
+    text = capsys.readouterr().out.split("profile of 2 steps")[1]
+    assert "\n  head " not in text and "products" in text
+    assert "the head's products are among the others: its 256 rows are also" in text
+
+
+def test_looks_and_profiles_are_not_counted_as_training(dataset, tmp_path, monkeypatch):
+    """By a clock that moves in them and a little when it is read; each line has its own speed."""
+    now, late = itertools.count(step=1e-3), [0.0]
+    monkeypatch.setattr("run.log.time", SimpleNamespace(
+        perf_counter=lambda: next(now) + late[0]))
+
+    def slowly(function):
+        def slow(*arguments):
+            late[0] += 100
+            return function(*arguments)
+        return slow
+    monkeypatch.setattr(Inside, "_computed", slowly(Inside._computed))
+    for name in ("start", "export_chrome_trace"):
+        monkeypatch.setattr(torch.profiler.profile, name,
+                            slowly(getattr(torch.profiler.profile, name)))
+    lines = run(dataset, tmp_path / "run", profile=2, watch_every=3, log_every=2)
+    assert late[0] == 400
+    speeds = [line["tokens_per_s"] for line in lines if "loss" in line]
+    seconds = sum(128 / speed for speed in speeds)
+    final = json.loads((tmp_path / "run" / "run.json").read_text())["final"]
+    assert final["train_seconds"] == pytest.approx(seconds, abs=0.01) and seconds < 1
 
 
 def test_a_run_whose_trace_has_no_room_goes_on_to_its_end(dataset, tmp_path, capsys):
