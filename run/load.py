@@ -165,10 +165,20 @@ def grow_embedding(model: nn.Module, vocab_size: int, parts: dict[int, list[int]
 
 
 def add_adapter_of(model: nn.Module, run: str | Path) -> nn.Module:
-    """Give a base the adapter of a run's best checkpoint, or its last one; returns the model."""
+    """Give a base the adapter of a run's best checkpoint, or its last one; returns the model,
+    cropped to the context that the run had cropped it to."""
     state = _checkpoint_of(Path(run))
     if not state["config"].get("lora"):
         raise ValueError(f"the run {run} trained no adapter; it is a model itself")
+    shape = build(GPTConfig, state["config"].get("model") or dataclasses.asdict(model.config))
+    if shape.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{run} gave its base {shape.vocab_size - model.config.vocab_size} more "
+                         f"tokens, and this model has not got them; take the run itself, whose "
+                         f"base is known, without --adapter")
+    if shape.block_size < model.config.block_size:
+        lora.say(f"{run} was trained on a context of {shape.block_size}, and the model is cropped "
+                 f"to that")
+        model.crop_context(shape.block_size)
     return _with_adapter(model, state, Path(run))
 
 

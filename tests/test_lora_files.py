@@ -431,6 +431,12 @@ def test_the_adapter_of_a_run_is_put_on_its_base(tmp_path):
         **common, "model": trainable_state(model), "config": {"lora": dataclasses.asdict(
             LoRAConfig(r=4, init="pissa", bias="all"))}})
     assert torch.equal(logits(add_adapter_of(gpt(), tmp_path)), logits(model))
+    checkpoint.save(tmp_path / "best.pt", {
+        **common, "model": trainable_state(model), "config": {
+            "lora": dataclasses.asdict(LoRAConfig(r=4, init="pissa", bias="all")),
+            "model": dataclasses.asdict(dataclasses.replace(gpt().config, vocab_size=60))}})
+    with pytest.raises(ValueError, match="gave its base 7 more tokens, and this model has not"):
+        add_adapter_of(gpt(), tmp_path)
     checkpoint.save(tmp_path / "best.pt", {**common, "model": gpt().state_dict(), "config": {
         "model": dataclasses.asdict(gpt().config)}})
     with pytest.raises(ValueError, match="trained no adapter"):

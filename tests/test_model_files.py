@@ -325,19 +325,27 @@ def test_an_exported_chat_run_ends_an_answer_where_its_template_does(tmp_path):
             assert end in out[:-1]
 
 
-@pytest.mark.parametrize("variant", [dict(), dict(use_dora=True), dict(init="pissa")])
+@pytest.mark.parametrize("variant", [dict(), dict(use_dora=True), dict(init="pissa"),
+                                     dict(block_size=24)])
 def test_the_run_of_an_adapter_is_exported_merged(dataset, tmp_path, variant):
+    """With its base known, or named; also one that has shortened its base's context."""
+    context = variant.get("block_size", 32)
+    variant = {key: value for key, value in variant.items() if key != "block_size"}
     settings = dict(data=str(dataset), max_steps=6, batch_tokens=256, micro_batch=8, device="cpu",
                     dtype="float32", compile="off", sample_tokens=0, learning_rate=2e-2)
     train(build(TrainConfig, {**settings, "out": str(tmp_path / "base"), "model": dict(
         block_size=32, n_layer=2, n_head=2, n_embd=16)}))
     train(build(TrainConfig, {**settings, "out": str(tmp_path / "run"), "init_from": str(
-        tmp_path / "base"), "lora": dict(r=2, target_modules=("all-linear",), **variant)}))
+        tmp_path / "base"), "model": dict(block_size=context), "batch_tokens": 8 * context,
+                                  "lora": dict(r=2, target_modules=("all-linear",), **variant)}))
     export.main([str(tmp_path / "run"), f"--out={tmp_path / 'folder'}"])
-    (base, _), (run, _), (folder, _) = (load_model(tmp_path / name)
-                                        for name in ("base", "run", "folder"))
+    export.main([str(tmp_path / "base"), f"--adapter={tmp_path / 'run'}",
+                 f"--out={tmp_path / 'again'}"])
+    (base, _), (run, _), (folder, _), (again, _) = (
+        load_model(tmp_path / name) for name in ("base", "run", "folder", "again"))
     assert type(folder) is GPT and not hasattr(folder, "adapters")
-    idx = torch.randint(base.config.vocab_size, (2, 32))
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in folder.named_parameters())
+    idx = torch.randint(base.config.vocab_size, (2, context))
     torch.testing.assert_close(folder(idx)[0], run(idx)[0], rtol=0, atol=1e-4)
     assert (folder(idx)[0] - base(idx)[0]).abs().max() > 0.01
 
