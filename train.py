@@ -73,7 +73,7 @@ class TrainConfig:
         # gradients and optimizer state; the last two
     max_steps: int = 0  # optimizer steps
     epochs: float = 0.0  # passes over the training data; where given, instead of max_steps
-    batch_tokens: int = 524288  # tokens of a step, over all ranks and micro-batches
+    batch_tokens: int = 524288  # tokens of a step, over all ranks and micro-batches, with padding
     micro_batch: int = 16  # sequences in memory at once on each rank, at most
     learning_rate: float = 6e-4  # peak learning rate
     min_learning_rate: float = 6e-5  # floor of the schedule; keeps its share of another peak
@@ -215,7 +215,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     saver = Saver(out, config.keep_last, config.save_total_limit, config.max_failed_saves,
                   progress.best_loss)
     watch = held.enter_context(Watch(world, config.timeout_minutes))
-    log = RunLog(out, config, step, model.flops_per_token(), device, world, progress.recent)
+    log = RunLog(out, config, step, model.flops_per_token(), batches, world, progress.recent)
     log.begin(model.num_params(), dtype, network is not parallel.network)
     inside = Inside(parallel.model, config, world, dtype, log)
     profiler = Profiler(out, config, step, log)

@@ -43,11 +43,34 @@ class RowLoader:
         self.rows_per_epoch, self.rows_per_step = rows, batch_tokens // block_size
         self.accumulation, self.micro_batch = divide_step(batch_tokens, micro_batch, block_size,
                                                           world)
+        self.tokens_per_step = float(self.rows_per_step * block_size)       # mean, no padding
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))     # the one at hand, in order
 
     def read(self, rows: np.ndarray) -> Batch:
         """These rows as inputs and targets, (B, T) int64 each, and what else the model takes."""
         raise NotImplementedError
+
+    def labels_of(self, rows: np.ndarray) -> int:
+        """Labelled tokens of these rows, known without reading or communicating."""
+        raise NotImplementedError
+
+    def tokens_of(self, rows: np.ndarray) -> int:
+        """Tokens that a model reads in these rows: all but padding."""
+        return self.labels_of(rows)
+
+    def labels(self, step: int) -> int:
+        """Labelled tokens of a step over all ranks."""
+        return self.labels_of(self.order(step))
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens of a step over all ranks, padding left out."""
+        return self.tokens_of(self.order(step))
+
+    def tokens_before(self, step: int) -> int:
+        """The same of all steps before this one."""
+        end, some = step * self.rows_per_step, 2**20
+        return sum(self.tokens_of(self.served(np.arange(i, min(i + some, end))))
+                   for i in range(0, end, some))
 
     def permutation(self, epoch: int, rng: np.random.Generator) -> np.ndarray:
         """All rows in the order of an epoch."""
@@ -99,12 +122,8 @@ class WindowLoader(RowLoader):
         """These windows as inputs and targets, (B, T) int64 each."""
         return read_windows(self.tokens, rows, self.block_size)
 
-    def labels(self, step: int) -> int:
-        """Labelled tokens of a step over all ranks, known without reading or communicating."""
-        return self.labels_of(self.order(step))
-
     def labels_of(self, rows: np.ndarray) -> int:
-        """Labelled tokens of these rows: the last window is short."""
+        """Labelled tokens of these rows, which are all: the last window is short."""
         short = self.rows_per_epoch * self.block_size - (len(self.tokens) - 1)
         last = np.count_nonzero(rows == self.rows_per_epoch - 1)
         return len(rows) * self.block_size - short * int(last)

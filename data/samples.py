@@ -107,6 +107,7 @@ class SampleLoader(RowLoader):
             for counts in (samples.lengths, samples.label_counts))
         super().__init__(len(self.rows), block_size, batch_tokens, micro_batch, seed, rank, world,
                          pin)
+        self.tokens_per_step = self.rows_per_step * float(self.row_lengths.mean())
 
     def order(self, step: int) -> np.ndarray:
         """The rows of a step for all ranks, by length: (batch_tokens / block_size,) int64."""
@@ -147,9 +148,13 @@ class SampleLoader(RowLoader):
             positions[row, at:] = np.arange(self.block_size - at)
         return tuple(map(torch.from_numpy, (x, y, positions)))
 
-    def labels(self, step: int) -> int:
-        """Labelled tokens of a step over all ranks, known without reading or communicating."""
-        return int(self.row_labels[self.order(step)].sum())
+    def labels_of(self, rows: np.ndarray) -> int:
+        """Labelled tokens of these rows."""
+        return int(self.row_labels[rows].sum())
+
+    def tokens_of(self, rows: np.ndarray) -> int:
+        """Tokens of these rows, without the padding behind them."""
+        return int(self.row_lengths[rows].sum())
 
     def where(self, step: int) -> str:
         """The samples that a step reads, by their number, for a person to look at."""

@@ -19,10 +19,11 @@ drawn by name, so a run here is not to the bit that of train.py. Where a learnin
 its floor does not, the floor keeps its share of it.
 
 Equal: tokens, unless --equal asks for something else; steps and warmup follow from it, but for
-variants that set max_steps or epochs themselves, and the schedule ends with the run. FLOP are what
-GPT.flops_per_token says, minutes those of short runs beforehand (compiled where --compile=on). A
-run's loss is that of its end, on the whole validation split, or --eval_tokens of it: nats per
-token, or bits per byte where data have different tokenizers; of a mixture by the base's weights.
+variants that set max_steps or epochs themselves, and the schedule ends with the run. Tokens are
+without padding, FLOP what GPT.flops_per_token says of those, minutes those of short runs beforehand
+(compiled where --compile=on), each for every variant with every value of --tune. A run's loss is
+that of its end, on the whole validation split, or --eval_tokens of it: nats per token, or bits per
+byte where data have different tokenizers; of a mixture by the base's weights.
 --tune tries values for every variant and the base alike, with seeds that are used nowhere else.
 
 Out: a JSON file, a table for docs/LOG.md and a picture (extra "plots"), named by --name, in --out.
@@ -397,23 +398,25 @@ def drawn_by_name(seed: int) -> Iterator[None]:
 def compare(plan: Plan) -> dict[str, Any]:
     """Train what is missing; the report."""
     config, variants = plan.config, plan.variants
-    looks = [(Trial(v.name, changed(plan.base, v.changes), v.patch),) for v in variants]
-    facts = {variants[i].name: found for i, found in in_processes(look, looks, config.jobs)}
-    cost = dict.fromkeys(facts, 1.0)                # of a token, in what all have as much of
-    if config.equal == "flops":
-        cost = {name: found["flops_per_token"] for name, found in facts.items()}
-    usual = facts["base"]["max_steps"]
+    points = {(v.name, *values.values()): (v, values) for v, values in
+              [(variants[0], {}), *itertools.product(variants, plan.tuned)]}
+    looks = [(Trial(" ".join(point), changed(plan.base, {**v.changes, **values}), v.patch),)
+             for point, (v, values) in points.items()]
+    found = dict(in_processes(look, looks, config.jobs))
+    facts = {point: found[i] for i, point in enumerate(points)}
+    usual, flops = facts["base",]["max_steps"], config.equal == "flops"
+    cost = {point: found["tokens_per_step"] * (found["flops_per_token"] if flops else 1)
+            for point, found in facts.items()}      # of a step, in what all have as much of
 
     def trials(runs: list[tuple[Variant, dict[str, str], int]], length: int = 0) -> list[Trial]:
         """Runs of (variant, tuned values, seed), each as long as it may be."""
         found = []
         for variant, tuned, seed in runs:
             changes = {**variant.changes, **tuned}
-            settings, steps = changed(plan.base, changes), facts[variant.name]["max_steps"]
+            settings, point = changed(plan.base, changes), (variant.name, *tuned.values())
+            steps = facts[point]["max_steps"]
             if not {"max_steps", "epochs"} & changes.keys():
-                share = plan.base["batch_tokens"] * cost["base"] / (
-                    settings["batch_tokens"] * cost[variant.name])
-                steps = max(1, round(usual * share))
+                steps = max(1, round(usual * cost["base",] / cost[point]))
             steps = length or steps
             settings.update(seed=seed, max_steps=steps, epochs=0.0)
             if "warmup_steps" not in changes:       # the same share of the run
@@ -423,10 +426,10 @@ def compare(plan: Plan) -> dict[str, Any]:
         return found
 
     if config.equal == "minutes":                   # short runs in turn; the faster of each two
-        found = train_all(trials([(v, {}, PACE_SEED + i) for i in range(PACE_RUNS)
-                                  for v in variants], min(PACE_STEPS, usual)), config)
-        cost = {v.name: min(result["step_seconds"] for result in found[i::len(variants)])
-                / changed(plan.base, v.changes)["batch_tokens"] for i, v in enumerate(variants)}
+        found = train_all(trials([(*one, PACE_SEED + i) for i in range(PACE_RUNS)
+                                  for one in points.values()], min(PACE_STEPS, usual)), config)
+        cost = {point: min(result["step_seconds"] for result in found[i::len(points)])
+                for i, point in enumerate(points)}
     tuning = {}
     if plan.tuned != [{}]:
         tried = [(v, values, TUNE_SEED + i) for v in variants for values in plan.tuned
@@ -437,8 +440,10 @@ def compare(plan: Plan) -> dict[str, Any]:
             for name, rows in tuning.items()}
     found = train_all(trials([(v, best.get(v.name, {}), seed) for seed in range(config.seeds)
                               for v in variants]), config)          # whole seeds, if it is stopped
-    return report(plan, facts, tuning, {v.name: found[i::len(variants)]
-                                        for i, v in enumerate(variants)})
+    trained = {v.name: facts[(v.name, *best.get(v.name, {}).values())]["trained"]
+               for v in variants}
+    return report(plan, trained, tuning, {v.name: found[i::len(variants)]
+                                          for i, v in enumerate(variants)})
 
 
 def judged(results: list[dict[str, Any]], data: str) -> tuple[list[float | None], str]:
@@ -480,7 +485,7 @@ def choose(variants: list[Variant], tuned: list[dict[str, str]], losses: list[fl
 # ------------------------------------------------------------------------------------------------
 # What it says
 
-def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
+def report(plan: Plan, trained: dict[str, int], tuning: dict[str, Any],
            runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """All figures and sentences of a comparison, as JSON holds them."""
     figures, unit = judged(list(itertools.chain(*runs.values())), plan.base["data"])
@@ -513,7 +518,7 @@ def report(plan: Plan, facts: dict[str, Any], tuning: dict[str, Any],
             "steps": found[0]["steps"], "tokens": found[0]["tokens"],
             "seconds": statistics.median(run["seconds"] for run in found) if timed else None,
             "memory_mib": max(run["memory_mib"] for run in found),
-            "trained_parameters": facts[name]["trained"],
+            "trained_parameters": trained[name],
             "verdict": "" if name == "base" else other.get(name) or verdict(
                 name, losses[name], losses["base"], test, corrected.get(name), needed)}
     return {"command": plan.command, "config": dataclasses.asdict(plan.config), "base": plan.base,

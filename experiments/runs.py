@@ -16,7 +16,7 @@ import numpy as np
 from experiments.ttest import holm, paired
 from formats.files import read_json
 from run.config import flatten
-from run.log import read_log
+from run.log import as_number, read_log, seconds_at
 
 STEP_KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s")
 AXES = {"tokens": "tokens", "time": "seconds", "steps": "step"}     # name on the command line: key
@@ -65,10 +65,9 @@ def load_run(folder: Path, name: str) -> Run:
     summary = _json(folder / "run.json")        # first: with "final" in it, the log is whole
     lines = [line for line in read_log(path) if isinstance(line, dict) and "step" in line]
     training = [line for line in lines if "loss" in line]
-    steps = {key: np.array([_number(line.get(key)) for line in training], float)
+    steps = {key: np.array([as_number(line.get(key)) for line in training], float)
              for key in STEP_KEYS}
-    speed = np.where(steps["tokens_per_s"] > 0, steps["tokens_per_s"], np.inf)
-    steps["seconds"] = np.cumsum(np.diff(steps["tokens"], prepend=0) / speed)
+    steps["seconds"] = np.array(seconds_at(training))
     return Run(name, steps, [line for line in lines if "loss" not in line],
                _json(folder / "config.json"), summary)
 
@@ -144,7 +143,7 @@ def differences(runs: list[Run]) -> list[str]:
     key = "bits_per_byte" if per_byte else "val_loss"
 
     def evaluated(run: Run) -> dict[Any, dict[int, float]]:
-        return {one.config.get("seed"): {line["step"]: _number(line[key])
+        return {one.config.get("seed"): {line["step"]: as_number(line[key])
                                          for line in one.evaluations if key in line}
                 for one in run.seeds or (run,)}
     words, found, base = [""] * len(runs), {}, evaluated(runs[0])
@@ -266,12 +265,6 @@ def _character(cell: np.ndarray, color: bool) -> str:
         return text
     red, green, blue = bytes.fromhex(PALETTE[(cell.max() - 1) % len(PALETTE)][1:])
     return f"\033[38;2;{red};{green};{blue}m{text}\033[0m"
-
-
-def _number(value: Any) -> float:
-    """A number of JSON; NaN of anything else, and of what no float holds."""
-    known = isinstance(value, float) or isinstance(value, int) and abs(value) < 2**1000
-    return value if known else np.nan
 
 
 def _json(path: Path) -> dict[str, Any]:

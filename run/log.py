@@ -2,7 +2,8 @@
 
 A run is a folder: config.json, run.json (how it was made, and its final figures), log.jsonl (one
 object a line: every step has step, loss, lr, grad_norm, tokens, tokens_per_s; an evaluation has
-step and what was measured), tokenizer.json, last.pt, best.pt. Only rank 0 writes.
+step and what was measured), tokenizer.json, last.pt, best.pt. Only rank 0 writes. Tokens are those
+that the model has read, prompts too but no padding; by them go tok/s and MFU.
 """
 import json
 import math
@@ -60,26 +61,30 @@ class RunLog:
     """
 
     def __init__(self, out: Path, config: Any, start: int, flops_per_token: float,
-                 device: torch.device, world: Processes, recent: list[float]):
-        self.active, self.out, self.world, self.device = world.rank == 0, out, world, device
-        self.tokens_per_step, self.max_steps = config.batch_tokens, config.max_steps
-        peak = peak_flops(device)
+                 batches: Any, world: Processes, recent: list[float]):
+        self.active, self.out, self.world, self.device = world.rank == 0, out, world, world.device
+        self.batch_tokens, self.max_steps = config.batch_tokens, config.max_steps
+        self.batches, self.tokens = batches, batches.tokens_before(start)
+        peak = peak_flops(self.device)
         self.mfu_per_token = flops_per_token / (peak * world.size) if peak else None
         # Steps between looks: one for two steps, then log_every, fewer where steps are long. A
         # signal is heard of then, and torchrun ends a rank 30 s after its own.
         self.every, self.log_every, self.start = 1, config.log_every, start
         self.each_step = config.skip_spikes > 0     # is judged by all before it, whenever they came
-        self.pending: list[tuple[int, float, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.pending: list[tuple[Any, ...]] = []
         self.last_loss = float("nan")
         self.spikes = Spikes(recent)
         self.bad_steps = 0                          # in a row that were not finite
-        self.busy, self.trained_tokens = 0.0, 0     # seconds without evaluations and saves
+        lines = repaired_log(out / "log.jsonl", start) if self.active else []
+        # Seconds without evaluations and saves, of the whole run, as far as there is a log of it.
+        self.busy = world.from_first(max(seconds_at(lines), default=0.0))
+        self.unseen = 0 if self.busy else self.tokens       # tokens whose time is not known
         self.unlogged = 0.0                         # those since the last flush
         self.clock = time.perf_counter()
         self.terminal = sys.stderr.isatty()
         if not self.active:
             return
-        self.path = repaired_log(out / "log.jsonl", start)
+        self.path = out / "log.jsonl"
         self.file, self.unwritten, self.synced = open(self.path, "ab", buffering=0), b"", True
         self.board = (summary_writer()(str(out / "tensorboard"))
                       if config.report_to == "tensorboard" else None)
@@ -88,15 +93,18 @@ class RunLog:
 
     def begin(self, parameters: int, dtype: torch.dtype, compiled: bool) -> None:
         """Say what is about to be trained."""
+        tokens = f"{self.batches.tokens_per_step:,.0f} tokens a step"
+        if self.batches.tokens_per_step != self.batch_tokens:
+            tokens += f" ({self.batch_tokens:,} with padding)"
         self.say(f"{self.out}: {'from' if self.start == 0 else 'going on at'} step {self.start} of "
-                 f"{self.max_steps}, {parameters:,} parameters, {self.tokens_per_step:,} tokens a "
-                 f"step, {self.world.size} x {device_name(self.device)}, "
+                 f"{self.max_steps}, {parameters:,} parameters, {tokens}, "
+                 f"{self.world.size} x {device_name(self.device)}, "
                  f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}")
 
     def step(self, step: int, lr: float, loss: torch.Tensor, norm: torch.Tensor,
              skipped: torch.Tensor) -> None:
         """Note a finished step. loss: this rank's share of the step's mean loss."""
-        self.pending.append((step, lr, loss, norm, skipped))
+        self.pending.append((step, lr, self.batches.tokens_at(step - 1), loss, norm, skipped))
 
     def flush(self, *votes: bool) -> list[bool]:
         """Fetch the noted figures from the device, reduce them over ranks, log and show them.
@@ -105,22 +113,22 @@ class RunLog:
         rank has it.
         """
         self.lap()
-        seconds, tokens = self.unlogged, len(self.pending) * self.tokens_per_step
-        self.busy, self.unlogged = self.busy + seconds, 0.0
+        seconds, self.unlogged = self.unlogged, 0.0
+        self.busy += seconds
         *agreed, each = self.world.sum(torch.tensor(
             [*votes, seconds / len(self.pending)], device=self.device)).tolist()
-        losses = self.world.sum(torch.stack([row[2] for row in self.pending])).tolist()
-        norms, skips = (torch.stack(column).tolist() for column in list(zip(*self.pending))[3:])
+        losses = self.world.sum(torch.stack([row[3] for row in self.pending])).tolist()
+        norms, skips = (torch.stack(column).tolist() for column in list(zip(*self.pending))[4:])
         step = self.pending[-1][0]
         if step > self.start + 1 and not self.each_step:            # the first one warms up
             self.every = max(1, min(self.log_every, int(LOOK * self.world.size / max(each, 1e-9))))
-        self.trained_tokens += tokens
-        speed = tokens / seconds
-        for (step, lr, *_), loss, norm, skipped in zip(self.pending, losses, norms, skips):
+        speed = sum(row[2] for row in self.pending) / seconds
+        for (step, lr, tokens, *_), loss, norm, skipped in zip(self.pending, losses, norms, skips):
+            self.tokens += tokens
             finite = math.isfinite(loss) and math.isfinite(norm)
             line = {"step": step, "loss": loss if math.isfinite(loss) else None, "lr": lr,
                     "grad_norm": norm if math.isfinite(norm) else None,
-                    "tokens": step * self.tokens_per_step, "tokens_per_s": round(speed, 1)}
+                    "tokens": self.tokens, "tokens_per_s": round(speed, 1)}
             if skipped:
                 line["skipped"] = "spike" if finite else "not finite"
             spike = self.spikes.score(loss) if finite else 0.0
@@ -137,7 +145,8 @@ class RunLog:
         step = self.pending[-1][0]                                  # the last one
         if self.active and (step > self.start + 2 and not self.each_step
                             or step % self.log_every == 0 or step == self.max_steps):
-            self._show(step, losses[-1], self.pending[-1][1], norms[-1], speed)
+            left = (self.max_steps - step) * seconds / len(self.pending)
+            self._show(step, losses[-1], self.pending[-1][1], norms[-1], speed, left)
         self.pending.clear()
         return [count > 0 for count in agreed]
 
@@ -223,13 +232,13 @@ class RunLog:
             if self.board:
                 self.board.close()
 
-    def _show(self, step: int, loss: float, lr: float, norm: float, speed: float) -> None:
+    def _show(self, step: int, loss: float, lr: float, norm: float, speed: float, left: float
+              ) -> None:
         mfu = f"{self.mfu_per_token * speed:.1%}" if self.mfu_per_token else "?"
         self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {_short(speed)} tok/s, MFU {mfu}",
                                  refresh=False)
         self.bar.update(step - self.bar.n)
         if not self.terminal:
-            left = (self.max_steps - step) * self.tokens_per_step / speed
             self.say(f"step {step}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
                      f"norm {norm:.2f}  {_short(speed)} tok/s  MFU {mfu}"
                      + (f"  {left:.0f} s left" if step > self.start + 1 else ""))   # warmed up
@@ -248,12 +257,27 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def repaired_log(path: Path, start: int) -> Path:
-    """Drop what a killed run left behind its checkpoint of step `start`: lines, half a line."""
+def repaired_log(path: Path, start: int) -> list[dict[str, Any]]:
+    """Drop what a killed run left behind its checkpoint of step `start`: lines, half a line.
+    Returns the lines that stay."""
+    lines = [line for line in read_log(path) if line["step"] <= start] if path.exists() else []
     if path.exists():
-        write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path)
-                                 if line["step"] <= start))
-    return path
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def seconds_at(lines: list[dict[str, Any]]) -> list[float]:
+    """Seconds of training at each line of a log, since the run began: what it had read by then, at
+    the speed of each step."""
+    found, tokens = [0.0], 0
+    for line in lines:
+        now, speed = (as_number(line.get(key)) for key in ("tokens", "tokens_per_s"))
+        if math.isfinite(now):
+            found.append(found[-1] + (max(0, now - tokens) / speed if speed > 0 else 0))
+            tokens = now
+        else:
+            found.append(found[-1])
+    return found[1:]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -276,6 +300,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def as_number(value: Any) -> float:
+    """A number of JSON; NaN of anything else, and of what no float holds."""
+    known = isinstance(value, float) or isinstance(value, int) and abs(value) < 2**1000
+    return value if known else math.nan
+
+
 def _whole(digits: str) -> int:
     if len(digits) > 19:
         raise ValueError(f"{digits:.20}... is no number of a run")  # nor one that a float can be
@@ -284,11 +314,12 @@ def _whole(digits: str) -> int:
 
 def final_figures(log: RunLog, figures: dict[str, Any], best_loss: float, step: int
                   ) -> dict[str, Any]:
-    """What a run ends with: losses in nats a token, time without evaluations and saves."""
-    return {"step": step, "tokens": step * log.tokens_per_step, "train_loss": log.last_loss,
+    """What a run ends with: losses in nats a token, time without evaluations and saves; of the
+    whole run, in however many parts it was trained."""
+    return {"step": step, "tokens": log.tokens, "train_loss": log.last_loss,
             **{key if key == "fit" else f"val_{key}": value for key, value in figures.items()},
             "best_val_loss": best_loss, "train_seconds": round(log.busy, 2),
-            "tokens_per_s": round(log.trained_tokens / max(log.busy, 1e-9), 1),
+            "tokens_per_s": round((log.tokens - log.unseen) / max(log.busy, 1e-9), 1),
             "peak_memory_mib": peak_memory(log.device) >> 20}
 
 

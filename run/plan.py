@@ -109,15 +109,15 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, world:
     if model.transformer.wte.weight.requires_grad:
         trained -= (c.padded_vocab_size - c.vocab_size) * c.n_embd
     passes = config.max_steps * batches.rows_per_step / batches.rows_per_epoch
-    flops = model.flops_per_token() * config.max_steps * config.batch_tokens
+    flops = model.flops_per_token() * config.max_steps * batches.tokens_per_step
     rates = [learning_rate(round(i * (config.max_steps - 1) / 59), config.schedule,
                            config.max_steps, config.warmup_steps, config.learning_rate,
                            config.min_learning_rate, config.optim) for i in range(60)]
     lines = [
         f"{config.max_steps:,} steps of {config.batch_tokens:,} tokens = {world.size} rank(s) x "
         f"{batches.accumulation} micro-batch(es) x {batches.micro_batch} sequences x "
-        f"{c.block_size} tokens; {passes:.2f} passes over "
-        f"{batches.rows_per_epoch:,} rows of the data",
+        f"{c.block_size} tokens ({batches.tokens_per_step:,.0f} without padding); {passes:.2f} "
+        f"passes over {batches.rows_per_epoch:,} rows of the data",
         f"parameters {n:,}, trained {trained:,}; {model.flops_per_token() / 1e9:.3g} GFLOP a "
         f"token, {flops:.3g} FLOP in all",
         *about_resources(config, model, world, dtype, flops),
@@ -139,7 +139,7 @@ def dry_run(config: Any, model: torch.nn.Module, batches: Any, data: Any, world:
     if world.rank == 0:
         print("\n".join(lines))
     return {"parameters": n, "trained": trained, "max_steps": config.max_steps,
-            "flops_per_token": model.flops_per_token()}
+            "flops_per_token": model.flops_per_token(), "tokens_per_step": batches.tokens_per_step}
 
 
 def about_resources(config: Any, model: torch.nn.Module, world: Processes, dtype: torch.dtype,

@@ -20,12 +20,14 @@ from torch.nn import functional as F
 
 from bpe import Tokenizer
 from data import pydocs
+from data.conversations import write_conversations
 from data.corpus import CorpusConfig, prepare
 from experiments import compare
 from experiments.compare import changed, drawn_by_name, perform, read, train_all
 from experiments.studies import chat as chat_study
 from experiments.ttest import holm, paired, seeds_needed, t_quantile, two_sided_p
 from model import GPT, GPTConfig
+from train import TrainConfig, train
 
 REPOSITORY = Path(__file__).parent.parent
 STUDIES = REPOSITORY / "experiments" / "studies"
@@ -312,6 +314,36 @@ def test_runs_have_an_equal_share(words, here, equal):
         flops = [6 * (4096 + 32 + 3280 * layers) + 12 * 16 * 16 * layers for layers in (1, 3)]
         assert deep["steps"] == round(24 * flops[0] / flops[1])
     assert base["steps"] == 12 and deep["steps"] >= 1
+
+
+def test_what_is_tuned_has_an_equal_share_too(words, here, tmp_path):
+    """A block more costs more FLOP, in tuning and in what is compared."""
+    report = found(words, "--tune=model.n_layer=1,3", "--equal=flops", "--seeds=1",
+                   "--tune_seeds=1", "--max_steps=12")
+    runs = [json.loads(path.read_text()) for path in tmp_path.rglob("result.json")]
+    flops = [6 * (4096 + 32 + 3280 * layers) + 12 * 16 * 16 * layers for layers in (1, 3)]
+    steps = {1: 12, 3: round(12 * flops[0] / flops[1])}
+    assert len(runs) == 3 and all(run["steps"] == steps[run["settings"]["model.n_layer"]]
+                                  for run in runs)
+    assert report["variants"]["base"]["steps"] in steps.values()
+
+
+def test_padding_is_no_token(here, dataset, tmp_path):
+    """Packed rows have more of them, so fewer steps; to half a step of either equal."""
+    shape = dict(block_size=128, n_layer=1, n_head=2, n_embd=16)
+    train(TrainConfig(data=str(dataset), out=str(tmp_path / "base"), max_steps=1, sample_tokens=0,
+                      batch_tokens=256, micro_batch=2, device="cpu", model=GPTConfig(**shape)))
+    write_conversations(tmp_path / "chats", [{"messages": [
+        {"role": "user", "content": "?" * (i % 7) + str(i)},
+        {"role": "assistant", "content": "yes"}]} for i in range(64)], "made", validation=0.2)
+    report = found(["sft-demo", f"--data={tmp_path / 'chats'}", f"--init_from={tmp_path / 'base'}",
+                    f"--out={tmp_path / 'compare'}", "--device=cpu", "--compile=off",
+                    "--batch_tokens=1024", "--max_steps=12"],
+                   "--set=packing=true", "--seeds=1")
+    padded, packed = report["variants"].values()
+    assert packed["steps"] < padded["steps"] == 12
+    assert packed["tokens"] == pytest.approx(padded["tokens"],
+                                             abs=packed["tokens"] / packed["steps"])
 
 
 def test_data_of_another_tokenizer_are_compared_per_byte(words, here, dataset, tmp_path):

@@ -430,7 +430,8 @@ def test_labels_are_counted_as_they_are_served():
     batches = loader.WindowLoader(row(66), 10, 40, 2, seed=1)
     for step in range(12):
         served = sum(int((y != IGNORE).sum()) for _, y in batches.batches(step))
-        assert batches.labels(step) == served
+        assert batches.labels(step) == batches.tokens_at(step) == served
+        assert batches.tokens_before(step + 1) == batches.tokens_before(step) + served
     assert any(batches.labels(step) < 40 for step in range(12))     # the short window came
 
 

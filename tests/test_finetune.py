@@ -86,6 +86,10 @@ def test_padding_and_packing_of_everything_at_once_give_one_loss(base, chats, tm
     train(build(TrainConfig, settings(base, chats, tmp_path / "packed", max_steps=2, packing=True,
                                       batch_tokens=rows * 48, micro_batch=rows)))
     assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=1e-5)
+    for name in ("packed", "padded"):                   # and no padding counts as read
+        lines = report.read_log(tmp_path / name / "log.jsonl")
+        assert [line["tokens"] for line in lines if "lr" in line] == [
+            step * _samples(base, chats).lengths.sum() for step in (1, 2)]
 
 
 def _samples(base, chats, template="plain"):

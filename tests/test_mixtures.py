@@ -86,6 +86,7 @@ def test_ranks_and_micro_batches_divide_the_rows_of_one_process_and_labels_are_c
         parts = [[x for x, _ in mixed(sizes, weights, rank=rank, world=2).batches(step)]
                  for rank in range(2)]
         assert torch.equal(torch.cat([x for pair in zip(*parts) for x in pair]), whole)
+        assert alone.tokens_before(step + 1) - alone.tokens_before(step) == alone.labels(step)
         assert alone.labels(step) == sum(int((y >= 0).sum()) for _, y in alone.batches(step))
     assert "shard 0 at token" in alone.where(0)
 

@@ -95,6 +95,21 @@ def test_a_label_on_a_first_token_counts_nowhere_as_nothing_predicts_it():
             assert loader.labels(step) == pairs_of(loader.batches(step)).total()
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_tokens_are_counted_as_they_are_read_without_padding(packing):
+    samples = some_samples(50)
+    samples.ids += 1                                    # 0 is padding
+    loader = SampleLoader(samples, BLOCK, 8 * BLOCK, 4, packing=packing)
+    before = 0
+    for step in range(16):                              # epochs end within
+        assert loader.tokens_before(step) == before
+        count = sum(int((x != 0).sum()) for x, *_ in loader.batches(step))
+        assert loader.tokens_at(step) == count
+        before += count
+    epoch = loader.tokens_per_step / loader.rows_per_step * loader.rows_per_epoch
+    assert epoch == pytest.approx(samples.lengths.sum())
+
+
 def test_padding_reaches_to_the_longest_of_a_micro_batch_and_has_no_label():
     samples = some_samples(50)
     loader = SampleLoader(samples, BLOCK, 16 * BLOCK, 4)

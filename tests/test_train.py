@@ -317,6 +317,20 @@ def test_samples_are_not_counted_as_training(dataset, tmp_path, monkeypatch):
     assert late[0] >= 500 and summary["train_seconds"] < 100
 
 
+def test_time_and_speed_of_a_run_in_parts_are_those_of_the_whole(dataset, tmp_path, monkeypatch):
+    """By a clock that moves by a second when it is read; each step's line has its speed."""
+    now = itertools.count()
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    seconds = [train(settings(dataset, tmp_path, max_steps=count))["train_seconds"]
+               for count in (5, 12, 20)]
+    lines = [line for line in report.read_log(tmp_path / "log.jsonl") if "lr" in line]
+    counts = [b["tokens"] - a["tokens"] for a, b in zip([{"tokens": 0}, *lines], lines)]
+    whole = sum(count / line["tokens_per_s"] for count, line in zip(counts, lines))
+    assert seconds[0] < seconds[1] < seconds[2] == pytest.approx(whole, rel=1e-3)
+    final = json.loads((tmp_path / "run.json").read_text())["final"]
+    assert final["tokens_per_s"] == pytest.approx(sum(counts) / whole, rel=1e-3)
+
+
 def test_settings_of_the_optimizer_that_are_changed_take_effect(dataset, tmp_path):
     """AdamW takes lr * weight_decay of a matrix off, whatever else its step does."""
     a, b = tmp_path / "a", tmp_path / "b"
