@@ -20,7 +20,8 @@ if __name__ == "__main__":
     from run.config import interruptible
     interruptible()
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Literal
 
@@ -38,14 +39,15 @@ from run.config import parse, run_command
 from run.device import pick_device, pick_dtype
 from run.load import load_model, needs_tokenizer, run_template
 
-KINDS = {"text": "text", "tokens": "text", "chat": "chat data", "classes": "texts with classes"}
+KINDS = {"text": "text", "tokens": "text", "chat": "chat data", "classes": "texts with classes",
+         "mixture": "a mixture"}
 
 
 @dataclass(frozen=True)
 class LossConfig:
     model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, gpt2, gpt2-medium, ...
-    data: str = "corpus"  # data set: a name under data/ or a folder; or a .txt, .jsonl or .parquet
-        # file, or several by comma
+    data: str = "corpus"  # data set: a name under data/ or a folder, several by
+        # weight (a:0.7,b:0.3), or a .txt, .jsonl or .parquet file, several by comma
     split: Literal["train", "val"] = "val"  # which part of a data set
     limit: int = 0  # tokens to evaluate, spread over the split; 0 is all
     stride: int = 0  # tokens between windows that overlap; 0: no such figure
@@ -114,14 +116,18 @@ def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.
 
 def evaluate_data(model: nn.Module, data: Any, config: Any, world: Any, *rest: Any
                   ) -> dict[str, float]:
-    """`evaluate_loss` on the validation split of a run's data. Of a mixture the mean by weight,
-    and each source's loss as loss/NAME."""
+    """`evaluate_loss` on the validation split of a run's data; of a mixture `mixed`."""
     if not isinstance(data, sets.MixtureSet):
         return evaluate_loss(model, data.validation(config, world), world.device, *rest)
-    each = {name: evaluate_data(model, source, config, world, *rest)
-            for name, source in data.sources.items()}
-    total = float(sum(data.weights))
-    shares = [float(weight) / total for weight in data.weights]
+    return mixed({name: evaluate_data(model, source, config, world, *rest)
+                  for name, source in data.sources.items()}, data.weights)
+
+
+def mixed(each: dict[str, dict[str, float]], weights: Iterable[Fraction]) -> dict[str, float]:
+    """What `evaluate_loss` found of each source as the mean by weight, with each source's loss as
+    loss/NAME."""
+    weights = [float(weight) for weight in weights]
+    shares = [weight / sum(weights) for weight in weights]
     loss = sum(share * found["loss"] for share, found in zip(shares, each.values()))
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)),
               "tokens": sum(found["tokens"] for found in each.values())}
@@ -166,9 +172,10 @@ def text_tokens(source: str, tokenizer: Any) -> shards.Tokens:
 
 
 def kind_of(data: str) -> str:
-    """What --data names: "text" (files), "tokens", "chat" or "classes"."""
-    is_text = any(Path(name).is_file() for name in data.split(","))
-    return "text" if is_text else sets.kind(shards.find(data))
+    """What --data names: "text" (files), "mixture", "tokens", "chat" or "classes"."""
+    if any(Path(name).is_file() for name in data.split(",")):
+        return "text"
+    return "mixture" if ":" in data and sets.mixture_of(data) else sets.kind(shards.find(data))
 
 
 def open_tokens(config: LossConfig, tokenizer: Any) -> shards.Tokens:
@@ -215,6 +222,10 @@ def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, A
         if getattr(config, name) and kind not in meant:
             raise ValueError(f"--{name} is for {KINDS[meant[0]]}, and {config.data} is none; leave "
                              f"it out")
+    if kind == "mixture":
+        weights = sets.mixture_of(config.data)
+        return mixed({name: measure(model, tokenizer, replace(config, data=name))
+                      for name in weights}, weights.values())
     if kind == "classes":
         batches = open_classes(config, model, tokenizer).evaluation_batches(size, limit)
     elif kind == "chat":

@@ -1,4 +1,5 @@
 """Mixtures of data sets: --data=a:0.7,b:0.3."""
+import json
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +11,8 @@ from data.corpus import CorpusConfig, prepare
 from data.loader import MixtureLoader, WindowLoader, deal
 from data.sets import TokenSet, mixture_of
 from data.shards import Tokens
+from eval import __main__ as command
+from eval import loss as loss_command
 from eval.loss import evaluate_loss, token_lengths
 from run.config import build
 from run.load import load_model
@@ -122,6 +125,20 @@ def test_a_mixture_is_evaluated_by_source(two):
     bytes_a, bytes_b = (found["loss"] / found["bits_per_byte"] for found in each.values())
     assert final["bits_per_byte"] == pytest.approx(
         (0.7 * a + 0.3 * b) / (0.7 * bytes_a + 0.3 * bytes_b), rel=1e-6)
+
+
+def test_a_run_on_a_mixture_is_evaluated_later_as_in_training(two, monkeypatch, capsys):
+    data = of(two, "run").data
+    summary = train(of(two, "run", dtype="float32"))
+    monkeypatch.setattr(command.hellaswag, "load_items", lambda path: [])
+    command.main([str(two / "run"), "--tokens=0", "--device=cpu", "--dtype=float32"])
+    shown = capsys.readouterr().out
+    found = json.loads((two / "run" / "eval.json").read_text())["loss"]
+    assert found["data"] == data and "a:0.7,b:0.3" in shown and f"loss/{two / 'a'}" in shown
+    for key in ("loss", "bits_per_byte", f"loss/{two / 'a'}", f"loss/{two / 'b'}", "tokens"):
+        assert found[key] == pytest.approx(summary[f"val_{key}"], rel=1e-5)     # other batches
+    with pytest.raises(ValueError, match="--stride is for text, and .* is none; leave it out"):
+        loss_command.main([f"--model={two / 'run'}", f"--data={data}", "--stride=8"])
 
 
 def test_a_mixture_goes_on_as_if_it_had_not_been_stopped(two):
