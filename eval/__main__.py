@@ -6,7 +6,7 @@
 
 What has no file here is left out, and said so. A classifier has a loss and an accuracy only. Of a
 run the figures are also kept, in its eval.json. Losses of models with different tokenizers do not
-compare; bits per byte do.
+compare; bits per byte do. Of conversations those answers are scored that the run has learned.
 """
 if __name__ == "__main__":
     from run.config import interruptible
@@ -89,10 +89,10 @@ def rows_of(found: dict[str, Any]) -> dict[str, str]:
     """The lines of the table for one model: label -> figure."""
     rows = {"parameters": f"{found['parameters']:,}", "context": f"{found['block_size']:,}"}
     if figures := found.get("loss"):
-        rows["loss on"] = Path(figures["data"]).name
+        rows["loss on"] = ",".join(Path(part).name for part in figures["data"].split(","))
         rows.update({key.replace("_", " "): f"{figures[key]:.4f}"
-                     for key in ("loss", "perplexity", "bits_per_byte", "accuracy")
-                     if key in figures})
+                     for key in ("loss", *(key for key in figures if key.startswith("loss/")),
+                                 "perplexity", "bits_per_byte", "accuracy") if key in figures})
     for task in ("hellaswag_completion", "hellaswag_harness", "lambada", "imdb"):
         for metric in ("acc", "acc_norm"):
             if metric in found.get(task, {}):

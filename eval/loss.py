@@ -37,7 +37,7 @@ from eval.scoring import evaluating
 from model import IGNORE
 from run.config import parse, run_command
 from run.device import pick_device, pick_dtype
-from run.load import load_model, needs_tokenizer, run_template
+from run.load import load_model, needs_tokenizer, run_settings, run_template
 
 KINDS = {"text": "text", "tokens": "text", "chat": "chat data", "classes": "texts with classes",
          "mixture": "a mixture"}
@@ -53,7 +53,8 @@ class LossConfig:
     stride: int = 0  # tokens between windows that overlap; 0: no such figure
     batch_size: int = 8  # windows or conversations at a time
     template: str = ""  # of chat data; empty: the one that the run was trained with
-    labels: Literal["all", "last"] = "all"  # of chat data: which answers are scored
+    labels: Literal["all", "last", ""] = ""  # of chat data: which answers are scored; empty: those
+        # that the run has learned
     fit: bool = False  # of chat data: has the model learned it, and does it generalise?
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
@@ -195,7 +196,8 @@ def open_chat(config: LossConfig, split: str, tokenizer: Any, block_size: int) -
         raise ValueError(f"{config.model} was not trained on conversations; say how to write them "
                          f"with --template={', '.join(TEMPLATES)}")
     return chat.load_samples(shards.find(config.data), split, tokenizer, template,
-                             block_size, config.labels)
+                             block_size, config.labels
+                             or run_settings(config.model).get("labels") or "all")
 
 
 def open_classes(config: LossConfig, model: nn.Module, tokenizer: Any) -> Any:

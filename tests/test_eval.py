@@ -311,6 +311,17 @@ def test_a_run_with_an_adapter_is_evaluated_as_its_merged_model_is(
     assert figures == pytest.approx([kept["loss"]["loss"]] * 2, abs=2e-4)
 
 
+def test_a_run_is_scored_on_the_answers_that_it_has_learned(run, monkeypatch):
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**settings, "labels": "last"}))
+    monkeypatch.setattr(loss.shards, "find", str)
+    monkeypatch.setattr(loss.chat, "load_samples", lambda *arguments: arguments[-1])
+    for asked, found in (("", "last"), ("all", "all")):
+        config = loss.LossConfig(model=str(run), labels=asked, template="plain")
+        assert loss.open_chat(config, "val", None, 16) == found
+    assert loss.open_chat(loss.LossConfig(template="plain"), "val", None, 16) == "all"
+
+
 def test_all_is_without_limits(run, hellaswag_file):
     command.main([str(run), f"--hellaswag_file={hellaswag_file}", "--limit=0", "--tokens=0",
                   "--device=cpu"])
