@@ -172,7 +172,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     # Data and base weights -> LoRA, quantised -> DDP or FSDP -> optimizer -> resume -> compile.
     folder = find_or_make(config.data, world, config.dry_run)
-    start, tokenizer = load_start(config.init_from, config.model, config.dry_run)
+    start, tokenizer = load_start(config)
     data = open_data(folder, config, tokenizer, start.config.block_size if start
                      else config.model.block_size)
     model = use_fast_products(model_for(data, start, config))

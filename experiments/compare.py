@@ -61,7 +61,7 @@ from experiments.runs import PALETTE, duration, load_run
 from experiments.ttest import Paired, holm, paired, seeds_needed
 from formats.files import read_json, write_bytes, write_json, write_text
 from model import GPT
-from run.config import build, flatten, parse, run_command, settings_of
+from run.config import build, flatten, given, parse, run_command, settings_of
 from run.device import pick_device
 from run.log import provenance
 from run.presets import chosen_preset, follow
@@ -143,8 +143,7 @@ def read(words: list[str]) -> Plan:
             (own if name else others).append(word)
     config = dataclasses.replace(parse(CompareConfig, own, PROG, about=__doc__), **{
         name: tuple(values) for name, values in lists.items()})
-    base = flatten(dataclasses.asdict(parse(TrainConfig, others, PROG, {
-        **preset.settings, **FIXED}, follow=follow)))
+    base = flat(parse(TrainConfig, others, PROG, {**preset.settings, **FIXED}, follow=follow))
     if config.equal == "minutes" and base["compile"] == "auto":
         base["compile"] = "off"                     # or runs would be, and their short ones not
     if base["seed"] or base["dry_run"]:
@@ -159,7 +158,11 @@ def read(words: list[str]) -> Plan:
     names = [text.partition("=")[0] for text in config.set_]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"set={twice[0]} is given twice; write NAME=VALUE,VALUE")
-    found, seen = [Variant("base", {})], [(base, set())]
+
+    def point(settings: dict[str, Any]) -> Any:     # what base and variants may have in common
+        config = build(TrainConfig, settings)
+        return settings if config.init_from != "scratch" else config
+    found, seen = [Variant("base", {})], [(point(base), set())]
     for changes, path in itertools.product(grid(sides), patches or ["none"]) \
             if sides or patches else ():
         if both := sorted(changes.keys() & tuned[0].keys()):
@@ -167,14 +170,14 @@ def read(words: list[str]) -> Plan:
         named = [f"{name}={value}" for name, value in changes.items()]
         patch = "" if path == "none" else source_of(path)
         settings = changed(base, changes)           # of a point of the grid, which may be the base
-        own = {"max_steps", "epochs"} & changes.keys() if settings != base else set()
-        point = settings, own                       # steps that are given do not follow from others
-        if patch or point not in seen:
+        same, own = point(settings), {"max_steps", "epochs"} & changes.keys()
+        this = same, own if same != point(base) else set()      # given steps follow from no others
+        if patch or this not in seen:
             name = " ".join(named + [Path(path).name] * bool(patch))
             if name in [variant.name for variant in found]:
                 raise ValueError(f"two variants are called {name!r}; rename one of the files")
             found.append(Variant(name, changes, patch))
-            seen.append(({}, set()) if patch else point)
+            seen.append(({}, set()) if patch else this)
     for variant, values in itertools.product(found, tuned):
         changed(base, {**variant.changes, **values})            # ValueError before a run, not after
     return Plan(config, base, found, tuned, command)
@@ -217,7 +220,15 @@ def changed(base: dict[str, Any], changes: dict[str, str]) -> dict[str, Any]:
         elif name in SETTINGS and typing.get_origin(SETTINGS[name][0]) in (tuple, dict):
             changes[name] = value.replace("+", ",")
     words = [f"--{name}={value}" for name, value in changes.items()]
-    return flatten(dataclasses.asdict(parse(TrainConfig, words, PROG, base, follow=follow)))
+    return flat(parse(TrainConfig, words, PROG, base, follow=follow))
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Its settings by dotted names; of the network's those that are given, for init_from brings the
+    others, all but dropout."""
+    kept = {"model.dropout", *(f"model.{name}" for name in given(config, "model"))}
+    return {name: value for name, value in flatten(dataclasses.asdict(config)).items()
+            if name in kept or not name.startswith("model.")}
 
 
 # ------------------------------------------------------------------------------------------------

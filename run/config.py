@@ -89,7 +89,10 @@ def build(cls: type[Config], values: dict[str, Any]) -> Config:
             del values[name]                                        # a group that is not there
         elif name not in known:
             raise ValueError(_unknown(name, known))
-    return _assemble(cls, values)
+    config = _assemble(cls, values)
+    if any("." in name for name in known):                          # for `given`
+        object.__setattr__(config, "given", frozenset(values))
+    return config
 
 
 def parse(cls: type[Config], words: list[str], prog: str, base: dict[str, Any] | None = None,
@@ -122,6 +125,14 @@ def parse(cls: type[Config], words: list[str], prog: str, base: dict[str, Any] |
             raise ValueError(_unknown(word[2:].partition("=")[0], known))
         raise ValueError(f"unexpected argument {word!r}: settings are written --key=value")
     return build(cls, {**(follow(base, vars(given)) if follow else base), **vars(given)})
+
+
+def given(config: Any, group: str) -> list[str]:
+    """Those settings of a group that are no default, and those that `build` was given all the same:
+    given(config, "model") is ["n_layer"] of {"model": {"n_layer": 12}}."""
+    part, names = getattr(config, group), getattr(config, "given", ())
+    return [field.name for field in dataclasses.fields(part)
+            if f"{group}.{field.name}" in names or getattr(part, field.name) != _default(field)]
 
 
 def run_command(main: Callable[[list[str]], Any]) -> None:

@@ -20,7 +20,7 @@ from formats.gpt2 import OPENAI, count_weights, download
 from model import GPT, SIZES, GPTConfig
 from run import checkpoint
 from run.classifier import Classifier
-from run.config import build, warn
+from run.config import build, given, warn
 from run.device import host_memory
 
 TOKENIZER_FILES = ("tok.json", "tokenizer.json", "vocab.bpe", "merges.txt")
@@ -68,23 +68,23 @@ def load_base(name: str | Path, dropout: float = 0.0, block_size: int | None = N
     return model.requires_grad_(True).train(), tokenizer
 
 
-def load_start(name: str, asked: GPTConfig, dry_run: bool = False
-               ) -> tuple[GPT | None, Tokenizer | None]:
-    """What a new run starts from: `load_base` with the dropout and the context that are `asked`
-    for; (None, None) of "scratch". ValueError where the rest of the shape is another. A dry run
-    has GPT-2's shape without its weights, which it does not download."""
+def load_start(config: Any) -> tuple[GPT | None, Tokenizer | None]:
+    """What a new run starts from, by the settings of train.py: `load_base` with the dropout and the
+    context that are given; (None, None) of "scratch". ValueError where the rest of the shape is
+    another. A dry run has GPT-2's shape without its weights, which it does not download."""
+    name, asked, wanted = config.init_from, config.model, given(config, "model")
     if name == "scratch":
         return None, None
-    cropped = asked.block_size if asked.block_size != GPTConfig.block_size else None
-    if dry_run and name in SIZES:
+    cropped = asked.block_size if "block_size" in wanted else None
+    if config.dry_run and name in SIZES:
         model, tokenizer = GPT(GPTConfig(**SIZES[name], dropout=asked.dropout)), Tokenizer.gpt2()
         model.crop_context(cropped or GPTConfig.block_size)
     else:
         model, tokenizer = load_base(name, asked.dropout, cropped)
-    for field in dataclasses.fields(GPTConfig):
-        value, has = getattr(asked, field.name), getattr(model.config, field.name)
-        if value not in (field.default, has):
-            raise ValueError(f"model.{field.name}={value}, but {name} has {has}; leave it out, "
+    for field in wanted:
+        value, has = getattr(asked, field), getattr(model.config, field)
+        if value != has:
+            raise ValueError(f"model.{field}={value}, but {name} has {has}; leave it out, "
                              f"init_from brings the shape")
     return model, tokenizer
 
@@ -93,7 +93,7 @@ def model_for(data: Any, start: GPT | None, config: Any) -> GPT | Classifier:
     """The network that learns from a data set (data/sets.py), by the settings of train.py: a new
     one, or the start with a row for each token, or with a head for the classes."""
     if start is None:
-        if config.model.vocab_size not in (data.vocab_size, GPTConfig.vocab_size):
+        if config.model.vocab_size != data.vocab_size and "vocab_size" in given(config, "model"):
             raise ValueError(f"model.vocab_size={config.model.vocab_size}, but the tokenizer of "
                              f"{config.data} has {data.vocab_size}; leave it out, training takes "
                              f"that")

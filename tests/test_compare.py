@@ -131,6 +131,14 @@ def test_a_grid_has_every_point_but_the_base():
                                                     "batch_tokens=4096 max_steps=9"]
 
 
+def test_a_default_of_the_network_is_the_base_where_no_model_brings_its_own():
+    def names(preset, setting):
+        return [v.name for v in read([preset, f"--set={setting}"]).variants[1:]]
+    assert names("demo", "model.bias=true,false") == ["model.bias=false"]
+    assert names("sft-demo", "model.bias=true") == ["model.bias=true"]
+    assert names("sft-demo", "model.dropout=0.0") == []
+
+
 def test_equal_minutes_compile_all_runs_or_none():
     assert read(["demo", "--equal=minutes"]).base["compile"] == "off"
     assert read(["demo", "--equal=minutes", "--compile=on"]).base["compile"] == "on"

@@ -22,7 +22,7 @@ from run import checkpoint
 from run import log as report
 from run import parallel, plan
 from run import processes as launch
-from run.config import build
+from run.config import build, parse
 from run.load import load_model, load_start
 from run.presets import PRESETS
 from sample import continue_text
@@ -374,6 +374,7 @@ def test_other_data_in_the_same_folder_is_refused(dataset, tmp_path):
     (dict(min_learning_rate=1.0), "is above learning_rate"),
     (dict(batch_tokens=500), "try batch_tokens=384 or 512"),
     (dict(model={**MODEL, "vocab_size": 300}), "model.vocab_size=300, but"),
+    (dict(model={**MODEL, "vocab_size": 50257}), "model.vocab_size=50257, but"),    # the default
     (dict(model={**MODEL, "block_size": 10**5}), "longer than the data"),
     (dict(init_from="no/such/folder"), "neither a folder here nor a model"),
 ])
@@ -469,10 +470,25 @@ def test_a_dry_run_on_gpt2_loads_no_weights(monkeypatch):
     monkeypatch.setitem(SIZES, "gpt2-xl", dict(n_layer=1, n_head=2, n_embd=8))
     monkeypatch.setattr("run.load.Tokenizer.gpt2", lambda: "GPT-2's")
     monkeypatch.setattr(GPT, "from_pretrained", None)
-    model, tokenizer = load_start("gpt2-xl", GPTConfig(block_size=64), dry_run=True)
+    config = TrainConfig(init_from="gpt2-xl", model=GPTConfig(block_size=64), max_steps=1,
+                         dry_run=True)
+    model, tokenizer = load_start(config)
     assert tokenizer == "GPT-2's" and (model.config.n_embd, model.config.block_size) == (8, 64)
     with pytest.raises(TypeError):
-        load_start("gpt2-xl", GPTConfig(block_size=64))
+        load_start(dataclasses.replace(config, dry_run=False))
+
+
+@pytest.mark.parametrize("name, value, has", [("block_size", 1024, 32), ("n_layer", 12, 2),
+                                              ("bias", "true", False)])
+def test_a_shape_that_is_given_is_given_also_where_it_is_the_default(dataset, tmp_path, name, value,
+                                                                     has):
+    train(settings(dataset, tmp_path, max_steps=1, model={**MODEL, "bias": False}))
+    words = [f"--init_from={tmp_path}", "--max_steps=1"]
+    load_start(parse(TrainConfig, words, "train.py"))
+    config = parse(TrainConfig, [*words, f"--model.{name}={value}"], "train.py")
+    with pytest.raises(ValueError, match=f"model.{name}={getattr(config.model, name)}, but .* has "
+                                         f"{has}; leave it out"):
+        load_start(config)
 
 
 def test_the_time_left_is_not_told_from_the_first_step(dataset, tmp_path, capsys):
