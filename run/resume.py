@@ -75,6 +75,12 @@ def with_step_counts(config: Any, batches: Any) -> Any:
              f"{config.data}, which will be learned by heart; lower max_steps or epochs, or "
              f"prepare more data")
     warmup = config.warmup_steps or round(config.warmup_ratio * steps)
+    if warmup > steps and batches.rank == 0:
+        warn(f"warning: warmup_steps={warmup} are more than the {steps} steps of the run, whose "
+             f"learning rate will not come to its peak; lower warmup_steps")
+    if config.lora and config.optim.optimizer != "adamw" and batches.rank == 0:
+        warn(f"warning: optim.optimizer={config.optim.optimizer} is for the matrices of linear "
+             f"layers, which lora freezes; A and B of its adapter are trained by adamw")
     return dataclasses.replace(config, max_steps=steps, epochs=0.0, warmup_steps=warmup,
                                warmup_ratio=0.0)
 
@@ -134,6 +140,11 @@ def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Process
             if name in here and name in there and name != "out"]
     if world.rank == 0 and said:
         print(f"settings changed since the checkpoint: {', '.join(said)}")
+    if "eval_tokens" in changed:                        # losses of other tokens do not compare
+        state.update(best_loss=math.inf, stale=0)
+        if world.rank == 0:
+            print("another part of the validation split is evaluated from here on, so best.pt will "
+                  "be the best from here on")
     if world.rank == 0 and not finished:
         threads = state.get("threads", torch.get_num_threads())
         if world.device.type == "cpu" and threads != torch.get_num_threads():

@@ -62,6 +62,24 @@ def best(settings):
 
 # ---- the best model
 
+def test_losses_of_other_validation_tokens_are_not_better_or_worse(settings, monkeypatch, capsys):
+    """1.0 of a part; of the whole split 3.0, 2.0, 2.5: best.pt is that of 2.0."""
+    evaluations(monkeypatch, [1.5, 1.0, 3.0, 2.0, 2.5])
+    run(settings, max_steps=4, eval_tokens=32, schedule="constant")
+    summary = run(settings, max_steps=10, patience=2, schedule="constant")
+    assert summary["step"] == 10 and summary["best_val_loss"] == best(settings)["best_loss"] == 2.0
+    assert best(settings)["step"] == 8 and "from here on" in capsys.readouterr().out
+
+
+def test_what_a_run_would_not_do_as_it_is_asked_is_said(settings, tmp_path, capsys):
+    run(settings, max_steps=1, warmup_steps=2)
+    assert "warmup_steps=2 are more than the 1 steps" in capsys.readouterr().err
+    run(settings, max_steps=2, warmup_steps=2, out=str(tmp_path / "adapter"), lora={"r": 2},
+        init_from=settings["out"], optim={"optimizer": "muon"})
+    said = capsys.readouterr().err
+    assert "A and B of its adapter are trained by adamw" in said and "warmup" not in said
+
+
 def test_a_best_model_that_could_not_be_saved_is_not_taken_for_saved(settings, monkeypatch):
     """Losses 3.0, 2.0 with a failing save, 2.5: best.pt is that of 2.5, and run.json says so."""
     evaluations(monkeypatch, [3.0, 2.0, 2.5, 4.0])
