@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch.nn as nn
+from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from run.presets import PRESETS
@@ -241,4 +242,6 @@ def test_the_python_of_the_pages_runs(page, code, tmp_path, monkeypatch, dataset
     monkeypatch.setattr(GPT, "from_pretrained", staticmethod(
         lambda name, *settings, **more: GPT(GPTConfig(vocab_size=50257, **tiny))
         if name == "gpt2" else real(name, *settings, **more)))
+    monkeypatch.setattr(GPT, "__init__", GPT.__init__)  # what a patch replaces is to be put back
+    monkeypatch.setattr(F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
     exec(compile(code, page, "exec"), {"__name__": "readme"})
