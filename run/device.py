@@ -130,8 +130,11 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak in FLOP/s, None when it is not in the table."""
+    """Dense bf16 peak in FLOP/s, None when it is not in the table, as of a slice of a card (MIG) or
+    a laptop's."""
     name = device_name(device)
+    if re.search(r"\b(MIG|Laptop|4090 D)\b", name):
+        return None
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)),
                 None)
 

@@ -74,7 +74,8 @@ def test_bfloat16_before_ampere_is_refused(gpus):
     ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 NVL", 835), ("NVIDIA H100 PCIe", 756),
     ("NVIDIA GH200 480GB", 989), ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500),
     ("NVIDIA B300 SXM6 AC", 2250), ("NVIDIA GeForce RTX 5090", 209), ("NVIDIA GB300", None),
-    ("NVIDIA H20", None)])
+    ("NVIDIA H20", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None)])
 def test_a_peak_is_that_of_the_card_and_of_no_other(monkeypatch, name, peak):
     monkeypatch.setattr(devices, "device_name", lambda device: name)
     assert peak_flops(GPU) == (peak and peak * 1e12)
