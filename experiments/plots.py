@@ -294,8 +294,9 @@ def caption(runs: list[Run]) -> str:
         return ""
     run, device = runs[0], runs[0].summary.get("device")
     steps, tokens, seconds = (run.steps[key][-1] for key in ("step", "tokens", "seconds"))
-    return (f"{run.name}: {steps:.0f} steps, {short(tokens)} tokens of "
-            f"{Path(run.config.get('data', '?')).name}, {duration(seconds)} of training"
+    data = ",".join(Path(part).name for part in run.config.get("data", "?").split(","))
+    return (f"{run.name}: {steps:.0f} steps, {short(tokens)} tokens of {data}, "
+            f"{duration(seconds)} of training"
             + (f" on {device}" if device else ""))
 
 

@@ -84,6 +84,11 @@ def test_time_adds_up_training_and_evaluations_stand_at_their_step(tmp_path):
         assert run.measured("val_loss", axis)[0].tolist() == pytest.approx(expected)
 
 
+def test_a_caption_names_every_source_of_a_mixture(tmp_path):
+    folder = write_run(tmp_path / "a", steps=5, data="out/a:0.7,out/b:0.3")
+    assert plots.caption([load_run(folder, "a")]).startswith("a: 5 steps, 500 tokens of a:0.7,b:0.3")
+
+
 def test_an_evaluation_before_the_first_step_stands_at_zero(tmp_path):
     folder = write_run(tmp_path / "a", steps=5)
     with open(folder / "log.jsonl", "a") as file:
