@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from eval import hellaswag, imdb, lambada, loss
+from eval.scoring import spread
 from formats.files import write_json
 from run.config import parse, run_command
 from run.device import pick_device, pick_dtype
@@ -31,7 +32,7 @@ class EvalConfig:
     hellaswag_file: str = ""  # local HellaSwag file; empty: the official one, downloaded once
     imdb_file: str = ""  # JSONL of reviews {text, label}; empty: left out
     lambada_file: str = ""  # JSONL of passages {text}; empty: left out
-    limit: int = 1000  # the first so many items of each task; 0 is all
+    limit: int = 1000  # so many items of each task, spread over its file; 0 is all
     tokens: int = 100_000  # tokens of the loss, spread over the split; 0 is all
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision
@@ -54,7 +55,7 @@ def load_tasks(config: EvalConfig) -> dict[str, list[Any]]:
     tasks = {"hellaswag": items,
              "imdb": imdb.load_reviews(config.imdb_file) if config.imdb_file else [],
              "lambada": lambada.load_passages(config.lambada_file) if config.lambada_file else []}
-    return {name: items[:config.limit or None] for name, items in tasks.items()}
+    return {name: spread(items, config.limit) for name, items in tasks.items()}
 
 
 def evaluate(name: str, model: Any, tokenizer: Any, tasks: dict[str, list[Any]],

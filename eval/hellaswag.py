@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.hellaswag_items import ENDINGS, Item, Style, items_of_run, load_items, prepare
-from eval.scoring import accuracy, evaluating
+from eval.scoring import accuracy, evaluating, spread
 from model import IGNORE
 from run.config import parse, run_command
 from run.device import pick_device, pick_dtype
@@ -50,7 +50,7 @@ METRICS = ("acc", "acc_norm", "acc_bytes")
 class HellaSwagConfig:
     model: str = "gpt2"  # a run (out/demo), a Hugging Face folder, or gpt2, gpt2-medium
     hellaswag_file: str = ""  # local HellaSwag file; empty: the official one, downloaded once
-    limit: int = 0  # the first so many items; 0 is all
+    limit: int = 0  # so many items, spread over the file; 0 is all
     style: Style = "completion"  # preparation of the text; acc_norm per token or character
     batch_tokens: int = 0  # tokens of a batch, at most; 0: 4096 on a CPU, 32768 on a GPU
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
@@ -252,7 +252,7 @@ def main(words: list[str]) -> None:
     words = [re.sub("^--file(?==|$)", "--hellaswag_file", word) for word in words]
     config = parse(HellaSwagConfig, words, "python -m eval.hellaswag", about=__doc__)
     device = pick_device(config.device)
-    items = load_items(config.hellaswag_file or None)[:config.limit or None]
+    items = spread(load_items(config.hellaswag_file or None), config.limit)
     model, tokenizer = load_writer(config.model, device)
     result = evaluate(model, tokenizer, items, config.style, config.batch_tokens,
                       pick_dtype(config.dtype, device), progress=True)

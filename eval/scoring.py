@@ -36,6 +36,13 @@ def score_rows(model: nn.Module, x: torch.Tensor, y: torch.Tensor):
             wrong.new_zeros(len(y)).index_add(0, row, wrong) == 0)
 
 
+def spread(items: list[Any], limit: int) -> list[Any]:
+    """So many items, evenly from all (0: all): files are in order. The first 3,000 of HellaSwag's
+    are all of films, the first half of IMDB's all negative."""
+    return [items[i * len(items) // limit] for i in range(limit)] if 0 < limit < len(items) \
+        else items
+
+
 def accuracy(right: int, n: int, name: str = "acc") -> dict[str, Any]:
     """{acc, correct, acc_interval}; of the name "acc_norm": acc_norm, correct_norm, ..."""
     return {name: right / n, name.replace("acc", "correct"): right,

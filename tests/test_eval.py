@@ -265,7 +265,7 @@ def test_one_table_and_the_runs_own_file_hold_what_each_evaluation_finds(
     shown = capsys.readouterr().out.splitlines()
     lines = {line[:32].strip(): line[32:].split() for line in shown}
     kept = json.loads((run / "eval.json").read_text())
-    items = hellaswag.load_items(hellaswag_file)[:4]
+    items = command.spread(hellaswag.load_items(hellaswag_file), 4)
     for style in ("completion", "harness"):
         found = hellaswag.evaluate(model, tokenizer, items, style)
         assert kept[f"hellaswag_{style}"] == json.loads(json.dumps(found))
@@ -274,7 +274,7 @@ def test_one_table_and_the_runs_own_file_hold_what_each_evaluation_finds(
             assert figures[0] == f"{found[metric]:.4f}" and figures[:4] == figures[4:]
     assert kept["imdb"]["n"] == kept["lambada"]["n"] == 4
     assert kept["imdb"]["acc"] == imdb.evaluate(
-        model, tokenizer, imdb.load_reviews(reviews)[:4])["acc"]
+        model, tokenizer, command.spread(imdb.load_reviews(reviews), 4))["acc"]
     expected = loss.measure(model, tokenizer, loss.LossConfig(
         data=kept["loss"]["data"], limit=256, dtype="float32"))
     assert {key: kept["loss"][key] for key in expected} == expected
@@ -320,6 +320,14 @@ def test_a_run_is_scored_on_the_answers_that_it_has_learned(run, monkeypatch):
         config = loss.LossConfig(model=str(run), labels=asked, template="plain")
         assert loss.open_chat(config, "val", None, 16) == found
     assert loss.open_chat(loss.LossConfig(template="plain"), "val", None, 16) == "all"
+
+
+def test_a_limit_takes_items_from_all_of_a_file():
+    """The halves of a file in order, as IMDB's is; by hand; and all where there are no more."""
+    assert command.spread([0] * 12500 + [1] * 12500, 1000).count(1) == 500
+    assert command.spread(list("abcde"), 3) == ["a", "b", "d"]
+    for limit in (0, 5, 9):
+        assert command.spread(list("abcde"), limit) == list("abcde")
 
 
 def test_all_is_without_limits(run, hellaswag_file):
