@@ -100,6 +100,9 @@ def rows_of(found: dict[str, Any]) -> dict[str, str]:
                 low, high = found[task][f"{metric}_interval"]
                 rows[f"{task.replace('_', ' ')} {metric}"] = (
                     f"{found[task][metric]:.4f} ({low:.3f} to {high:.3f})")
+        if task in found:
+            n, cut = found[task]["n"], found[task]["cut"]
+            rows[f"{task.replace('_', ' ')} items"] = f"{n:,}" + f", {cut:,} cut" * bool(cut)
     if "lambada" in found:
         rows["lambada perplexity"] = f"{found['lambada']['perplexity']:.2f}"
     return rows

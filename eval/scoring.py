@@ -1,6 +1,7 @@
 """How tokens are scored, and how sure a share of right answers is: what the evaluations share."""
 import contextlib
 import math
+import random
 from typing import Any, Iterator
 
 import torch
@@ -37,10 +38,12 @@ def score_rows(model: nn.Module, x: torch.Tensor, y: torch.Tensor):
 
 
 def spread(items: list[Any], limit: int) -> list[Any]:
-    """So many items, evenly from all (0: all): files are in order. The first 3,000 of HellaSwag's
-    are all of films, the first half of IMDB's all negative."""
-    return [items[i * len(items) // limit] for i in range(limit)] if 0 < limit < len(items) \
-        else items
+    """So many items (0: all), one drawn from each of as many equal parts: files are in order. The
+    first 3,243 of HellaSwag's are all of films, the first half of IMDB's all negative, and where
+    labels take turns every second one would be."""
+    n, draw = len(items), random.Random(0).randrange
+    return [items[draw(i * n // limit, (i + 1) * n // limit)] for i in range(limit)] \
+        if 0 < limit < n else items
 
 
 def accuracy(right: int, n: int, name: str = "acc") -> dict[str, Any]:

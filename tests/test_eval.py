@@ -273,6 +273,7 @@ def test_one_table_and_the_runs_own_file_hold_what_each_evaluation_finds(
             figures = lines[f"hellaswag {style} {metric}"]
             assert figures[0] == f"{found[metric]:.4f}" and figures[:4] == figures[4:]
     assert kept["imdb"]["n"] == kept["lambada"]["n"] == 4
+    assert lines["hellaswag completion items"] == ["4", "4"]
     assert kept["imdb"]["acc"] == imdb.evaluate(
         model, tokenizer, command.spread(imdb.load_reviews(reviews), 4))["acc"]
     expected = loss.measure(model, tokenizer, loss.LossConfig(
@@ -323,9 +324,13 @@ def test_a_run_is_scored_on_the_answers_that_it_has_learned(run, monkeypatch):
 
 
 def test_a_limit_takes_items_from_all_of_a_file():
-    """The halves of a file in order, as IMDB's is; by hand; and all where there are no more."""
+    """The halves of a file in order, as IMDB's is, and of one whose labels take turns; one of each
+    third, the same each time; and all where there are no more."""
     assert command.spread([0] * 12500 + [1] * 12500, 1000).count(1) == 500
-    assert command.spread(list("abcde"), 3) == ["a", "b", "d"]
+    assert 400 < command.spread([0, 1] * 12500, 1000).count(1) < 600
+    few = command.spread(list("abcde"), 3)
+    assert few == command.spread(list("abcde"), 3)
+    assert few[0] == "a" and few[1] in "bc" and few[2] in "de"
     for limit in (0, 5, 9):
         assert command.spread(list("abcde"), limit) == list("abcde")
 
