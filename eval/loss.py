@@ -20,6 +20,7 @@ if __name__ == "__main__":
     from run.config import interruptible
     interruptible()
 import math
+import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -39,8 +40,10 @@ from run.config import parse, run_command
 from run.device import pick_device, pick_dtype
 from run.load import load_model, needs_tokenizer, run_settings, run_template
 
-KINDS = {"text": "text", "tokens": "text", "chat": "chat data", "classes": "texts with classes",
-         "mixture": "a mixture"}
+KINDS = {"text": "text files", "tokens": "token shards", "chat": "chat data",
+         "classes": "texts with classes", "mixture": "a mixture"}
+MEANT = {"stride": ("text", "tokens"), "fit": ("chat",), "labels": ("chat",),
+         "split": ("tokens", "chat", "classes", "mixture")}         # settings that others ignore
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,11 @@ def open_tokens(config: LossConfig, tokenizer: Any) -> shards.Tokens:
     folder = shards.find(config.data)
     shards.verify(folder, cached=True)
     made_with = shards.read_meta(folder)["tokenizer_hash"]
-    if made_with is not None and (tokenizer is None or made_with != tokenizer.hash):
+    if made_with is None:                               # llm.c's shards are of GPT-2's tokens
+        fits = tokenizer is None or tokenizer.eot == shards.GPT2_VOCAB - 1
+    else:
+        fits = tokenizer is not None and tokenizer.hash == made_with
+    if not fits:
         raise ValueError(f"{folder} was made with another tokenizer than {config.model}'s")
     return shards.open_split(folder, config.split)
 
@@ -220,18 +227,19 @@ def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, A
                          f"{config.data} holds {KINDS[kind]}; name another --model or --data")
     if kind != "tokens":
         needs_tokenizer(tokenizer, config.model)
-    for name, meant in (("stride", ("text", "tokens")), ("fit", ("chat",))):
-        if getattr(config, name) and kind not in meant:
-            raise ValueError(f"--{name} is for {KINDS[meant[0]]}, and {config.data} is none; leave "
-                             f"it out")
+    for name, meant in MEANT.items():
+        if getattr(config, name) != getattr(LossConfig, name) and kind not in meant:
+            raise ValueError(f"--{name} is for {', '.join(KINDS[one] for one in meant)}; "
+                             f"{config.data} holds {KINDS[kind]}: leave it out")
     if kind == "mixture":
         weights = sets.mixture_of(config.data)
         return mixed({name: measure(model, tokenizer, replace(config, data=name))
                       for name in weights}, weights.values())
-    if kind == "classes":
-        batches = open_classes(config, model, tokenizer).evaluation_batches(size, limit)
-    elif kind == "chat":
-        samples = open_chat(config, config.split, tokenizer, block_size)
+    if kind in ("chat", "classes"):
+        samples = (open_classes(config, model, tokenizer) if kind == "classes" else
+                   open_chat(config, config.split, tokenizer, block_size))
+        if samples.counts.get("truncated") or samples.counts.get("dropped"):
+            print(f"{config.data}/{config.split}: {samples.summary()}", file=sys.stderr)
         batches = samples.evaluation_batches(size, limit)
     else:
         tokens = (text_tokens(config.data, tokenizer) if kind == "text" else

@@ -1,4 +1,5 @@
 """Loss on text and with overlapping windows, against loops that follow the definition."""
+import dataclasses
 import json
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from bpe import Tokenizer
+from data.chat import load_samples
 from data.shards import Tokens
 from eval import loss
 from eval.loss import LossConfig, evaluate_loss, measure, strided_batches, text_tokens
@@ -183,7 +185,7 @@ def test_a_model_and_data_of_different_kinds_are_refused(topics, dataset, tokeni
     model, gpt = classifier_of(tokenizer), random_model(tokenizer.vocab_size)
     for one, data, changes, message in [
             (gpt, topics, {}, "gpt2 is no classifier, and .*topics holds texts with classes"),
-            (model, dataset, {}, "gpt2 is a classifier, and .* holds text; name another"),
+            (model, dataset, {}, "gpt2 is a classifier, and .* holds token shards; name another"),
             (model, topics, dict(stride=4), "--stride is for text"),
             (model, topics, dict(fit=True), "--fit is for chat data"),
             (classifier_of(tokenizer, 2), topics, {}, r"among 2 classes, .* has 3 \(0, 1, 2\)")]:
@@ -305,12 +307,37 @@ def test_settings_of_the_wrong_data_are_refused(conversations, chat_model, datas
     for settings, message in [
             (dict(data=str(folder), stride=4), "--stride is for text"),
             (dict(data=str(dataset), fit=True), "--fit is for chat data"),
+            (dict(data=str(dataset), labels="last"), "--labels is for chat data"),
+            (dict(data=__file__, split="train"), "--split is for token shards, chat data, texts"),
             (dict(data=str(folder)), "was not trained on conversations; say how"),
             (dict(data=str(folder), template="alpine"), "template='alpine' is unknown")]:
         with pytest.raises(ValueError, match=message):
             measure(chat_model, tokenizer, LossConfig(**settings))
     with pytest.raises(ValueError, match="has no tokenizer.json"):
         measure(chat_model, None, LossConfig(data=str(folder)))
+
+
+def test_a_loss_over_a_part_of_the_conversations_says_so(conversations, chat_model, capsys):
+    folder, tokenizer = conversations
+    for block_size, said in ((128, False), (48, True)):
+        model = GPT(dataclasses.replace(chat_model.config, block_size=block_size))
+        capsys.readouterr()
+        found = measure(model, tokenizer, LossConfig(data=str(folder), template="chatml"))
+        samples = load_samples(folder, "val", tokenizer, "chatml", block_size)
+        assert (capsys.readouterr().err == f"{folder}/val: {samples.summary()}\n") == said
+        assert found["tokens"] == samples.label_counts.sum()
+
+
+def test_shards_of_gpt2s_tokens_are_for_no_other_tokenizer(conversations, chat_model, tmp_path):
+    """llm.c's, which name no tokenizer; here all ids are in the model's vocabulary."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 500
+    (tmp_path / "val.bin").write_bytes(header.tobytes() + np.arange(500, dtype="<u2").tobytes())
+    config = GPTConfig(block_size=64, vocab_size=500, n_layer=1, n_head=2, n_embd=8)
+    with pytest.raises(ValueError, match="was made with another tokenizer than out/x's"):
+        measure(GPT(config), conversations[1], LossConfig(model="out/x", data=str(tmp_path)))
+    found = measure(GPT(config), None, LossConfig(data=str(tmp_path)))      # a run on such shards
+    assert found["tokens"] == 499 and "bits_per_byte" not in found
 
 
 def test_a_run_brings_its_template(conversations, chat_model, tmp_path):
