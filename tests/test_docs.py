@@ -1,6 +1,7 @@
 """The pages of docs/ and README.md keep their word: tables, names, commands, formulas."""
 import ast
 import dataclasses
+import functools
 import importlib
 import re
 import shlex
@@ -45,9 +46,14 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES.values() for command in 
 
 # ---- names and commands
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
 def defined(path, name):
     """Whether a file defines a dotted name: a class, function, method, field or constant."""
-    body = ast.parse(path.read_text()).body
+    body = parsed(path).body
     for part in name.split("."):
         found = [node for node in body if getattr(node, "name", None) == part
                  or isinstance(node, ast.Assign) and part in map(ast.unparse, node.targets)
