@@ -1,8 +1,6 @@
 """The comparison with peers: all contestants take the same step, and the table is formed right."""
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -220,9 +218,8 @@ def test_the_command_measures_in_processes_and_prints_the_table(own, capsys, mon
 
 
 def test_a_measurement_that_fails_tells_why():
-    with pytest.raises(RuntimeError, match="FileNotFoundError: .*train_gpt2.py"):   # no checkout
-        machine.in_process(versus_peers.measure, "tiny", "build-nanogpt", "float32", "eager",
-                           "cpu", 1)
+    with pytest.raises(RuntimeError, match="FileNotFoundError: .*no/such/file"):
+        machine.in_process(open, "no/such/file")
 
 
 def test_a_process_measures_its_own_memory():
@@ -250,12 +247,3 @@ def test_saves_counts_the_bytes_of_weights_and_moments(tmp_path):
         assert found["bytes"] < (tmp_path / name).stat().st_size < 2 * found["bytes"]
     seconds, ratios = found["seconds"], found["ratios"]
     assert ratios["copy / foreground"] * seconds["foreground"] == pytest.approx(seconds["copy"])
-
-
-def test_the_compiler_is_looked_for_in_a_fresh_process():
-    """torch.utils._triton is not there after `import torch` alone."""
-    code = ("import torch; from run.device import has_compiler;"
-            "print(has_compiler(torch.device('cuda')))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=machine.REPOSITORY, text=True,
-                          capture_output=True, check=True)
-    assert done.stdout.strip() in ("True", "False")

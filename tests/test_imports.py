@@ -1,6 +1,7 @@
 """Imports point down only, those inside functions included: held by reading every import."""
 import ast
 import functools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -81,13 +82,28 @@ def test_the_tokenizer_needs_no_torch():
         assert "torch" not in {room(word) for word in imports(modules()[name], {"torch"})}, name
 
 
+@functools.cache
+def fresh():
+    """Of a fresh interpreter: the files that `import model` reads, packages' empty __init__.py
+    aside; which parts of the compiler the commands import; whether has_compiler has an answer."""
+    code = ("import json, sys, torch, model\n"
+            "files = [name for name, module in sys.modules.items()"
+            " if getattr(module, '__file__', None)]\n"
+            "import lora, sample, train\n"
+            "parts = {'torch._dynamo', 'torch.utils._triton'} & sys.modules.keys()\n"
+            "from run.device import has_compiler\n"
+            "print(json.dumps([files, list(parts), has_compiler(torch.device('cuda'))]))")
+    return json.loads(subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True,
+                                     capture_output=True, text=True).stdout)
+
+
 def test_importing_the_model_loads_one_other_file():
-    """What a fresh interpreter has read of ours, packages' empty __init__.py aside."""
-    show = ("import sys, model; print(*sorted(name for name, module in sys.modules.items()"
-            " if getattr(module, '__file__', None)))")
-    loaded = subprocess.run([sys.executable, "-c", show], cwd=REPOSITORY, check=True,
-                            capture_output=True, text=True).stdout.split()
-    assert set(loaded) & modules().keys() == {"model", "fast.cross_entropy"}
+    assert set(fresh()[0]) & modules().keys() == {"model", "fast.cross_entropy"}
+
+
+def test_commands_begin_without_dynamo_which_comes_when_it_is_asked_for():
+    """It takes as long to import as all of PyTorch, and `import torch` does not bring it."""
+    assert fresh()[1] == [] and fresh()[2] in (True, False)
 
 
 def test_the_model_knows_nothing_of_lora_and_the_loop_nothing_of_tasks():

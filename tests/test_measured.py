@@ -223,14 +223,6 @@ def test_help_of_the_tokenizer_does_not_import_torch():
     assert {"numpy", "tiktoken", "fast"} <= set(modules)
 
 
-def test_commands_begin_without_the_compiler():
-    """It takes as long to import as all of PyTorch."""
-    code = "import sys, lora, sample, train; print('torch._dynamo' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=machine.REPOSITORY, text=True,
-                          capture_output=True, check=True)
-    assert done.stdout == "False\n"
-
-
 # ---------------------------------------------------------------------------------------- ranks
 
 def test_ranks_and_threads_train_the_same_steps(tmp_path, monkeypatch):
