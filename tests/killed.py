@@ -10,14 +10,19 @@ import importlib
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 from data import shards
 from data.writer import read_progress
 
 
-def prepare(name: str, words: list[str], kill_at: int = 0) -> bool:
+def prepare(name: str, words: list[str]) -> None:
+    """Run the command line, here."""
+    with contextlib.redirect_stdout(open(os.devnull, "w")):
+        importlib.import_module(f"data.{name}").main(words)
+
+
+def prepare_and_kill(name: str, words: list[str], kill_at: int) -> bool:
     """Run the command line in a process of its own; whether it was killed."""
     pid = os.fork()
     if not pid:
@@ -33,10 +38,9 @@ def prepare(name: str, words: list[str], kill_at: int = 0) -> bool:
             return call
 
         os.fsync, os.replace, os.unlink = map(deadly, (os.fsync, os.replace, os.unlink))
-        sys.stdout = open(os.devnull, "w")
         code = 1
         try:
-            importlib.import_module(f"data.{name}").main(words)
+            prepare(name, words)
             code = 0
         finally:
             os._exit(code)
@@ -72,15 +76,13 @@ def kill_everywhere(name: str, folder: Path, words: list[str]) -> None:
     """The above; the number of kills goes into the file FOLDER/kills. It forks: to be run in a
     process without threads."""
     whole, out, before = (folder / part for part in ("whole", "out", "before"))
-    with contextlib.redirect_stdout(open(os.devnull, "w")):
-        # here, so that its forks have the tables that splitting text makes once
-        importlib.import_module(f"data.{name}").main([*words, f"--out={whole}"])
+    prepare(name, [*words, f"--out={whole}"])           # forks have its tables of Unicode then
     expected, kills, killed = content(whole), 0, True
     while killed:
         shutil.rmtree(out, ignore_errors=True)
         if before.exists():                             # other data are in the folder
             shutil.copytree(before, out)
-        killed = prepare(name, [*words, f"--out={out}"], kill_at=kills + 1)
+        killed = prepare_and_kill(name, [*words, f"--out={out}"], kill_at=kills + 1)
         kills += killed
         assert killed or is_data_set(out)
         is_data_set(out)
@@ -92,7 +94,7 @@ def kill_everywhere(name: str, folder: Path, words: list[str]) -> None:
     if name == "fineweb":                               # killed again and again, it gets there too
         shutil.rmtree(out)
         times = 0
-        while prepare(name, [*words, f"--out={out}"], kill_at=10):  # enough for one shard a run
+        while prepare_and_kill(name, [*words, f"--out={out}"], kill_at=10):     # a shard a run
             times += 1
             assert times < 20, "it does not get on"
         assert content(out) == expected and times > 2, times
