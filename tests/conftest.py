@@ -2,10 +2,10 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")           # of what tests start, too: before PyTorch
+import pytest
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+os.environ.setdefault("OMP_NUM_THREADS", "1")           # of what tests start, too: before PyTorch,
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")     # which the controller never needs
 
 
 # What takes longest begins first, so that no process is left alone with it at the end; and of the
@@ -49,6 +49,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(autouse=True)
 def one_thread():
     """Tiny models gain nothing from threads, and wait for each other on a busy machine."""
+    import torch
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

@@ -1,5 +1,8 @@
 """What the ranks of a test do, each in a process of its own (bench.kills.start runs them)."""
+import ctypes
 import itertools
+import json
+import multiprocessing
 import os
 import resource
 import runpy
@@ -13,11 +16,25 @@ import torch
 
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from model import GPT
+from bench.kills import differences, start
+from bpe import Tokenizer
+from data import shards
+from data.prepared import write_dataset
+from data.writer import ShardWriter
+from experiments import compare
+from model import GPT, GPTConfig
 from run import checkpoint, parallel
 from run import watch as faults
 from run.config import build
 from train import TrainConfig, train
+
+
+def exit_codes(function, number, *arguments):
+    """Those of function(*arguments) as so many ranks."""
+    processes = start(function, number, *arguments)
+    for process in processes:
+        process.join(timeout=1800)
+    return [process.exitcode for process in processes]
 
 
 def quiet(out):
@@ -58,10 +75,10 @@ def recording(settings, path):
         torch.save({"gradients": gradients, "reductions": len(reductions)}, path)
 
 
-def commanded(settings):
+def commanded(settings, said=""):
     """As on a command line: errors become one line and an exit code."""
     from run.config import run_command
-    quiet(settings["out"])
+    quiet(said or settings["out"])
     run_command(lambda words: train(build(TrainConfig, settings)))
 
 
@@ -118,6 +135,22 @@ def dying_in_step(count, function, *arguments):
     function(*arguments)
 
 
+def dying_once(settings):
+    """Rank 1 dies in step 7, where torchrun has not restarted it yet."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and rank() == 1:
+        dying_at(settings, "computing", 7)
+    plain(settings)
+
+
+def under_torchrun(function, *arguments):
+    """What `torchrun --standalone --nproc_per_node=2 --max-restarts=1` does: its agent, whose ranks
+    are forks of this process, so that none has to import PyTorch."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    elastic_launch(LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                                run_id="1", max_restarts=1, start_method="fork"),
+                   function)(*arguments)
+
+
 def with_a_bad_loss(settings, steps, bad_rank):
     """On one rank, the loss of the given steps is not a number."""
     forward, at, here = GPT.forward, faults.Watch.at, []
@@ -172,7 +205,27 @@ def slowly(settings, until):
     plain(settings)
 
 
-def wait_for(condition, processes):
+def holding(folder):
+    """Holds a folder's lock until it is killed."""
+    with faults.locked(folder):
+        (folder / "held").touch()
+        threading.Event().wait()
+
+
+def comparing(folder, words):
+    """`python -m experiments.compare WORDS`, but its runs are forks of this process."""
+    quiet(folder)
+    context = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda name: context
+    compare.main(words)
+
+
+def verifying(folder, times):
+    for _ in range(times):
+        shards.verify(folder)
+
+
+def wait_for(condition, processes=()):
     """Until it is true; a process that ends before, or two minutes, mean that it never will be."""
     deadline = time.monotonic() + 120
     while not condition():
@@ -204,27 +257,66 @@ def fill(filler, pages=0):
         file.truncate(file.tell() - 4096 * pages)
 
 
-def start_on_full_disks(settings, folder):
+NO_DISK = 77            # the exit code where a machine lets nobody mount a file system
+
+
+def on_a_small_disk(disk, size, function, *arguments):
+    """function(*arguments) with a file system of this size at `disk`, which only this process
+    sees. What it prints is in a file beside it."""
+    quiet(disk)
+    libc, own = ctypes.CDLL(None), (("uid_map", os.getuid()), ("gid_map", os.getgid()))
+    if libc.unshare(0x10000000 | 0x20000):              # CLONE_NEWUSER | CLONE_NEWNS
+        sys.exit(NO_DISK)
+    Path("/proc/self/setgroups").write_text("deny")
+    for file, number in own:
+        Path("/proc/self", file).write_text(f"0 {number} 1")        # root, in here
+    if libc.mount(b"tmpfs", os.fsencode(disk), b"tmpfs", 0, f"size={size}".encode()):
+        sys.exit(NO_DISK)
+    function(*arguments)
+
+
+def start_on_full_disks(settings, disk):
     """Start a run where no page is left, others where one more is each, and all again with room.
-    Of each: its folder, what ended it, and the files that it left."""
+    Of each: its folder, what ended it, and the files that it left; and how it differs from the
+    first."""
     found = []
     for pages in range(8):
-        out, error = folder / f"run{pages}", None
-        fill(folder / "filler", pages)
+        out, error = disk / f"run{pages}", None
+        fill(disk / "filler", pages)
         try:
             train(build(TrainConfig, {**settings, "out": str(out)}))
         except OSError as reason:
             error = str(reason)
         left = sorted(path.name for path in out.glob("*"))
-        (folder / "filler").unlink()
+        (disk / "filler").unlink()
         train(build(TrainConfig, {**settings, "out": str(out)}))
         found.append([str(out), error, left])
-    return found
+    print(json.dumps([found, [differences(disk / "run0", Path(out)) for out, *_ in found]]))
 
 
-def on_a_full_disk(settings, first, last):
-    """The disk of the run has no byte left from step `first` to step `last`."""
-    at, filler = faults.Watch.at, Path(settings["out"]).parent / "filler"
+def write_on_full_disks(disk):
+    """Write what is no run where there is no room; what each error says."""
+    def shards():
+        writer = ShardWriter(disk / "data", tokenizer, "made up")
+        writer.add("train", [1] * 9000)
+        writer.finish()
+    tokenizer = Tokenizer([], special_tokens=())
+    for pages, write in ((2, lambda: GPT(GPTConfig(8, 16, 2, 2, 8)).save_pretrained(disk / "hf")),
+                         (2, shards), (0, lambda: tokenizer.save(disk / "tok.json")),
+                         (0, lambda: write_dataset(disk / "chat", "chat", {}, "made up")),
+                         (0, lambda: checkpoint.save(disk / "a.pt", {"a": torch.zeros(9999)}))):
+        fill(disk / "filler", pages)
+        try:
+            write()
+        except OSError as error:
+            print(error)
+        (disk / "filler").unlink()
+
+
+def on_a_disk_that_is_full_for_a_while(settings, disk, first, last):
+    """A run whose disk has no byte left from step `first` to step `last`, after an undisturbed
+    one: its files, and how the two differ."""
+    at, filler, one, two = faults.Watch.at, disk / "filler", disk / "one", disk / "two"
 
     def filling(self, step, phase):
         at(self, step, phase)
@@ -232,5 +324,7 @@ def on_a_full_disk(settings, first, last):
             fill(filler)
         if (step, phase) == (last, "computing"):
             filler.unlink()
+    train(build(TrainConfig, {**settings, "out": str(one)}))
     faults.Watch.at = filling
-    train(build(TrainConfig, settings))
+    train(build(TrainConfig, {**settings, "out": str(two)}))
+    print(sorted(os.listdir(two)), differences(one, two))

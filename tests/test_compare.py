@@ -1,15 +1,10 @@
 """experiments/compare.py: its test of differences, its runs, and that it knows its noise."""
 import json
 import math
-import os
 import random
 import re
 import runpy
 import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,12 +13,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import ranks
+from bench.kills import start
 from bpe import Tokenizer
 from data import pydocs
 from data.conversations import write_conversations
 from data.corpus import CorpusConfig, prepare
 from experiments import compare
-from experiments.compare import changed, drawn_by_name, perform, read, train_all
+from experiments.compare import changed, drawn_by_name, perform, read
 from experiments.studies import chat as chat_study
 from experiments.ttest import holm, paired, seeds_needed, t_quantile, two_sided_p
 from model import GPT, GPTConfig
@@ -488,15 +485,13 @@ def test_several_at_once_find_the_same_and_no_times(words, tmp_path):
 def test_a_killed_comparison_goes_on_and_nothing_is_trained_twice(words, here, tmp_path):
     whole = found(words, "--seeds=3", "--max_steps=40", f"--out={tmp_path / 'whole'}")
     command = [*words, "--seeds=3", "--max_steps=40"]
-    child = subprocess.Popen([sys.executable, "-m", "experiments.compare", *command],
-                             cwd=REPOSITORY, stdout=subprocess.DEVNULL,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child, = start(ranks.comparing, 1, tmp_path / "child", command)
     out, end = tmp_path / "compare", time.monotonic() + 120
     while not (done := list(out.glob("runs/*/result.json"))):
-        assert child.poll() is None and time.monotonic() < end
+        assert child.is_alive() and time.monotonic() < end
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     time.sleep(0.5)                                     # its runs end with it
     inodes = {path: path.stat().st_ino for path in done}
     report = found(command)

@@ -2,14 +2,13 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import ranks
 from bpe import Tokenizer
 from data import conversations, corpus, loader, shards
 from data.corpus import (CorpusConfig, docstrings, documentation, named_tokenizer, prepare,
@@ -21,7 +20,6 @@ from data.texts import find_files, read_documents
 from data.writer import ShardWriter, unigram_entropy
 from model import IGNORE
 
-REPOSITORY = Path(__file__).parent.parent
 BYTES = Tokenizer([], special_tokens=())
 
 
@@ -160,10 +158,7 @@ def test_a_stamp_that_cannot_be_written_is_no_error(dataset):
 
 
 def test_processes_that_verify_at_once_leave_a_whole_stamp(dataset):
-    words = [sys.executable, "-c", "import sys; from pathlib import Path; from data import shards; "
-             "[shards.verify(Path(sys.argv[1])) for _ in range(30)]", str(dataset)]
-    runs = [subprocess.Popen(words, cwd=REPOSITORY) for _ in range(3)]
-    assert [run.wait() for run in runs] == [0, 0, 0]
+    assert ranks.exit_codes(ranks.verifying, 3, dataset, 30) == [0, 0, 0]
     assert sorted(json.loads((dataset / ".verified.json").read_text())) == [
         "train_0000.npy", "val_0000.npy"]
     assert not list(dataset.glob("*.tmp"))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import sample
 from bpe import Tokenizer
-from data.chat import extend_tokenizer, render
+from data.chat import render
 from eval.explain import explain
 from lora import LoRAConfig, add_lora, disable_lora
 from model import GPT, GPTConfig, IGNORE

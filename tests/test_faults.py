@@ -15,6 +15,7 @@ import torch
 
 import ranks
 from bench.kills import campaign, differences, settings_of, start
+from ranks import exit_codes
 from run import checkpoint
 from run import log as report
 from run import watch as faults
@@ -24,9 +25,6 @@ from train import TrainConfig, train
 
 REPOSITORY = Path(__file__).parent.parent
 MODEL = dict(block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
-HEAD = ("import json, os, sys\n"                        # of scripts that torchrun starts
-        f"sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
-        "import torch, ranks\ntorch.set_num_threads(1)\n")
 
 
 @pytest.fixture
@@ -36,13 +34,6 @@ def settings(dataset, tmp_path):
                 micro_batch=4, learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2,
                 eval_every=4, save_every=2, milestone_every=4, log_every=2, dtype="float32",
                 device="cpu", compile="off", sample_tokens=4, model=MODEL, timeout_minutes=1.0)
-
-
-def finish(processes):
-    """Wait for the ranks; their exit codes."""
-    for process in processes:
-        process.join(timeout=120)
-    return [process.exitcode for process in processes]
 
 
 def printed(settings):
@@ -66,22 +57,23 @@ def peace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peace")
     found = {**settings_of("pretraining", folder), "max_steps": 12, "eval_every": 4,
              "save_every": 2, "milestone_every": 4, "out": str(folder / "run")}
-    assert finish(start(ranks.plain, 1, found)) == [0], printed(found)
+    assert exit_codes(ranks.plain, 1, found) == [0], printed(found)
     return found
 
 
 @pytest.mark.parametrize("name,count", CALLS)
 def test_a_run_killed_at_any_call_goes_on_as_if_nothing_had_been(peace, tmp_path, name, count):
     cut = {**peace, "out": str(tmp_path / "run")}
-    died = finish(start(ranks.dying_at, 1, cut, name, count))
+    died = exit_codes(ranks.dying_at, 1, cut, name, count)
     assert died == [-signal.SIGKILL] or count > 20 and died == [0]      # there are not so many
-    assert finish(start(ranks.plain, 1, cut)) == [0], printed(cut)
+    assert exit_codes(ranks.plain, 1, cut) == [0], printed(cut)
     assert differences(Path(peace["out"]), Path(cut["out"])) == []
 
 
 @pytest.mark.parametrize("kind,number", [("pretraining", 2), ("lora", 1)])
 def test_runs_killed_at_random_moments_equal_one_that_was_not(tmp_path, kind, number):
-    counts = campaign(tmp_path, settings_of(kind, tmp_path), number, 3, random.Random())
+    short = {**settings_of(kind, tmp_path), "max_steps": 16}
+    counts = campaign(tmp_path, short, number, 3, random.Random())
     assert counts["exact"] == counts["kills"] >= 3 and counts["lost"] == 0, counts
 
 
@@ -95,15 +87,8 @@ def test_fifty_kills_at_random_moments_lose_nothing(tmp_path, kind, number):
 
 def test_torchrun_restarts_a_run_whose_rank_died_and_it_goes_on(settings, tmp_path):
     whole = {**settings, "out": str(tmp_path / "whole")}
-    assert finish(start(ranks.plain, 2, whole)) == [0, 0], printed(whole)
-    (tmp_path / "once.py").write_text(
-        f"{HEAD}settings = json.loads({json.dumps(json.dumps(settings))})\n"
-        "dies = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1'\n"
-        "ranks.dying_at(settings, 'computing', 7) if dies else ranks.plain(settings)\n")
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                          "--nproc_per_node=2", "--max-restarts=1", str(tmp_path / "once.py")],
-                         capture_output=True, text=True, timeout=200)
-    assert run.returncode == 0, run.stderr[-2000:]
+    assert exit_codes(ranks.plain, 2, whole) == [0, 0], printed(whole)
+    assert exit_codes(ranks.under_torchrun, 1, ranks.dying_once, settings) == [0]
     assert "going on at step" in printed(settings)
     assert differences(Path(whole["out"]), Path(settings["out"])) == []
 
@@ -115,7 +100,7 @@ def test_a_run_continues_with_another_number_of_ranks_and_another_micro_batch(se
     whole = {**settings, "out": str(tmp_path / "whole")}
     train(build(TrainConfig, whole))
     train(build(TrainConfig, {**settings, "max_steps": 4, "micro_batch": 16}))
-    assert finish(start(ranks.plain, 2, {**settings, "max_steps": 8, "micro_batch": 8})) == [0, 0]
+    assert exit_codes(ranks.plain, 2, {**settings, "max_steps": 8, "micro_batch": 8}) == [0, 0]
     train(build(TrainConfig, {**settings, "micro_batch": 2}))
     for key in ("loss", "val_loss"):
         expected, found = ([line[key] for line in lines(out) if key in line]
@@ -136,7 +121,8 @@ def test_a_second_interrupt_ends_a_run_at_once(settings, tmp_path):
             assert processes[0].is_alive()
             time.sleep(0.02)
         os.kill(processes[0].pid, signal.SIGINT)
-    assert finish(processes) == [130]
+    processes[0].join(timeout=120)
+    assert processes[0].exitcode == 130
     assert "Traceback" not in shown.read_text()
 
 
@@ -147,7 +133,7 @@ def test_a_full_disk_costs_warnings_and_leaves_the_checkpoint_before(settings, t
              "sample_tokens": 0}                        # a run that stops at 4 samples there
     train(build(TrainConfig, first))
     full = {**first, "max_steps": 10, "max_failed_saves": 2}
-    assert finish(start(ranks.with_small_files, 1, full)) == [2]
+    assert exit_codes(ranks.with_small_files, 1, full) == [2]
     text = printed(settings)
     for number in (1, 2, 3):
         assert f"WARNING: NO CHECKPOINT WAS SAVED ({number} in a row)" in text
@@ -179,43 +165,34 @@ def test_a_disk_that_is_full_for_a_while_is_survived(settings, tmp_path, monkeyp
         assert torch.equal(tensor, two["model"][name])
 
 
-def on_a_small_disk(tmp_path, size, script):
-    """Run a script after HEAD with tmp_path/disk as a file system of its own, of this size."""
+def on_a_small_disk(tmp_path, size, function, *arguments):
+    """The exit code of function(*arguments) with a file system of its own, of this size, at
+    tmp_path/disk, and what it prints."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    (tmp_path / "full.py").write_text(HEAD + script)
-    mount = f"mount -t tmpfs -o size={size} tmpfs {disk}"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+    code, = exit_codes(ranks.on_a_small_disk, 1, disk, size, function, *arguments)
+    if code == ranks.NO_DISK:
         pytest.skip("this machine does not let a test mount a file system")
-    command = f"{mount} && {sys.executable} {tmp_path / 'full.py'}"
-    run = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True,
-                         timeout=240)
-    assert "Traceback" not in run.stderr, run.stderr[-2000:]
-    return run
+    said = disk.with_suffix(".txt").read_text()
+    assert "Traceback" not in said, said[-2000:]
+    return code, said
 
 
 def test_a_run_on_a_small_file_system_says_that_it_is_full(settings, tmp_path):
-    small = {**settings, "out": str(tmp_path / "disk" / "run"), "max_failed_saves": 0}
-    run = on_a_small_disk(tmp_path, "300k", (
-        f"from run.config import build, run_command\nfrom train import TrainConfig, train\n"
-        f"settings = json.loads({json.dumps(json.dumps(small))})\n"
-        f"run_command(lambda words: train(build(TrainConfig, settings)))\n"))
-    assert run.returncode == 2 and "No space left on device" in run.stderr, run.stderr[-2000:]
+    disk = tmp_path / "disk"
+    small = {**settings, "out": str(disk / "run"), "max_failed_saves": 0}
+    code, said = on_a_small_disk(tmp_path, "300k", ranks.commanded, small, disk)
+    assert code == 2 and "No space left on device" in said, said[-2000:]
 
 
 def test_a_run_started_on_a_full_disk_says_so_and_starts_when_there_is_room(settings, tmp_path):
     """With 0 to 7 pages of 4 KiB left: the lock, config.json, run.json, the tokenizer or a
     checkpoint is the first that has no room."""
     settings.update(max_steps=5, save_every=1, milestone_every=0, eval_every=0, sample_tokens=0)
-    run = on_a_small_disk(tmp_path, "32m", (
-        f"import pathlib\nfrom bench.kills import differences\n"
-        f"settings = json.loads({json.dumps(json.dumps(settings))})\n"
-        f"disk = pathlib.Path({str(tmp_path / 'disk')!r})\n"
-        f"starts = ranks.start_on_full_disks(settings, disk)\n"
-        f"same = [differences(disk / 'run0', disk / f'run{{i}}') for i in range(len(starts))]\n"
-        f"print(json.dumps([starts, same]))\n"))
-    assert run.returncode == 0, run.stderr[-2000:]
-    starts, same = json.loads(run.stdout.splitlines()[-1])
+    code, said = on_a_small_disk(tmp_path, "32m", ranks.start_on_full_disks, settings,
+                                 tmp_path / "disk")
+    assert code == 0, said[-2000:]
+    starts, same = json.loads(said.splitlines()[-1])
     assert same == [[]] * 8
     for out, error, left in starts:
         assert error.startswith((f"out={out} cannot be written: No space left on device; choose",
@@ -226,38 +203,13 @@ def test_a_run_started_on_a_full_disk_says_so_and_starts_when_there_is_room(sett
 
 def test_whatever_finds_no_room_on_the_disk_names_its_file(tmp_path):
     pytest.importorskip("safetensors")
-    run = on_a_small_disk(tmp_path, "2m", f"""
-from pathlib import Path
-from bpe import Tokenizer
-from data.prepared import write_dataset
-from data.writer import ShardWriter
-from model import GPT, GPTConfig
-from run import checkpoint
-
-disk, tokenizer = Path({str(tmp_path / "disk")!r}), Tokenizer([], special_tokens=())
-
-def shards():
-    writer = ShardWriter(disk / "data", tokenizer, "made up")
-    writer.add("train", [1] * 9000)
-    writer.finish()
-
-for pages, write in ((2, lambda: GPT(GPTConfig(8, 16, 2, 2, 8)).save_pretrained(disk / "hf")),
-                     (2, shards), (0, lambda: tokenizer.save(disk / "tok.json")),
-                     (0, lambda: write_dataset(disk / "chat", "chat", {{}}, "made up")),
-                     (0, lambda: checkpoint.save(disk / "a.pt", {{"a": torch.zeros(9999)}}))):
-    ranks.fill(disk / "filler", pages)
-    try:
-        write()
-    except OSError as error:
-        print(error)
-    (disk / "filler").unlink()
-""")
-    assert run.returncode == 0, run.stderr[-2000:]
-    for said, name in zip(run.stdout.splitlines(), (
+    code, said = on_a_small_disk(tmp_path, "2m", ranks.write_on_full_disks, tmp_path / "disk")
+    assert code == 0, said[-2000:]
+    for line, name in zip(said.splitlines(), (
             "hf/model.safetensors", "data/train_0000.npy", "tok.json", "chat/.lock", "a.pt"),
             strict=True):
-        assert f"{tmp_path}/disk/{name}" in said
-        assert "No space left on device" in said or "requested and" in said     # numpy's words
+        assert f"{tmp_path}/disk/{name}" in line
+        assert "No space left on device" in line or "requested and" in line     # numpy's words
 
 
 def test_a_run_on_a_disk_that_is_full_for_a_while_lacks_nothing_in_the_end(settings, tmp_path):
@@ -265,17 +217,12 @@ def test_a_run_on_a_disk_that_is_full_for_a_while_lacks_nothing_in_the_end(setti
     than its last page of 4 KiB has room for; then there is room. A second run is not disturbed."""
     settings.update(max_steps=60, eval_every=20, save_every=5, milestone_every=0, log_every=1,
                     micro_batch=16, max_failed_saves=99)
-    run = on_a_small_disk(tmp_path, "8m", (
-        f"import pathlib\nfrom bench.kills import differences\n"
-        f"settings = json.loads({json.dumps(json.dumps(settings))})\n"
-        f"full, whole = (pathlib.Path({str(tmp_path / 'disk')!r}) / name for name in 'ab')\n"
-        f"ranks.on_a_full_disk({{**settings, 'out': str(whole)}}, -1, -1)\n"
-        f"ranks.on_a_full_disk({{**settings, 'out': str(full)}}, 3, 55)\n"
-        f"print(sorted(os.listdir(full)), differences(whole, full))\n"))
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stderr.count("log.jsonl cannot be written: [Errno 28] No space left on device") == 1
-    assert "WARNING: NO CHECKPOINT WAS SAVED (1 in a row)" in run.stderr
-    found = run.stdout.splitlines()[-1]
+    code, said = on_a_small_disk(tmp_path, "8m", ranks.on_a_disk_that_is_full_for_a_while, settings,
+                                 tmp_path / "disk", 3, 55)
+    assert code == 0, said[-2000:]
+    assert said.count("log.jsonl cannot be written: [Errno 28] No space left on device") == 1
+    assert "WARNING: NO CHECKPOINT WAS SAVED (1 in a row)" in said
+    found = said.splitlines()[-1]
     assert found.endswith("] []") and "'run.json'" in found and ".tmp" not in found, found
 
 
@@ -283,7 +230,7 @@ def test_a_run_on_a_disk_that_is_full_for_a_while_lacks_nothing_in_the_end(setti
 
 def test_a_step_that_is_not_finite_is_skipped_on_all_ranks_and_counted(settings):
     settings.update(save_every=1, milestone_every=1, eval_every=0)
-    assert finish(start(ranks.with_a_bad_loss, 2, settings, [4], 1)) == [0, 0], printed(settings)
+    assert exit_codes(ranks.with_a_bad_loss, 2, settings, [4], 1) == [0, 0], printed(settings)
     before, after, later = (checkpoint.load(Path(settings["out"]) / f"step_{n:07d}.pt")["model"]
                             for n in (4, 5, 6))         # step 4, counted from 0, makes state 5
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -297,7 +244,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks_and_counted(settings)
 
 def test_steps_that_stay_bad_stop_the_run_and_name_what_they_read(settings):
     settings.update(max_bad_steps=3, eval_every=0)
-    assert finish(start(ranks.with_a_bad_loss, 1, settings, range(5, 99), 0)) == [2]
+    assert exit_codes(ranks.with_a_bad_loss, 1, settings, range(5, 99), 0) == [2]
     last = printed(settings).splitlines()[-1]
     assert last.startswith("error: loss or gradient was not finite in the 3 steps up to 8;")
     assert "train_0000.npy at token" in last and "last.pt" in last
@@ -307,7 +254,7 @@ def test_steps_that_stay_bad_stop_the_run_and_name_what_they_read(settings):
 
 def test_bad_steps_of_a_chat_run_name_the_samples(tmp_path):
     settings = {**settings_of("sft", tmp_path), "out": str(tmp_path / "run"), "max_bad_steps": 2}
-    assert finish(start(ranks.with_a_bad_loss, 1, settings, range(3, 99), 0)) == [2]
+    assert exit_codes(ranks.with_a_bad_loss, 1, settings, range(3, 99), 0) == [2]
     assert "read samples " in printed(settings).splitlines()[-1]
 
 
@@ -349,18 +296,15 @@ def test_a_spike_is_measured_in_standard_deviations_of_a_full_window():
 # ---- other processes
 
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_leaves_no_lock(settings, tmp_path):
-    holder = subprocess.Popen([sys.executable, "-c", (
-        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\nimport pathlib\nfrom run import watch\n"
-        f"with watch.locked(pathlib.Path({str(tmp_path)!r})):\n print('held', flush=True)\n"
-        f" sys.stdin.read()")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
+    holder, = start(ranks.holding, 1, tmp_path)
+    ranks.wait_for((tmp_path / "held").exists)
     with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on .*; wait for"):
         with faults.locked(tmp_path):
             pass
     with pytest.raises(ValueError, match="is in use by"):
         train(build(TrainConfig, {**settings, "out": str(tmp_path)}))
     holder.kill()
-    holder.wait()
+    holder.join()
     with faults.locked(tmp_path):
         pass
 
@@ -408,20 +352,19 @@ def test_on_gpus_the_rank_whose_device_hangs_is_named(monkeypatch, capsys):
 
 
 def test_a_rank_that_dies_is_one_line_from_the_others(settings):
-    processes = start(ranks.dying_rank, 2, settings)
-    assert finish(processes) == [2, -signal.SIGKILL], printed(settings)
+    assert exit_codes(ranks.dying_rank, 2, settings) == [2, -signal.SIGKILL], printed(settings)
     assert "error: another rank is gone" in printed(settings).splitlines()[-1]
 
 
 @pytest.mark.parametrize("micro_batch", [4, 8])         # two micro-batches a rank, and one
 def test_a_parameter_that_takes_no_part_in_the_loss_is_named(settings, micro_batch):
     settings.update(micro_batch=micro_batch)
-    assert finish(start(ranks.with_an_idle_parameter, 2, settings)) == [2, 2], printed(settings)
+    assert exit_codes(ranks.with_an_idle_parameter, 2, settings) == [2, 2], printed(settings)
     assert "error: idle_gain take no part in the loss" in printed(settings)
 
 
 def test_ranks_that_were_started_differently_are_refused(settings):
-    assert finish(start(ranks.different, 2, settings)) == [2, 2]
+    assert exit_codes(ranks.different, 2, settings) == [2, 2]
     assert "has learning_rate=0.005, rank 0 has learning_rate=0.01" in printed(settings)
     assert not Path(settings["out"]).exists()
 
@@ -465,11 +408,12 @@ def test_a_run_on_two_hosts_survives_the_loss_of_one(settings, tmp_path):
 def survive_the_loss_of_a_host(settings, tmp_path, hosts):
     settings.update(max_steps=40)
     whole = {**settings, "out": str(tmp_path / "whole")}
-    assert finish(start(ranks.plain, 2, whole)) == [0, 0], printed(whole)
+    assert exit_codes(ranks.plain, 2, whole) == [0, 0], printed(whole)
     script = tmp_path / "host.py"
     script.write_text(
-        f"{HEAD}settings = json.loads({json.dumps(json.dumps(settings))})\n"
-        f"ranks.slowly(settings, {str(tmp_path / 'fast')!r})\n")
+        f"import sys\nsys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / 'tests')!r}]\n"
+        f"import torch, ranks\ntorch.set_num_threads(1)\n"
+        f"ranks.slowly({settings!r}, {str(tmp_path / 'fast')!r})\n")
 
     def agent(i):
         return subprocess.Popen(
@@ -505,15 +449,16 @@ def survive_the_loss_of_a_host(settings, tmp_path, hosts):
 @pytest.mark.parametrize("shard", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_sharded_run_equals_one_with_copies_and_either_continues_the_other(settings, tmp_path,
                                                                              shard):
-    settings.update(schedule="constant", model={**MODEL, "dropout": 0.0})
+    settings.update(schedule="constant", max_steps=6, eval_every=2,
+                    model={**MODEL, "dropout": 0.0})
     copies, parts, mixed = ({**settings, "out": str(tmp_path / name)}
                             for name in ("copies", "parts", "mixed"))
-    assert finish(start(ranks.plain, 2, copies)) == [0, 0], printed(copies)
-    assert finish(start(ranks.plain, 2, {**parts, "shard": shard})) == [0, 0], printed(parts)
-    for steps, way in ((4, "none"), (8, shard), (12, "none")):
+    assert exit_codes(ranks.plain, 2, copies) == [0, 0], printed(copies)
+    assert exit_codes(ranks.plain, 2, {**parts, "shard": shard}) == [0, 0], printed(parts)
+    for steps, way in ((2, "none"), (4, shard), (6, "none")):
         part = {**mixed, "shard": way, "max_steps": steps}
-        assert finish(start(ranks.plain, 2, part)) == [0, 0], printed(mixed)
-    assert "going on at step 8 of 12" in printed(mixed)
+        assert exit_codes(ranks.plain, 2, part) == [0, 0], printed(mixed)
+    assert "going on at step 4 of 6" in printed(mixed)
     for other in (parts, mixed):
         one, two = (checkpoint.load(Path(s["out"]) / "last.pt") for s in (copies, other))
         assert list(one["model"]) == list(two["model"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bpe
-from bench.kills import start
+import ranks
 from eval import hellaswag, hellaswag_items
 from eval.hellaswag import evaluate, load_items, score
 from eval.hellaswag_items import without_marks
@@ -281,8 +281,8 @@ def evaluate_as_rank(path, folder, file):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_give_the_counts_of_one(tokenizer, items, file, tmp_path, capsys, ranks):
+@pytest.mark.parametrize("number", [2, 3])
+def test_ranks_give_the_counts_of_one(tokenizer, items, file, tmp_path, capsys, number):
     """4 items on 3 ranks are 2 + 1 + 1."""
     model = small_model(tokenizer)
     model.save_pretrained(tmp_path / "model")
@@ -291,12 +291,11 @@ def test_ranks_give_the_counts_of_one(tokenizer, items, file, tmp_path, capsys, 
     hellaswag.main([f"--model={tmp_path / 'model'}", f"--hellaswag_file={file}", "--dtype=float32",
                     "--device=cpu"])
     alone = capsys.readouterr().out
-    for process in start(evaluate_as_rank, ranks, tmp_path / "found", tmp_path / "model", file):
-        process.join(120)
-        assert process.exitcode == 0
+    given = tmp_path / "found", tmp_path / "model", file
+    assert ranks.exit_codes(evaluate_as_rank, number, *given) == [0] * number
     result = evaluate(model, tokenizer, items)
     found = [json.loads(line) for line in (tmp_path / "found").read_text().splitlines()]
-    assert found == [json.loads(json.dumps(result))] * ranks
+    assert found == [json.loads(json.dumps(result))] * number
     assert "4 HellaSwag items, style completion" in alone
     for name, count in COUNTS.items():
         assert f"{name:9} {result[name]:.4f}  ({result[count]} right)" in alone

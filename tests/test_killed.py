@@ -4,8 +4,8 @@ import json
 import pytest
 
 import killed
-from bench.kills import start
 from data.corpus import CorpusConfig, prepare
+from ranks import exit_codes
 
 
 @pytest.mark.parametrize("name,before", [("fineweb", False), ("corpus", False), ("corpus", True)])
@@ -18,9 +18,7 @@ def test_killed_preparation_leaves_what_the_same_command_completes(tmp_path, nam
         (tmp_path / "a.txt").write_text("another text\n" * 300)
         prepare(CorpusConfig(from_=str(tmp_path / "a.txt"), tokenizer="bytes", shard_tokens=500,
                              out=str(tmp_path / "before")))
-    process, = start(killed.kill_everywhere, 1, name, tmp_path, [
-        f"--from={source}", "--tokenizer=bytes", "--shard_tokens=3000"])
-    process.join(timeout=300)
-    assert process.exitcode == 0
+    words = [f"--from={source}", "--tokenizer=bytes", "--shard_tokens=3000"]
+    assert exit_codes(killed.kill_everywhere, 1, name, tmp_path, words) == [0]
     # at least a flush and a rename for each of 6 files
     assert int((tmp_path / "kills").read_text()) > 12

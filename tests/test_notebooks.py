@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 
 import ranks
-from bench import kills
 from data import corpus, pydocs, shards
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is a development extra")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is a development extra")
 pytest.importorskip("ipykernel", reason="ipykernel is a development extra")
-pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is a development extra")
+pytest.importorskip("matplotlib", reason="matplotlib is a development extra")
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
@@ -135,11 +134,8 @@ def torchrun(command, **_):
     """torchrun SCRIPT ROOT with two ranks, in processes that have PyTorch loaded already."""
     script, root = command[-2:]
     said = Path(script).with_suffix(".txt")
-    both = kills.start(ranks.as_script, 2, script, root, said)
-    for process in both:
-        process.join(120)
-    return subprocess.CompletedProcess(command, int(any(process.exitcode for process in both)),
-                                       said.read_text(), said.read_text())
+    failed = any(ranks.exit_codes(ranks.as_script, 2, script, root, said))
+    return subprocess.CompletedProcess(command, int(failed), said.read_text(), said.read_text())
 
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
@@ -149,6 +145,7 @@ def test_the_notebook_runs_with_its_solutions_and_little_training(path, request,
                                                                   tmp_path, monkeypatch):
     """In this process, by IPython: no kernel has to import PyTorch."""
     from IPython.core.interactiveshell import InteractiveShell
+    from matplotlib import pyplot
     from traitlets.config import Config
     notebook = with_solutions(nbformat.read(path, as_version=4))
     if "Tokenizer.gpt2()" in str(notebook):

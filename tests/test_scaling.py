@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.kills import start
 from bench.machine import RESULTS
 from bench.peers import SHAPES as STEP_SHAPES
 from data import shards
@@ -17,6 +16,7 @@ from fast.cross_entropy import head_memory
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
 from optim import OptimConfig, make_optimizer
+from ranks import exit_codes
 from run import plan
 from run.config import build
 from run.device import PEAK_FLOPS, autocast
@@ -256,10 +256,7 @@ def exchange(out):
 
 
 def test_two_ranks_hold_exchange_and_gather_what_is_counted(tmp_path):
-    ranks = start(exchange, 2, str(tmp_path))
-    for process in ranks:
-        process.join(timeout=120)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    assert exit_codes(exchange, 2, str(tmp_path)) == [0, 0]
     with torch.device("meta"):
         model = GPT(GPTConfig(**TINY))
     N = sum(p.numel() for p in model.parameters())
@@ -316,10 +313,7 @@ def muon_steps(out):
 def test_muon_divided_over_ranks_equals_muon_undivided(tmp_path):
     """Four ranks share stacks of 12 and of 6 matrices; of the second the last rank has none."""
     for size in (1, 4):
-        ranks = start(muon_steps, size, str(tmp_path))
-        for process in ranks:
-            process.join(timeout=120)
-        assert [process.exitcode for process in ranks] == size * [0]
+        assert exit_codes(muon_steps, size, str(tmp_path)) == size * [0]
     alone = torch.load(tmp_path / "1-0-none", weights_only=True)
     for shard in ("none", "zero2", "fsdp"):
         first, *others = (torch.load(tmp_path / f"4-{rank}-{shard}", weights_only=True)

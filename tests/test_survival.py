@@ -253,9 +253,11 @@ def test_two_signals_to_end_a_run_still_save_it(settings):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("errors", [subprocess.PIPE, subprocess.STDOUT])
+@pytest.mark.parametrize("errors", [subprocess.STDOUT,
+                                    pytest.param(subprocess.PIPE, marks=pytest.mark.slow)])
 def test_a_run_whose_screen_goes_away_goes_on_to_its_end(settings, errors):
-    process = subprocess.Popen(command(settings, "--log_every=1", "--max_steps=40"),
+    process = subprocess.Popen(command(settings, "--log_every=1", "--max_steps=40",
+                                       "--eval_every=20"),
                                cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors)
     process.stdout.readline()
     process.stdout.close()                              # train.py | head -1, or 2>&1 | head -1
