@@ -4,16 +4,18 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")           # of what tests start, too: before PyTorch,
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")     # which the controller never needs
+# Of what tests start, too. Before PyTorch, which the controller of all processes does not import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 # What takes longest begins first, so that no process is left alone with it at the end; and of the
 # whole notebooks (make test-all) those first that do not wait for each other's base.
 LONGEST = ("solutions[03_training]", "solutions[05_lora]", "solutions[01_model]",
-           "test_notebooks.py", "compile", "test_faults.py", "test_compare.py", "test_train.py",
-           "test_lora", "test_bench_gpu.py", "test_killed.py", "test_bpe", "test_plots.py",
-           "test_fuzz.py")
+           "test_notebooks.py", "compile", "test_faults.py", "test_train.py", "test_compare.py",
+           "test_lora", "test_scaling.py", "test_bench_gpu.py", "test_inside.py", "test_killed.py",
+           "test_survival.py", "test_plots.py", "test_sample.py", "test_bpe", "test_classifier.py",
+           "test_fuzz.py", "test_finetune.py", "test_data.py", "test_docs.py", "test_eval.py")
 
 
 def pytest_collection_modifyitems(items):
