@@ -200,16 +200,13 @@ def deal(numbers: np.ndarray, weights: Sequence[Fraction]) -> tuple[np.ndarray, 
     for i in range(len(weights) - 1, 0, -1):
         # Of the sources before i, to 1e-9 at worst: its product with 4e9 rows has to fit 64 bits.
         share = (sum(weights[:i]) / sum(weights[:i + 1])).limit_denominator(10**9)
-        before, after = (_rounded(share, n) for n in (place, place + 1))
+        whole, half = 2 * share.denominator, share.denominator
+        before, after = ((2 * share.numerator * n + half) // whole for n in (place, place + 1))
         others = left & (after > before)
         mine = left & ~others
         source[mine], place[mine] = i, (place - before)[mine]
         place[others], left = before[others], others
     return source, place
-
-
-def _rounded(share: Fraction, n: np.ndarray) -> np.ndarray:
-    return (2 * share.numerator * n + share.denominator) // (2 * share.denominator)
 
 
 def divide_step(batch_tokens: int, micro_batch: int, block_size: int,

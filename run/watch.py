@@ -126,20 +126,16 @@ class Watch:
         place = self.reached if self.event else self.place
         self.store.set(f"watch/{self.rank}", json.dumps([beat, place, _me()]))
 
-    def _told(self) -> list[Any]:
-        """Of each rank: beat, place, who it is."""
-        keys = [f"watch/{rank}" for rank in range(self.size)]
-        return [json.loads(self.store.get(key)) if self.store.check([key]) else
-                [-1, (0, 0), "never heard of"] for key in keys]
-
     def _run(self) -> None:
         beats = [(-1, 0.0)] * self.size     # of each rank: its last beat, and when it changed
         every, beat = min(5.0, self.limit / 20), 0
+        keys = [f"watch/{rank}" for rank in range(self.size)]
         while not self.stopped.wait(every):
             beat += 1
             try:
                 self._tell(beat)
-                told = self._told()
+                told = [json.loads(self.store.get(key)) if self.store.check([key]) else
+                        [-1, (0, 0), "never heard of"] for key in keys]     # beat, place, who
             except RuntimeError:            # the store is gone with its process; the reductions
                 return                      # that this one waits in fail by themselves
             for rank, (count, _, _) in enumerate(told):
