@@ -320,6 +320,7 @@ def main(words: list[str]) -> None:
     if config.key and config.key not in os.environ:
         raise ValueError(f"key={config.key}: there is no such environment variable")
     out = Path(config.out or Path(files[0]).with_name("sheet.json"))
+    judge = f"{config.judge_model} of {config.judge}"
     sheet = make_sheet(*files)
     if out.exists():
         new, sheet = sheet, read_sheet(out)
@@ -327,6 +328,12 @@ def main(words: list[str]) -> None:
                           for item in found["items"]] for found in (sheet, new))
         if asked != wanted:
             raise ValueError(f"{out} is a sheet of other answers; choose another --out")
+        judged = [item for item in sheet["items"] if not check_points(item["points"])]
+        if judged and config.judge and sheet.get("judge", "a person") != judge:
+            raise ValueError(f"{out} has points by {sheet.get('judge', 'a person')!s:.80}, this is "
+                             f"{judge}; choose another --out")
+    if config.judge:
+        sheet["judge"] = judge
     write_json(out, sheet)
     if config.judge:
         judge_sheet(sheet, config, out)

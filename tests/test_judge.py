@@ -192,6 +192,19 @@ def test_what_is_never_judged_is_counted_and_asked_for_by_the_same_command(answe
         assert len(server.requests) == before + 1
 
 
+def test_the_points_of_one_judge_are_not_shown_as_anothers(answers, tmp_path):
+    with Server(longer) as server:
+        ask(answers, server, tmp_path, "--judge_model=one")
+        with pytest.raises(ValueError, match="has points by one of http.*, this is two of http"):
+            ask(answers, server, tmp_path, "--judge_model=two")
+        sheet = ask(answers, server, tmp_path, "--judge_model=one")     # complete: nobody is asked
+        assert len(server.requests) == 8
+        del sheet["judge"]                                              # as one filled in by hand
+        (tmp_path / "sheet.json").write_text(json.dumps(sheet))
+        with pytest.raises(ValueError, match="has points by a person"):
+            ask(answers, server, tmp_path, "--judge_model=one")
+
+
 def test_a_server_that_refuses_or_is_not_there_is_named(answers, tmp_path):
     with Server(longer, [401]) as server:
         with pytest.raises(ValueError, match="refuses to judge: HTTP 401.*--key"):
