@@ -68,6 +68,12 @@ class SampleConfig:
         if self.explain and (not self.prompt or self.prompts):
             raise ValueError(f"explain={self.explain} is a page on one prompt; add --prompt=TEXT"
                              + ", without --prompts" * bool(self.prompts))
+        tasks = [f"--{name}" for name in ("prompt", "chat", "prompts") if getattr(self, name)]
+        if len(tasks) > 1:
+            raise ValueError(f"{' and '.join(tasks)} are different things to do; give one of them")
+        if self.samples != 1 and (self.chat or self.prompts or self.explain):
+            raise ValueError(f"samples={self.samples} is of a --prompt that is continued; leave it "
+                             f"out")
         if self.out and not self.prompts:
             raise ValueError(f"out={self.out} is for the answers to --prompts=FILE; leave it out")
         for name in ("system", "template"):

@@ -335,6 +335,9 @@ def test_what_cannot_chat_says_why(talker, run, tmp_path):
             ([str(run), "--chat", "--template=vicuna"], "choose alpaca, plain"),
             ([str(talker[0]), "--prompt=Hello!", "--system=Be brief."], "as it stands"),
             ([str(talker[0]), "--prompt=Hello!", "--out=answers.jsonl"], "for the answers to"),
+            ([str(talker[0]), "--prompt=Hello!", "--chat"], "--prompt and --chat are different"),
+            ([str(talker[0]), "--chat", "--prompts=p.txt"], "--chat and --prompts are different"),
+            ([str(talker[0]), "--samples=3", "--prompts=p.txt"], "samples=3 is of a --prompt"),
             ([str(talker[0]), f"--prompts={tmp_path / 'none'}"], "there is no file")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             sample.main(words)
