@@ -157,7 +157,14 @@ def read_tensors(folder: Path) -> Tensors:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no .safetensors file")
-    return {name: tensor for file in files for name, tensor in load_tensors(file)[0].items()}
+    tensors: Tensors = {}
+    for file in files:
+        found, _ = load_tensors(file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise ValueError(f"{folder} has {twice[0]!r:.80} in {file.name} and in another "
+                             f".safetensors file; leave those of one model there")
+        tensors |= found
+    return tensors
 
 
 def load_tensors(file: Path) -> tuple[Tensors, dict[str, str]]:
@@ -275,7 +282,7 @@ def download(name: str, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=[
             *("config.json", "*.safetensors") * weights, "tokenizer.json", "vocab.json",
-            "merges.txt"]))
+            "merges.txt", "added_tokens.json"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"{name!r} is neither a folder here nor a model that can be had "
                                 f"from the Hugging Face hub ({type(error).__name__})") from error

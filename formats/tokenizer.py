@@ -260,7 +260,11 @@ def read_gpt2(folder: Path) -> dict[str, Any]:
     else:
         raise FileNotFoundError(f"{folder} holds no tok.json, tokenizer.json, or GPT-2 files "
                                 "(vocab.bpe and encoder.json, or merges.txt and vocab.json)")
-    vocab = read_json(folder / vocab_name)
+    vocab, added = read_json(folder / vocab_name), folder / "added_tokens.json"
+    if added.is_file() and not read_json(added).items() <= vocab.items():
+        raise ValueError(f"{added} does not say which of its tokens are special;"
+                         f" transformers writes a tokenizer.json, which does, by AutoTokenizer"
+                         f".from_pretrained(FOLDER).save_pretrained(FOLDER)")
     try:
         lines = (folder / merges_name).read_text(encoding="utf-8").split("\n")
         merges = [(a, b) for line in lines if line and not line.startswith("#version")

@@ -224,6 +224,19 @@ def test_gpt2s_files_are_read_under_either_name(small, tmp_path):
         same(Tokenizer.gpt2(folder), small)
 
 
+def test_tokens_that_stand_beside_gpt2s_files_are_not_left_out(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(small.special_tokens))    # no new one
+    same(Tokenizer.load(tmp_path), small)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 290}')
+    with pytest.raises(ValueError, match="added_tokens.json does not say which"):
+        Tokenizer.load(tmp_path)
+
+
 def test_gpt2_goes_through_every_format(gpt2_vocab, tmp_path):
     tok = Tokenizer.gpt2(gpt2_vocab)
     tok.save(tmp_path / "tok.json")

@@ -313,7 +313,8 @@ def test_a_tokenizer_is_read_from_the_hub_by_name_without_the_weights(tmp_path, 
     monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: (
         asked.append((name, allow_patterns)), str(tmp_path))[1])
     assert named_tokenizer("somebody/model").hash == tokenizer.hash
-    assert asked == [("somebody/model", ["tokenizer.json", "vocab.json", "merges.txt"])]
+    assert asked == [("somebody/model", ["tokenizer.json", "vocab.json", "merges.txt",
+                                         "added_tokens.json"])]
     for name in ("nowhere", "some/tok.json", "a/b/c"):
         with pytest.raises(FileNotFoundError, match=f"tokenizer={name}: .* USER/NAME of the Hugg"):
             named_tokenizer(name)

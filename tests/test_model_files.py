@@ -179,6 +179,14 @@ def test_a_model_comes_with_its_own_tokenizer_and_gpt2s_is_never_assumed_unsaid(
     assert (f"warning: {name} has no tokenizer; " in said) == warned and said.count("\n") == warned
 
 
+def test_one_tensor_in_two_files_is_refused(tmp_path):
+    """As with another precision of the model beside it: which of them would be read?"""
+    tiny().save_pretrained(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "model.fp16.safetensors")
+    with pytest.raises(ValueError, match="has .*transformer.* in model.safetensors and in another"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_another_architecture_is_refused(tmp_path):
     tiny().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
