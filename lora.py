@@ -556,6 +556,9 @@ def targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
     found = {layer: ["whole"] if "whole" in chosen else sorted(chosen)
              for layer, chosen in found.items()
              if config.layers is None or block[layer] in config.layers}
+    if not found:
+        raise ValueError(f"lora.target_modules={config.target_modules} and layers={config.layers} "
+                         f"choose no layer; leave out what is empty")
     names = [full_name(layer, part) for layer, chosen in found.items() for part in chosen]
     for setting in ("rank_pattern", "alpha_pattern"):
         choose(setting, getattr(config, setting), names, "adapted layer")

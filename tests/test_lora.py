@@ -618,6 +618,7 @@ def test_rank_and_alpha_patterns():
     (dict(modules_to_save=("ln_9",)), "'ln_9' matches no module; did you mean ln_"),
     (dict(modules_to_save=("attn",)), "holds the adapted layer transformer.h.0.attn.c_attn"),
     (dict(layers=(7,)), "no target is in block 7"),
+    (dict(layers=()), "layers=() choose no layer"), (dict(target_modules=()), "choose no layer"),
     (dict(rank_pattern={"c_fc": 2}), "lora.rank_pattern: 'c_fc' matches no adapted layer"),
     (dict(alpha_pattern={"q": 2.0}), "lora.alpha_pattern: 'q' matches no adapted layer"),
     (dict(init="pissa", r=64), "lora.r=64 is above the 32 directions"),

@@ -195,11 +195,12 @@ def test_pissa_is_saved_as_an_ordinary_lora_of_twice_the_rank(tmp_path):
     assert (settings["r"], settings["lora_alpha"], settings["init_lora_weights"]) == (8, 12, True)
 
 
-def test_a_mixture_is_saved_as_one_adapter(tmp_path):
+@pytest.mark.parametrize("a,b", [(0.3, 0.7), (0.0, 1.0), (-0.5, 1.0)])
+def test_a_mixture_is_saved_as_one_adapter(tmp_path, a, b):
     model = shake(add_lora(gpt(), LoRAConfig(r=4, bias="all"), "a"))
     shake(add_lora(model, LoRAConfig(r=2, alpha=3, bias="all"), "b"))
-    set_adapter(model, {"a": 0.3, "b": 0.7})
-    save_lora(model, tmp_path, {"a": 0.3, "b": 0.7})
+    set_adapter(model, {"a": a, "b": b})
+    save_lora(model, tmp_path, {"a": a, "b": b})
     torch.testing.assert_close(logits(load_lora(gpt(), tmp_path)), logits(model),
                                rtol=0, atol=1e-5)
 
