@@ -9,6 +9,7 @@
 How a conversation is written (render, render_prompt): data/templates.py. Formats of files:
 data/conversations.py. What inspect shows: data/inspect_chat.py. Batches: data/samples.py.
 """
+import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ def main(words: list[str]) -> None:
     if command == "inspect":
         inspect_chat.main(names, flags)
         return
+    if names and any(re.match("--from(=|$)", flag) for flag in flags):
+        raise ValueError(f"files are named twice, {', '.join(names)} and by --from; give one of "
+                         f"the two")
     base = {"from_": ",".join(names)} if names else {}
     prepare(parse(ChatConfig, flags, "python -m data.chat [prepare] FILE...", base, __doc__))
 

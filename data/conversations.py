@@ -52,7 +52,8 @@ def check_messages(messages: Any) -> None:
             raise ValueError(f"empty {'answer' if role == 'assistant' else role + ' message'}: "
                              f"message {i + 1} says nothing")
         check_characters(content, f"no text: message {i + 1}")
-        if message.get("input") and not content.endswith("\n\n" + message["input"]):
+        more = message.get("input") or ""
+        if more and not (isinstance(more, str) and content.endswith("\n\n" + more)):
             raise ValueError(f"no input: the content of message {i + 1} does not end with a blank "
                              f"line and its input")
         expected = ("assistant",) if role == "user" else ("user",)

@@ -36,7 +36,7 @@ LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 class CorpusConfig:
     from_: str = ""  # file or folder of .txt and .jsonl; empty: Python's own documentation
     code: bool = False  # add the sources of the standard library
-    tokenizer: str = ""  # gpt2, bytes, a tokenizer's path, or USER/NAME of the hub; empty: train one
+    tokenizer: str = ""  # gpt2, bytes, a tokenizer's path, USER/NAME of the hub; empty: train one
     vocab_size: int = 4096  # of the tokenizer that is trained
     validation: float = 0.05  # share of the bytes that validates
     shard_tokens: int = 100_000_000  # tokens of a shard

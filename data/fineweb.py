@@ -50,6 +50,9 @@ class FinewebConfig:
         if self.shard_tokens < 1 or self.num_threads < 0:
             raise ValueError(f"shard_tokens={self.shard_tokens} must be at least 1 and "
                              f"num_threads={self.num_threads} at least 0")
+        if self.from_ and self.subset != FinewebConfig.subset:
+            raise ValueError(f"subset={self.subset} is of the hub, and from={self.from_} is text "
+                             f"that is here; give one of the two")
 
 
 def prepare(config: FinewebConfig = FinewebConfig()) -> Path:

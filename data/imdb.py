@@ -7,8 +7,8 @@
                                                     {"text": ..., "label": 0 or 1}
 
 Training and validation are the published halves train and test where the source has them (folders
-of the archive, files with "test" in their name); else the hash of a review decides. Line breaks,
-<br />, become line ends. Source: ai.stanford.edu/~amaas/data/sentiment (Maas et al. 2011).
+of the archive, files with test, val or dev in their name); else the hash of a review decides. Line
+breaks, <br />, become line ends. Source: ai.stanford.edu/~amaas/data/sentiment (Maas et al. 2011).
 """
 import json
 import re
@@ -21,7 +21,7 @@ from data.conversations import Message, write_conversations
 from data.corpus import named_tokenizer, write_shards
 from data.labels import read_examples, write_examples
 from data.prepared import DATA, split_by_hash
-from data.texts import find_files
+from data.texts import find_files, is_held_out
 from formats.download import download
 from run.config import parse, run_command
 
@@ -85,7 +85,7 @@ def read_reviews(source: str, folder: Path) -> tuple[list[Review], list[Review]]
             half.append(Review(with_line_ends(text), int(name[2] == "pos")))
     if not train and not test:
         for file in find_files(path, (".jsonl",)):
-            half = test if "test" in file.stem else train
+            half = test if is_held_out(file) else train
             half += load_reviews(file)
     return train, test
 

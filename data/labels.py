@@ -3,9 +3,9 @@
     python -m data.labels --from=FILE[,FILE...] --out=FOLDER
 
 In: {"text": ..., "label": ...} a line, or a JSON array of them; labels are words or whole numbers,
-and the classes are the sorted labels that occur. Files with "test" in their name validate; without
-one the hash of a text decides. Out: a data set (data/prepared.py) of {"text", "label": number of
-its class} with {"labels": [names]} in meta.json. It knows no tokenizer.
+and the classes are the sorted labels that occur. Files with test, val or dev in their name
+validate; without one the hash of a text decides. Out: a data set (data/prepared.py) of {"text",
+"label": number of its class} with {"labels": [names]} in meta.json. It knows no tokenizer.
 
     write_examples(folder, train, val, labels=("negative", "positive"), source="...")
     samples = load_samples(folder, "train", tokenizer, block_size=1024)     # data.samples.Samples
@@ -19,7 +19,7 @@ import numpy as np
 from bpe import Tokenizer
 from data.prepared import DATA, read_split, split_by_hash, write_dataset
 from data.samples import Samples
-from data.texts import RECORDS, find_files, read_objects, text_of
+from data.texts import RECORDS, find_files, is_held_out, read_objects, text_of
 from run.config import parse, run_command
 
 Example = tuple[str, int]               # a text and the number of its class
@@ -29,7 +29,7 @@ Example = tuple[str, int]               # a text and the number of its class
 class LabelsConfig:
     from_: str = ""  # a .json or .jsonl file, or a folder of them; several by comma
     out: str = ""  # folder of the data set; empty: data/labels
-    validation: float = 0.05  # share that validates, where no file's name has "test"
+    validation: float = 0.05  # share that validates, where no file's name has test, val or dev
 
 
 def read_examples(path: str | Path) -> Iterator[tuple[str, str, str | int]]:
@@ -91,7 +91,7 @@ def prepare(config: LabelsConfig) -> Path:
     numbers = {label: i for i, label in enumerate(sorted(labels))}
     parts: tuple[list[Example], list[Example]] = [], []             # training, validation
     for path, examples in found.items():
-        parts["test" in path.stem].extend((text, numbers[label]) for text, label in examples)
+        parts[is_held_out(path)].extend((text, numbers[label]) for text, label in examples)
     train, val = parts if all(parts) else split_by_hash(
         parts[0] + parts[1], config.validation, lambda example: example[0],
         lambda example: len(example[0]))

@@ -6,11 +6,13 @@
     for place, record in read_records(path): ...                # any JSON object a line or item
 """
 import json
+import re
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 DOCUMENTS = (".txt", ".jsonl", ".parquet")
 RECORDS = (".json", ".jsonl", ".ndjson")
+HELD_OUT = re.compile(r"(?<![a-z])(test(s|set|data)?|val(id|idation)?|dev)(?![a-z])")
 
 
 def find_files(source: str | Path, endings: tuple[str, ...] = DOCUMENTS) -> list[Path]:
@@ -29,7 +31,13 @@ def find_files(source: str | Path, endings: tuple[str, ...] = DOCUMENTS) -> list
             raise FileNotFoundError(f"there is no file or folder {path}")
     if not files:
         raise FileNotFoundError(f"{source} holds no {', '.join(endings)} file")
-    return files
+    return list(dict.fromkeys(files))                   # a file that is named twice is read once
+
+
+def is_held_out(path: Path) -> bool:
+    """Whether a file validates by its name: my_test.jsonl and val.json do, latest.jsonl does not.
+    """
+    return bool(HELD_OUT.search(path.stem.lower()))
 
 
 def read_text(path: Path) -> str:

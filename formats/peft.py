@@ -68,7 +68,7 @@ def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, 
     folder = Path(folder)
     tensors, ranks, alphas = {}, {}, {}
     for layer, terms in layers.items():
-        scale = abs(terms[0][0]) or 1.0             # of a share that is 0 or below it, B has the rest
+        scale = abs(terms[0][0]) or 1.0                     # of a share of 0 or below, B has it
         A = torch.cat([A for _, A, _ in terms])
         B = torch.cat([own / scale * B for own, _, B in terms], dim=1)
         tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = A, B

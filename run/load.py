@@ -116,10 +116,10 @@ def model_for(data: Any, start: GPT | None, config: Any) -> GPT | Classifier:
     new = data.vocab_size - start.config.vocab_size
     if config.lora and new > 0 and "wte" not in " ".join(config.lora.modules_to_save):
         # Of a mean of rows, no logit is ever above the largest.
-        lora.say(f"warning: {new:,} tokens of {config.data} are new to {config.init_from}, and LoRA "
-                 f"alone will hardly learn to write them, so answers that end in one do not end; "
-                 f"train the embedding too, --lora.modules_to_save=wte, or take a template without "
-                 f"new tokens (plain, alpaca)")
+        lora.say(f"warning: {new:,} tokens of {config.data} are new to {config.init_from}, and "
+                 f"LoRA alone will hardly learn to write them, so answers that end in one do not "
+                 f"end; train the embedding too, --lora.modules_to_save=wte, or take a template "
+                 f"without new tokens (plain, alpaca)")
     return grow_embedding(start, data.vocab_size, data.parts)
 
 

@@ -274,6 +274,7 @@ def test_an_answer_of_weight_0_has_no_label_and_the_same_ids(template, tmp_path)
     ({"instruction": "a", "output": "b", "history": [["c", ""]]}, "empty answer"),
     ({"messages": [TALK[1], {**TALK[2], "weight": 0}]}, "no answer"),
     ({"messages": [TALK[1], {**TALK[2], "weight": 0.5}]}, "no weight"),
+    ({"messages": [{**TALK[1], "input": 5}, TALK[2]]}, "no input"),
     ({"messages": TALK, "tools": [{"name": "search"}]}, "no plain text"),
     ({"messages": [*TALK[:4], {**TALK[4], "tool_calls": [{}]}]}, "no plain text"),
     ({"instruction": "a", "output": ""}, "empty answer"),
@@ -508,6 +509,7 @@ def test_the_commands_prepare_and_inspect(tmp_path, capsys):
         shown = capsys.readouterr().out
         assert "prompts" in shown and "answers" in shown and "1 with a system message" in shown
     for words, message in ((["prepare"], "no source given; name files"),
+                           (["prepare", str(file), "--from=b"], "named twice"),
                            ([str(tmp_path / "no.json")], "there is no file"),
                            (["inspect"], "name a file")):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

@@ -282,6 +282,7 @@ def test_documents_of_txt_and_jsonl_files(tmp_path):
     assert list(read_documents(find_files(named))) == [
         "fourth", "fifth", "sixth", "seventh", "eighth", "ninth"]
     assert tmp_path / "D.JSONL" in find_files(tmp_path)
+    assert find_files(f"{tmp_path},{tmp_path / 'a.txt'}") == find_files(tmp_path)
 
 
 @pytest.mark.parametrize("name,content,message", [

@@ -201,6 +201,8 @@ def test_bad_sources_say_what_to_do(tmp_path, texts):
             prepare(config(source, "bytes", tmp_path / "out"))
     with pytest.raises(ValueError, match="shard_tokens=0"):
         FinewebConfig(shard_tokens=0)
+    with pytest.raises(ValueError, match="subset=CC-MAIN-2024-10 is of the hub"):
+        FinewebConfig(from_="folder", subset="CC-MAIN-2024-10")
     torn = tmp_path / "torn.parquet"
     torn.write_bytes(b"PAR1")
     pytest.importorskip("pyarrow")

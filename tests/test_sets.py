@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from bpe import Tokenizer
-from data import imdb, labels, prepared, sets
+from data import imdb, labels, prepared, sets, texts
 from data.conversations import write_conversations as write_chats
 from model import IGNORE
 from run.config import build
@@ -58,6 +58,9 @@ def test_files_with_test_in_their_name_validate_and_numbers_sort_as_numbers(tmp_
     assert prepared.read_meta(out, "classes")["labels"] == ["2", "9", "10"]
     assert examples_of(out, "train") == [("a10", 2), ("a9", 1), ("a2", 0)]
     assert examples_of(out, "val") == [("b", 1)]
+    for name, held_out in (("test", True), ("Val_2", True), ("x-dev", True), ("testset", True),
+                           ("latest", False), ("values", False), ("device", False)):
+        assert texts.is_held_out(tmp_path / f"{name}.jsonl") == held_out, name
 
 
 def test_a_sample_is_a_texts_end_with_its_class_as_the_only_target(topics):
