@@ -303,17 +303,24 @@ def answer_prompts(model: GPT, tokenizer: Tokenizer, name: str, config: SampleCo
     file = open(config.out, "w", encoding="utf-8") if config.out else sys.stdout
     settings = dict(max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                     top_k=config.top_k, top_p=config.top_p, seed=config.seed)
+    cut = 0
     for messages, reference in prompts:
         if config.system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": config.system}, *messages]
         prompt = "\n\n".join(message["content"] for message in messages)
         if template:
-            answer = chat_reply(model, tokenizer, messages, template, **settings)
+            chat = Chat(model, tokenizer, template, **settings)
+            cut += chat.fitting(messages) != render_prompt(messages, tokenizer, template)
+            answer = "".join(chat.reply(messages))
         else:
+            cut += len(tokenizer.encode(prompt)) > model.config.block_size
             answer = continue_text(model, tokenizer, prompt, **settings)[len(prompt):]
         line = {"prompt": prompt, "answer": answer, "model": name}
         print(json.dumps({**line, "reference": reference} if reference else line,
                          ensure_ascii=False), file=file, flush=True)
+    if cut:
+        print(f"{cut:,} of {len(prompts):,} prompts do not fit into block_size="
+              f"{model.config.block_size} and lost their beginning", file=sys.stderr)
     if config.out:
         file.close()
         print(f"{config.out}: {len(prompts):,} answers of {name}")

@@ -320,6 +320,19 @@ def test_prompts_of_a_file_are_answered_into_another(talker, tmp_path):
     assert json.loads(out.read_text().splitlines()[0])["prompt"] == "Be brief.\n\nHello!"
 
 
+def test_prompts_that_lose_their_beginning_are_counted(talker, run, tmp_path, capsys):
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": talk_of(["Hello!", "Bye!"] * turns)})
+                              for turns in (1, 5)))
+    for model in (talker[0], run):                      # run: no template, a context of 32
+        sample.main([str(model), f"--prompts={file}", "--max_new_tokens=4"])
+        said = capsys.readouterr().err
+        assert "1 of 2 prompts do not fit into block_size=" in said
+    file.write_text('{"prompt": "Hello!"}')
+    sample.main([str(talker[0]), f"--prompts={file}", "--max_new_tokens=4"])
+    assert "do not fit" not in capsys.readouterr().err
+
+
 def test_a_record_of_prompts_keeps_its_system_message(tmp_path):
     file, talk = tmp_path / "p.jsonl", [{"role": "user", "content": "Hello!"}]
     file.write_text("\n".join(json.dumps({**record, "system": "Be brief."}) for record in (
