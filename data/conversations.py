@@ -131,6 +131,8 @@ def convert(record: Any) -> list[Message]:
         for name in UNREAD:
             if isinstance(part, dict) and part.get(name) not in (None, "", "[]", []):
                 raise ValueError(f"no plain text: {name} is not read, and answers depend on it")
+    if record.get("label") is False or record.get("kto_tag") is False:          # of KTO
+        raise ValueError("unwanted answer: the record's label is false")
     check_messages(messages)
     if not any(message["role"] == "assistant" and message.get("weight", 1)
                for message in messages):

@@ -275,6 +275,7 @@ def test_an_answer_of_weight_0_has_no_label_and_the_same_ids(template, tmp_path)
     ({"messages": [TALK[1], {**TALK[2], "weight": 0}]}, "no answer"),
     ({"messages": [TALK[1], {**TALK[2], "weight": 0.5}]}, "no weight"),
     ({"messages": [{**TALK[1], "input": 5}, TALK[2]]}, "no input"),
+    ({"messages": TALK, "label": False}, "unwanted answer"),
     ({"messages": TALK, "tools": [{"name": "search"}]}, "no plain text"),
     ({"messages": [*TALK[:4], {**TALK[4], "tool_calls": [{}]}]}, "no plain text"),
     ({"instruction": "a", "output": ""}, "empty answer"),
