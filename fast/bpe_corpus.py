@@ -97,7 +97,7 @@ class PieceEncoder:
         data = b"".join(encoded)
         starts = gpt2_starts(data, ends[:-1])
         number = self.table.look_up(data, starts, np.append(starts[1:], len(data)))
-        new = self.table.since(self.known)
+        new = list(self.table.pieces(self.known))
         self.learn(new)
         count = self.count[number]
         stops = np.append(0, count.cumsum())            # of the pieces' ids in the block's

@@ -26,7 +26,7 @@ import regex
 from tqdm import tqdm
 
 from fast.bpe_pieces import (GPT2_PATTERN, GPT4_PATTERN, NANOCHAT_PATTERN, O200K_PATTERN,
-                             check_surrogates, compile_pattern, doubtful, kinds, split)
+                             check_surrogates, classes, compile_pattern, kinds, split)
 from fast.bpe_table import PieceTable, gpt2_starts
 
 # Patterns whose texts can be cut, with what stands behind a `safe_cut`, and those with fewer last.
@@ -44,7 +44,8 @@ def safe_cut(pattern: str) -> regex.Pattern:
     letter or a number, before anything else. In the GPT-2 and GPT-4 patterns no piece reaches
     across (a letter is followed by letters only, a number by numbers), and nothing looks back. In
     o200k a mark or 's may follow a letter, so there it is before white space."""
-    runs = np.split(doubtful(), np.flatnonzero(np.diff(doubtful()) != 1) + 1)
+    doubtful = classes()[1]
+    runs = np.split(doubtful, np.flatnonzero(np.diff(doubtful) != 1) + 1)
     ranges = [f"\\U{run[0]:08x}-\\U{run[-1]:08x}" for run in runs if len(run)]
     never, behind = "".join(ranges) + r"\uffff", SAFE_PATTERNS[pattern]
     return regex.compile(rf"(?rV1)(?<=[[\p{{L}}\p{{N}}]--[{never}]])(?=[[{behind}]--[{never}]])")
@@ -200,11 +201,11 @@ def count_in_processes(batches: Iterable[list[str]], pattern: str, num_proc: int
         counts = count_batches(without_room(batches, tasks, workers), pattern)
         for _ in workers:
             wait_for(tasks.put, workers, None)
-        for _ in workers:
-            part = wait_for(results.get, workers)
-            if isinstance(part, Exception):
-                raise part
-            counts.update(part)
+        for _ in workers:                               # each ends with a None
+            for part in iter(lambda: wait_for(results.get, workers), None):
+                if isinstance(part, Exception):
+                    raise part
+                counts.update(part)
         return counts
     finally:
         tasks.cancel_join_thread()
@@ -243,7 +244,9 @@ def count_worker(pattern, tasks, results):
     signal.signal(signal.SIGINT, signal.SIG_IGN)   # Ctrl-C is for the parent, which ends us
     try:
         counts = count_batches(iter(tasks.get, None), pattern)
-        results.put(counts.pieces() if pattern == GPT2_PATTERN else counts)
+        for part in counts.parts() if pattern == GPT2_PATTERN else [counts]:
+            results.put(part)
+        results.put(None)
     except ValueError as error:
         results.put(error)
         for _ in iter(tasks.get, None):            # drain, so that the parent can finish writing

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from fast.bpe_table import Pieces
 
-CHUNK = 1 << 18                     # positions that are looked at together
+GONE = -2                           # where the second token of a pair began
+PARTS = 16                          # that pairs are found in, one after the other: less memory
 
 
 def learn_merges(pieces: Mapping[Sequence[int], int], num_merges: int, min_frequency: int = 1,
@@ -97,7 +98,7 @@ class Corpus:
 
     A token keeps its id at its first place (in `first`) and at its last (in `last`), so the
     neighbours of the token at p are last[p - 1] and first[p + length], and a merge is three
-    assignments. A pair is one integer of its two tokens.
+    assignments. `index` leaves out the places between. A pair is one integer of its two tokens.
     """
 
     def __init__(self, pieces: Mapping[Sequence[int], int], ids: Sequence[int]):
@@ -111,12 +112,13 @@ class Corpus:
             self.first = np.fromiter(flat, np.int32, sizes.sum() + 1)
         self.first[0] = -1
         self.first[sizes.cumsum()] = -1
-        self.last = self.first.copy()
-        small = not len(counts) or counts.max() < 1 << 31   # half the memory
-        self.weight = np.zeros(len(self.first), np.int32 if small else np.int64)
+        def small(most: int) -> type:                   # half the memory, where it is enough
+            return np.int32 if most < 1 << 31 else np.int64
+        self.place = small(len(self.first))             # what positions are kept in
+        self.weight = np.zeros(len(self.first), small(counts.max(initial=0)))
         self.weight[1:] = np.repeat(counts.astype(self.weight.dtype), sizes)    # of the piece
         most = max(int(self.first.max()), 255, *ids[-1:])
-        self.length = np.ones(most + 1, np.int64)       # of a token in places, by id
+        self.length = np.ones(most + 1, np.int64)       # of a token in places, by id; see index
         self.id_bits = len(self.length).bit_length()
         self.position_bits = 63 - 2 * self.id_bits
         if len(self.first) >> self.position_bits:
@@ -130,28 +132,41 @@ class Corpus:
         return pair >> self.id_bits, pair & (1 << self.id_bits) - 1
 
     def index(self, min_frequency: int, size: int = 6000) -> tuple[list[int], int]:
-        """The `size` most frequent pairs, and the least count."""
-        self.counts, self.where, parts = {}, {}, []
-        for begin in range(0, len(self.first), CHUNK):
-            at = begin + np.flatnonzero(self.first[begin:begin + CHUNK] >= 0)
-            left = self.first[at].astype(np.int64)
-            right = self.first[at + self.length[left]]
+        """The `size` most frequent pairs, and the least count. Each token has one place again."""
+        self.counts, self.where, self.last = {}, {}, None
+        live = self.first != GONE
+        if not live.all():
+            self.first, self.weight = self.first[live], self.weight[live]
+        del live
+        self.length[:] = 1
+        some = np.sort(self.first[::len(self.first) // 10_000 + 1])
+        some = some[some >= 0][::len(some) // PARTS + 1]
+        edges = np.unique([0, *some, len(self.length)]).tolist()    # of the left tokens in a part
+        at, end, found = np.empty(len(self.first), self.place), 0, []
+        for low, high in itertools.pairwise(edges):
+            key = np.flatnonzero((self.first >= low) & (self.first < high))
+            left, right = self.first[key].astype(np.int64), self.first[key + 1]
             # (left, right, position) in one integer: sorting these in place needs no second array.
-            key = (left << self.id_bits | right) << self.position_bits | at
-            parts.append(key[right >= 0])
-        key = np.concatenate(parts)
-        del parts
-        if not len(key):
+            key = ((left << self.id_bits | right) << self.position_bits | key)[right >= 0]
+            if not len(key):
+                continue
+            key.sort()
+            pairs = key >> self.position_bits
+            starts = group_starts(pairs)
+            key &= (1 << self.position_bits) - 1        # the positions are left
+            counts = np.add.reduceat(self.weight[key], starts, dtype=np.int64)
+            found.append((pairs[starts], counts, end + starts))
+            at[end:end + len(key)] = key
+            end += len(key)
+        if not end:
             return [], min_frequency
-        key.sort()
-        pairs = key >> self.position_bits
-        starts = group_starts(pairs)
-        pairs = pairs[starts]
-        key &= (1 << self.position_bits) - 1            # the positions are left
-        counts = np.add.reduceat(self.weight[key], starts, dtype=np.int64)
+        pairs, counts, starts = map(np.concatenate, zip(*found))
         size = max(min(size, len(counts) // 4), 1)
         floor = max(min_frequency, int(np.partition(counts, -size)[-size]))
-        return self.keep(pairs, counts, key, starts, floor), floor
+        pairs = self.keep(pairs, counts, at[:end], starts, floor)
+        del at                                          # before there is one more array
+        self.last = self.first.copy()
+        return pairs, floor
 
     def keep(self, pairs: np.ndarray, counts: np.ndarray, at: np.ndarray, starts: np.ndarray,
              floor: int) -> list[int]:
@@ -160,7 +175,7 @@ class Corpus:
         stops = np.append(starts[1:], len(at))[hot].tolist()
         pairs = pairs[hot].tolist()
         self.counts.update(zip(pairs, counts[hot].tolist()))
-        self.where.update((pair, at[start:stop].copy())     # a view would keep all of `at` alive
+        self.where.update((pair, at[start:stop].astype(self.place))     # a view would keep all alive
                           for pair, start, stop in zip(pairs, starts[hot].tolist(), stops))
         return pairs
 
@@ -170,7 +185,7 @@ class Corpus:
         where = [self.where.pop(pair) for pair in pairs]
         ids, (a, b) = np.array(ids), self.tokens(np.array(pairs))
         of = np.arange(len(pairs)).repeat(list(map(len, where)))
-        at = np.concatenate(where)
+        at = np.concatenate(where, dtype=np.int64)
         step = self.length[a]
         size = self.length[ids] = step + self.length[b]
         there = (self.first[at] == a[of]) & (self.first[at + step[of]] == b[of])
@@ -180,7 +195,7 @@ class Corpus:
             of = of[:len(at)]
         new, after = ids[of], at + size[of]
         self.first[at] = new
-        self.first[at + step[of]] = -2
+        self.first[at + step[of]] = GONE
         self.last[after - 1] = new
         left, right = self.last[at - 1].astype(np.int64), self.first[after]
         with_left = left >= 0

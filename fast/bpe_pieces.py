@@ -108,26 +108,21 @@ def check_surrogates(text: str) -> None:
 # -------------------------------------------------------------- two versions of Unicode, one split
 
 @functools.cache
-def classes_by_regex() -> np.ndarray:
-    """The class of every code point as `regex` knows it (Unicode has letters up to U+3FFFF)."""
+def classes() -> tuple[np.ndarray, np.ndarray]:
+    """The class of every code point as tiktoken knows it (Unicode has letters up to U+3FFFF), and
+    the doubtful ones, which `regex`, of another Unicode version, takes for another."""
     table, every = np.zeros(0x110000, np.uint8), as_text(POINTS)
     for i, (members, _) in enumerate(CLASSES, 1):
         table[as_codes("".join(regex.findall(f"[{members}]+", every)))] = i
-    return table
-
-
-@functools.cache
-def classes() -> np.ndarray:
-    """The same as tiktoken knows it, which is asked for the differences only: it is slow to write
-    what it has found."""
-    table, seen = classes_by_regex().copy(), classes_by_regex()[POINTS]
+    by_regex = table.copy()
+    seen = by_regex[POINTS]         # tiktoken is asked for the differences: it is slow to write
     for sign in ("^", ""):                              # lost by a class, then found for one
         for i, (members, _) in enumerate(CLASSES, 1):
             only = tiktoken.Encoding("class", pat_str=f"[{sign}{members}]+", special_tokens={},
                                      mergeable_ranks={bytes([b]): b for b in range(256)})
             among = as_text(POINTS[seen == i if sign else seen != i])
             table[as_codes(bytes(only.encode_ordinary(among)).decode())] = 0 if sign else i
-    return table
+    return table, np.flatnonzero(table != by_regex)
 
 
 def as_text(codes: np.ndarray) -> str:
@@ -143,20 +138,14 @@ def as_codes(text: str) -> np.ndarray:
 @functools.cache
 def kinds() -> np.ndarray:
     """The kind of every code point: letter, number, space or other, as tiktoken knows it."""
-    return np.array([0, LETTER, LETTER, LETTER, NUMBER, SPACE, 0], np.uint8)[classes()]
-
-
-@functools.cache
-def doubtful() -> np.ndarray:
-    """The code points that `regex`, of another Unicode version, takes for another class."""
-    return np.flatnonzero(classes() != classes_by_regex())
+    return np.array([0, LETTER, LETTER, LETTER, NUMBER, SPACE, 0], np.uint8)[classes()[0]]
 
 
 @functools.cache
 def shown_as() -> np.ndarray:
     """For each code point one that `regex` takes for the class that tiktoken knows it by: itself,
     or of a doubtful one an example."""
-    table, points = np.arange(0x110000, dtype="<u4"), doubtful()
+    table, (known, points) = np.arange(0x110000, dtype="<u4"), classes()
     examples = np.array([ord(example) for example in ("\u0378", *(char for _, char in CLASSES))])
-    table[points] = examples[classes()[points]]
+    table[points] = examples[known[points]]
     return table

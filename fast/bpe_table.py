@@ -14,7 +14,8 @@ import numpy as np
 
 from fast.bpe_pieces import SPACE, kinds
 
-ROWS = 1 << 12                  # of a new table
+SLOTS = 1 << 14                 # of a new table
+MANY = 1 << 14                  # pieces that are given to another process at once
 LONG = 16                       # bytes of a piece that is looked up in a dict instead
 ONE = [ord(c) for c in "sdmt"]
 TWO = [ord(a) << 8 | ord(b) for a, b in ("ll", "ve", "re")]
@@ -110,27 +111,31 @@ class Pieces(Mapping[bytes, int]):
 class PieceTable:
     """Distinct pieces, numbered as they come, and counts of them.
 
-    A hash table with open addressing, at most a quarter full: a row is a piece as two integers (its
-    bytes, and its length in the last of 16) and its number. Longer pieces are in a dict.
+    A hash table with open addressing, at most a quarter full, of numbers alone, so that it is small.
+    What is compared is beside it: a piece as two integers, its bytes and its length in the last of
+    16. Longer pieces are in a dict.
     """
 
     def __init__(self):
-        self.rows = np.zeros((ROWS, 3), np.uint64)
+        self.slots = np.zeros(SLOTS, np.int32)          # 1 + number; 0 is free
+        self.keys = np.zeros((1, 2), np.uint64)         # by 1 + number, the integers; room for more
         self.long: dict[bytes, int] = {}
         self.text = bytearray()                         # as in Pieces
         self.length = 0                                 # how many there are
         self.stops = self.counts = np.zeros(0, np.int64)    # of each in the text; room for more
 
-    def pieces(self) -> Pieces:
-        """Those that are here, as often as they were counted."""
-        stops = self.stops[:self.length]
-        return Pieces(bytes(self.text), np.diff(stops, prepend=-1) - 1, self.counts[:self.length])
+    def pieces(self, begin: int = 0, end: int | None = None) -> Pieces:
+        """Those of these numbers, as often as they were counted."""
+        stops = self.stops[begin:self.length if end is None else end]
+        before = self.stops[begin - 1] if begin else -1
+        text = self.text[before + 1:stops[-1] + 1 if len(stops) else 0]
+        return Pieces(bytes(text), np.diff(stops, prepend=before) - 1,
+                      self.counts[begin:begin + len(stops)])
 
-    def since(self, number: int) -> list[bytes]:
-        """The pieces from a number on."""
-        stops = self.stops[max(number - 1, 0):self.length].tolist()
-        starts = [-1] * (not number) + stops
-        return [bytes(self.text[i + 1:j]) for i, j in zip(starts, starts[1:])]
+    def parts(self) -> Iterator[Pieces]:
+        """All of them, some at a time."""
+        for begin in range(0, self.length, MANY):
+            yield self.pieces(begin, min(begin + MANY, self.length))
 
     def count(self, data: bytes, starts: np.ndarray) -> None:
         """Count the pieces of a block."""
@@ -152,28 +157,26 @@ class PieceTable:
         low = eight[starts] & LOW.take(size)
         high = eight[starts + 8] & HIGH.take(size) | LENGTH.take(size)
         slot = self._slots(low, high)
-        found = self.rows.take(slot, axis=0)
-        number = found[:, 2].astype(np.int64)
+        number = self.slots[slot]
+        found = self.keys.take(number, axis=0)
         left = np.flatnonzero((found[:, 0] != low) | (found[:, 1] != high) | (size == LONG))
         long, left = left[size[left] == LONG], left[size[left] < LONG]
         new = [left[:0]]
         while len(left):                                # another piece is there, or none
-            empty = self.rows[slot[left], 1] == 0
-            new.append(left[empty])
-            left = left[~empty]
-            slot[left] = slot[left] + 1 & len(self.rows) - 1
-            found = self.rows[slot[left]]
-            right = (found[:, 0] == low[left]) & (found[:, 1] == high[left])
-            number[left[right]] = found[right, 2]
-            left = left[~right]
+            new.append(left[number[left] == 0])
+            left = left[number[left] != 0]
+            slot[left] = slot[left] + 1 & len(self.slots) - 1
+            number[left] = self.slots[slot[left]]
+            found = self.keys[number[left]]
+            left = left[(found[:, 0] != low[left]) | (found[:, 1] != high[left])]
         new = np.concatenate(new)
         order = new[np.lexsort((low[new], high[new]))]
         first = np.ones(len(order), bool)               # of equal ones
         first[1:] = (low[order[1:]] != low[order[:-1]]) | (high[order[1:]] != high[order[:-1]])
-        number[order] = self.length + first.cumsum() - 1
+        number[order] = self.length + first.cumsum()
         order = order[first]
-        self._place(np.stack((low[order], high[order], number[order].astype(np.uint64)), 1))
-        known = self.length + len(order)
+        self._place(np.stack((low[order], high[order]), 1))
+        known = self.length + 1 + len(order)
         more = []                                       # of the long ones
         for k, i, j in zip(long.tolist(), starts[long].tolist(), stops[long].tolist()):
             number[k] = found = self.long.setdefault(data[i:j], known + len(more))
@@ -182,7 +185,7 @@ class PieceTable:
         order = np.append(order, np.array(more, np.int64))
         if len(order):
             self._add(data, starts[order], stops[order])
-        return number
+        return number - 1
 
     def _add(self, data: bytes, starts: np.ndarray, stops: np.ndarray) -> None:
         """New pieces of a block, which have the next numbers."""
@@ -194,28 +197,32 @@ class PieceTable:
 
     def _slots(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Where pieces are looked for first."""
-        bits = len(self.rows).bit_length() - 1
+        bits = len(self.slots).bit_length() - 1
         return ((low * FACTORS[0] ^ high * FACTORS[1]) >> np.uint64(64 - bits)).astype(np.int64)
 
-    def _place(self, rows: np.ndarray) -> None:
-        """Write different new rows into free slots, of a larger table where it would be too full.
-        """
-        size = len(self.rows)
-        while 4 * (self.length + len(rows)) > size:
+    def _place(self, keys: np.ndarray) -> None:
+        """Number new pieces in free slots, of a larger table where it would be too full."""
+        begin, end, size = self.length + 1, self.length + 1 + len(keys), len(self.slots)
+        self.keys = with_room(self.keys, end)
+        self.keys[begin:end] = keys
+        number = np.arange(begin, end)
+        while 4 * end > size:
             size *= 2
-        if size > len(self.rows):
-            rows = np.concatenate((self.rows[self.rows[:, 1] != 0], rows))
-            self.rows = np.zeros((size, 3), np.uint64)
-        slot = self._slots(rows[:, 0], rows[:, 1])
-        while len(rows):
-            free = self.rows[slot, 1] == 0
-            self.rows[slot[free]] = rows[free]          # of those that want one slot, one has it
-            left = self.rows[slot, 2] != rows[:, 2]
-            rows, slot = rows[left], slot[left] + 1 & size - 1
+        if size > len(self.slots):
+            self.slots = np.zeros(size, np.int32)
+            number = 1 + np.flatnonzero(self.keys[1:end, 1])        # but for the long ones
+        slot = self._slots(*self.keys[number].T)
+        while len(number):
+            free = self.slots[slot] == 0
+            self.slots[slot[free]] = number[free]       # of those that want one slot, one has it
+            left = self.slots[slot] != number
+            number, slot = number[left], slot[left] + 1 & size - 1
 
 
 def with_room(array: np.ndarray, length: int) -> np.ndarray:
     """The array, or a longer one that begins with it."""
     if length <= len(array):
         return array
-    return np.append(array, np.zeros(max(length, 2 * len(array)) - len(array), array.dtype))
+    longer = np.zeros((max(length, 2 * len(array)), *array.shape[1:]), array.dtype)
+    longer[:len(array)] = array
+    return longer

@@ -164,7 +164,7 @@ def test_a_corpus_gives_the_ids_of_each_text(texts, block, threads, most, patter
         patch.setattr(bpe_counts, "BLOCK", block)
         patch.setattr(bpe_corpus, "BLOCK", block)
         patch.setattr(bpe_corpus, "MOST", most)
-        patch.setattr(bpe_table, "ROWS", 2)
+        patch.setattr(bpe_table, "SLOTS", 2)
         found = [ids.tolist() for ids in tok.encode_corpus(iter(texts), threads)]
         counted = count_pieces(texts, pattern, num_proc=1)
     assert found == [tok.encode_slowly(text) for text in texts]
@@ -174,15 +174,17 @@ def test_a_corpus_gives_the_ids_of_each_text(texts, block, threads, most, patter
 @settings(max_examples=60, deadline=None)
 @given(st.lists(dense | anything, max_size=5), st.lists(dense | anything, max_size=5))
 def test_what_two_processes_counted_is_added(here, there):
-    """Tables that grow from two rows; pieces of any length, with bytes 0 in them."""
+    """Tables that grow from two slots; pieces of any length, with bytes 0 in them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_table, "ROWS", 2)
+        patch.setattr(bpe_table, "SLOTS", 2)
         one, other = (bpe_counts.count_batches([[(text, True)] for text in texts], GPT2_PATTERN)
                       for texts in (here, there))
-        one.update(other.pieces())
+        patch.setattr(bpe_table, "MANY", 3)
+        for part in other.parts():
+            one.update(part)
     pieces = one.pieces()
     assert dict(pieces) == naive_pieces([*here, *there], GPT2_PATTERN)
-    assert one.since(0) == list(pieces) and one.since(2) == list(pieces)[2:]
+    assert list(one.pieces(len(pieces) // 2)) == list(pieces)[len(pieces) // 2:]
 
 
 def test_pieces_that_share_a_slot_or_hold_the_mark_keep_their_ids(monkeypatch):
