@@ -40,6 +40,7 @@ import math
 import multiprocessing.connection
 import os
 import shlex
+import shutil
 import statistics
 import threading
 import time
@@ -334,6 +335,9 @@ def perform(trial: Trial, folder: Path, jobs: int = 1) -> dict[str, Any]:
         summary = train(build(TrainConfig, {**trial.settings, "out": str(folder)}))
     if summary["step"] < trial.settings["max_steps"]:
         raise ValueError("stopped before its end; the same command goes on")
+    if "val_tokens" not in summary:     # killed between its last checkpoint and its last word
+        shutil.rmtree(folder)
+        return perform(trial, folder, jobs)
     seconds = load_run(folder, "").steps["seconds"]
     tokenizer = folder / "tokenizer.json"
     finite = all(math.isfinite(summary[key] or math.nan) for key in ("train_loss", "val_loss"))

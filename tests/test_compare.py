@@ -24,6 +24,7 @@ from experiments.compare import changed, drawn_by_name, perform, read
 from experiments.studies import chat as chat_study
 from experiments.ttest import holm, paired, seeds_needed, t_quantile, two_sided_p
 from model import GPT, GPTConfig
+from run.config import build
 from train import TrainConfig, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -497,6 +498,17 @@ def test_a_killed_comparison_goes_on_and_nothing_is_trained_twice(words, here, t
     report = found(command)
     assert {path: path.stat().st_ino for path in done} == inodes
     assert report["variants"]["base"]["losses"] == whole["variants"]["base"]["losses"]
+
+
+def test_a_run_killed_before_its_last_word_is_trained_again(words, tmp_path):
+    trial = compare.Trial("", read(words).base, "")
+    times = ("seconds", "step_seconds", "memory_mib")
+    whole = perform(trial, tmp_path / "run")
+    train(build(TrainConfig, {**trial.settings, "out": str(tmp_path / "killed")}))
+    run = json.loads((tmp_path / "killed" / "run.json").read_text())
+    (tmp_path / "killed" / "run.json").write_text(json.dumps({**run, "final": None}))
+    found = perform(trial, tmp_path / "killed")
+    assert {**found, **dict.fromkeys(times)} == {**whole, **dict.fromkeys(times)}
 
 
 def test_other_data_settings_or_patches_are_other_runs(words, dataset):
