@@ -32,7 +32,7 @@ from bpe import Tokenizer
 from data import conversations
 from data.chat import extend_tokenizer, find_template, render_prompt
 from data.conversations import Message
-from data.texts import RECORDS
+from data.texts import RECORDS, read_text
 from fast.decoding import compile_blocks, record_steps
 from model import GPT, sample_token
 from run.config import parse, run_command
@@ -268,7 +268,7 @@ def read_prompts(path: Path) -> list[tuple[list[Message], str | None]]:
         raise FileNotFoundError(f"there is no file {path}")
     found: list[tuple[list[Message], str | None]] = []
     if path.suffix.lower() not in RECORDS:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).split("\n")
         found = [([{"role": "user", "content": line}], None) for line in lines if line.strip()]
     else:
         for place, record in conversations.read_records(path):

@@ -333,6 +333,13 @@ def test_prompts_that_lose_their_beginning_are_counted(talker, run, tmp_path, ca
     assert "do not fit" not in capsys.readouterr().err
 
 
+def test_prompts_a_line_each_are_parted_by_line_ends_alone(tmp_path):
+    """Not by what else str.splitlines takes for one; a byte order mark is no part of the first."""
+    (tmp_path / "p.txt").write_bytes("\ufeffone\u2028still one\r\ntwo\x0c\n".encode())
+    assert [messages[0]["content"] for messages, _ in sample.read_prompts(tmp_path / "p.txt")] == [
+        "one\u2028still one", "two\x0c"]
+
+
 def test_a_record_of_prompts_keeps_its_system_message(tmp_path):
     file, talk = tmp_path / "p.jsonl", [{"role": "user", "content": "Hello!"}]
     file.write_text("\n".join(json.dumps({**record, "system": "Be brief."}) for record in (
