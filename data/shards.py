@@ -104,7 +104,7 @@ class Tokens:
     """The shards of a split as one long row of ids."""
 
     def __init__(self, shards: list[np.ndarray]):
-        self.shards = shards
+        self.shards = [np.asarray(shard) for shard in shards]       # a memmap's slices cost more
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])
 
     def __len__(self) -> int:
@@ -114,7 +114,7 @@ class Tokens:
         """Ids start..stop-1 (fewer at the end of the split), int64."""
         parts = []
         stop = min(stop, len(self))
-        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        shard = int(self.starts.searchsorted(start, "right")) - 1
         while start < stop:
             first = self.starts[shard]
             part = self.shards[shard][start - first:stop - first]
