@@ -137,7 +137,7 @@ def test_a_run_on_a_mixture_is_evaluated_later_as_in_training(two, monkeypatch, 
     assert found["data"] == data and "a:0.7,b:0.3" in shown and f"loss/{two / 'a'}" in shown
     for key in ("loss", "bits_per_byte", f"loss/{two / 'a'}", f"loss/{two / 'b'}", "tokens"):
         assert found[key] == pytest.approx(summary[f"val_{key}"], rel=1e-5)     # other batches
-    with pytest.raises(ValueError, match="--stride is for text, and .* is none; leave it out"):
+    with pytest.raises(ValueError, match="--stride is for .*; .* holds a mixture: leave it out"):
         loss_command.main([f"--model={two / 'run'}", f"--data={data}", "--stride=8"])
 
 
