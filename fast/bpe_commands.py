@@ -1,12 +1,16 @@
 """What `python bpe.py` asks and says: the options of its commands, the report of a training."""
 import argparse
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
 from fast.bpe_counts import count_pieces, read_blocks
 from fast.bpe_pieces import PATTERNS
 from formats.tokenizer import readable
+
+
+RECORDS = ".json", ".jsonl", ".ndjson"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,6 +60,9 @@ def learn(args: argparse.Namespace, pattern: str, make: Callable[[dict[bytes, in
     start, held_out = time.time(), None if args.no_held_out else []
     if not Path(args.out).parent.is_dir():
         raise FileNotFoundError(f"no such folder: {Path(args.out).parent}, for --out={args.out}")
+    for name in (name for name in args.files if name.lower().endswith(RECORDS)):
+        warnings.warn(f"{name} is read as it is, with its quotes and names of fields; write its texts "
+                      f"to a .txt file to learn from them alone")
     texts = read_blocks(args.files, pattern, args.errors, held_out=held_out, progress=True)
     tok = make(pieces := count_pieces(texts, pattern, args.num_proc))
     tok.save(args.out)

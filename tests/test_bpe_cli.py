@@ -66,6 +66,12 @@ def test_early_stop_is_one_line(corpus, tmp_path, capsys):
     assert "bpe.py: stopped after " in capsys.readouterr().err
 
 
+def test_records_that_are_learned_with_their_quotes_are_said(corpus, tmp_path, capsys):
+    records = corpus.rename(tmp_path / "corpus.JSONL")
+    assert bpe.main(["train", str(records), "--vocab-size=280", f"--out={tmp_path / 'o'}"]) == 0
+    assert "corpus.JSONL is read as it is, with its quotes" in capsys.readouterr().err
+
+
 def test_encode_and_decode_are_inverse_for_any_bytes(corpus, tmp_path):
     out = tmp_path / "tok.json"
     bpe.main(["train", str(corpus), "--vocab-size=280", f"--out={out}"])
