@@ -175,7 +175,7 @@ class Corpus:
         stops = np.append(starts[1:], len(at))[hot].tolist()
         pairs = pairs[hot].tolist()
         self.counts.update(zip(pairs, counts[hot].tolist()))
-        self.where.update((pair, at[start:stop].astype(self.place))     # a view would keep all alive
+        self.where.update((pair, at[start:stop].copy())     # a view would keep all of `at` alive
                           for pair, start, stop in zip(pairs, starts[hot].tolist(), stops))
         return pairs
 
@@ -185,7 +185,7 @@ class Corpus:
         where = [self.where.pop(pair) for pair in pairs]
         ids, (a, b) = np.array(ids), self.tokens(np.array(pairs))
         of = np.arange(len(pairs)).repeat(list(map(len, where)))
-        at = np.concatenate(where, dtype=np.int64)
+        at = np.concatenate(where).astype(np.int64)
         step = self.length[a]
         size = self.length[ids] = step + self.length[b]
         there = (self.first[at] == a[of]) & (self.first[at + step[of]] == b[of])
@@ -217,7 +217,7 @@ class Corpus:
         for pair, count in zip((left << self.id_bits | right).tolist(), counts.tolist()):
             if pair in known:
                 known[pair] -= count
-        return self.keep(key, counts, at, starts, floor)
+        return self.keep(key, counts, at.astype(self.place), starts, floor)
 
 
 def group_starts(key: np.ndarray) -> np.ndarray:
