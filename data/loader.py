@@ -139,8 +139,7 @@ class WindowLoader(RowLoader):
         found = []
         for start in rows * self.block_size:
             i = int(np.searchsorted(self.tokens.starts, start, side="right")) - 1
-            name = getattr(self.tokens.shards[i], "filename", f"shard {i}")
-            found.append(f"{name} at token {start - self.tokens.starts[i]:,}")
+            found.append(f"{self.tokens.names[i]} at token {start - self.tokens.starts[i]:,}")
         return found
 
 

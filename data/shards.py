@@ -104,6 +104,7 @@ class Tokens:
     """The shards of a split as one long row of ids."""
 
     def __init__(self, shards: list[np.ndarray]):
+        self.names = [getattr(shard, "filename", f"shard {i}") for i, shard in enumerate(shards)]
         self.shards = [np.asarray(shard) for shard in shards]       # a memmap's slices cost more
         self.starts = np.cumsum([0] + [len(shard) for shard in shards])
 
