@@ -249,7 +249,7 @@ def test_a_comparison_trains_each_run_once_and_says_what_it_found(words, tmp_pat
     assert report["noise_floor"] == pytest.approx(math.sqrt(2) * base["spread"])
     assert slow["verdict"] in text and text.strip() in capsys.readouterr().out
     assert base["seconds"] > 0 and base["memory_mib"] > 50 and base["tokens"] == 6 * 64
-    assert f"`python -m experiments.compare demo" in text and "3 paired seeds" in text
+    assert "`python -m experiments.compare demo" in text and "3 paired seeds" in text
     results = {path: path.stat().st_ino for path in out.glob("runs/*/result.json")}
     assert len(results) == 6 and not list(out.glob("runs/*/last.pt"))
 
