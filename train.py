@@ -176,7 +176,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     data = open_data(folder, config, tokenizer, start.config.block_size if start
                      else config.model.block_size)
     model = use_fast_products(model_for(data, start, config))
-    config = resume.with_shape(config, model, data)
+    config = resume.with_shape(config, model, data, world.rank)
     batches = data.loader(config, world, pin=device.type == "cuda")
     config = resume.with_step_counts(config, batches)
     check_same_start(world, {**flatten(dataclasses.asdict(config)), "data": data.fingerprint,

@@ -314,6 +314,12 @@ def from_hugging_face(data: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"its added token {token['content']!r:.80} is not special: it would "
                              f"be found in all text, and here none is; where no text has it, set "
                              f"its \"special\" to true in the file")
+    after = data.get("post_processor") or {}
+    puts = [token["SpecialToken"]["id"] for step in after.get("processors", [after])
+            for token in step.get("single", []) if "SpecialToken" in token]
+    if puts:
+        warnings.warn(f"its tokenizer.json puts {', '.join(puts)} around each text; here a text "
+                      f"is encoded as it is", stacklevel=4)
     return {**from_vocab(model["vocab"], merges, specials), "pattern": pattern}
 
 

@@ -48,11 +48,17 @@ class Progress:
         return self.step >= config.max_steps or 0 < config.patience <= self.stale
 
 
-def with_shape(config: Any, model: Any, data: Any) -> Any:
+def with_shape(config: Any, model: Any, data: Any, rank: int) -> Any:
     """The config of train.py with the shape that the network has and the template of the data. A
     classifier writes nothing; its head is new, so it trains in full beside an adapter."""
     if config.report_to == "tensorboard":
         summary_writer()                                # said before anything is written
+    unread = (["pooling"] if data.template else ["template", "labels"] if data.classes else
+              ["template", "labels", "packing", "pooling"])
+    if rank == 0 and (names := [f"{name}={getattr(config, name)}" for name in unread
+                                if getattr(config, name) != getattr(type(config), name)]):
+        what = "conversations" if data.template else "classes" if data.classes else "plain text"
+        warn(f"warning: {config.data} holds {what} and makes no use of {', '.join(names)}")
     config = dataclasses.replace(config, model=model.config, template=data.template)
     if not data.classes:
         return config

@@ -211,6 +211,21 @@ def test_a_hugging_face_file_that_would_change_ids_is_refused(small, tmp_path, c
         Tokenizer.load(path)
 
 
+def test_a_token_that_a_hugging_face_file_puts_before_each_text_is_said(small, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    small.save_pretrained(tmp_path)
+    path = str(tmp_path / "tokenizer.json")
+    theirs = tokenizers.Tokenizer.from_file(path)
+    name, i = next(iter(small.special_tokens.items()))
+    theirs.post_processor = tokenizers.processors.Sequence([
+        tokenizers.processors.ByteLevel(),
+        tokenizers.processors.TemplateProcessing(f"{name} $A", special_tokens=[(name, i)])])
+    theirs.save(path)
+    assert theirs.encode("hello").ids == [i, *small.encode("hello")]
+    with pytest.warns(UserWarning, match="endoftext.* around each text"):
+        assert Tokenizer.load(path).encode("hello") == small.encode("hello")
+
+
 def test_gpt2s_files_are_read_under_either_name(small, tmp_path):
     small.save_pretrained(tmp_path / "hf")
     model = json.loads((tmp_path / "hf" / "tokenizer.json").read_text(encoding="utf-8"))["model"]

@@ -227,6 +227,13 @@ def test_a_dry_run_of_a_chat_preset_shows_what_has_labels(base, chats, tmp_path,
     assert "[<|endoftext|>User: " in shown and "lora_A" in shown and not (tmp_path / "run").exists()
 
 
+def test_how_a_classifier_reads_is_no_setting_of_conversations(base, chats, tmp_path, capsys):
+    train(build(TrainConfig, settings(base, chats, tmp_path / "run", dry_run=True, pooling="mean",
+                                      labels="last")))
+    assert capsys.readouterr().err == (f"warning: {chats} holds conversations and makes no use "
+                                       f"of pooling=mean\n")
+
+
 def test_presets_of_fine_tuning_say_what_they_start_from():
     for name in ("sft-demo", "lora-demo", "gpt2-alpaca", "gpt2-alpaca-lora", "gpt2-imdb-lora"):
         config = build(TrainConfig, PRESETS[name].settings)

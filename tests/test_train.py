@@ -456,6 +456,12 @@ def test_a_dry_run_counts_no_padding_as_trained_and_warns_of_many_passes(dataset
     assert "passes" not in capsys.readouterr().err
 
 
+def test_a_setting_that_the_data_leave_unread_is_said(dataset, tmp_path, capsys):
+    train(settings(dataset, tmp_path / "run", dry_run=True, packing=True, labels="last"))
+    assert (f"warning: {dataset} holds plain text and makes no use of labels=last, packing=True"
+            in capsys.readouterr().err.splitlines())
+
+
 def test_a_dry_run_reads_the_hellaswag_file(dataset, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file none.jsonl"):
         train(settings(dataset, tmp_path, hellaswag_every=2, hellaswag_file="none.jsonl",
