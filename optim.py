@@ -49,6 +49,9 @@ class OptimConfig:
                      "galore_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be positive")
+        for name in ("eps", "muon_warmup", "muon_weight_decay", "power"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be at least 0")
         if self.optimizer not in RULES:
             *names, last = RULES
             raise ValueError(f"optim.optimizer={self.optimizer!r} is unknown; choose "
@@ -309,6 +312,11 @@ SCHEDULES: dict[str, Callable[[float, OptimConfig], float]] = {
     # the same factor every step, where the floor is 0
     "exponential": lambda done, config: config.decay_to ** done,
 }
+# Settings that are read by one optimizer or schedule, or for adapters, alone.
+READ_BY = {"galore_rank": "galore", "galore_every": "galore", "galore_scale": "galore",
+           "muon_momentum": "muon", "muon_warmup": "muon", "muon_weight_decay": "muon",
+           "decay_share": "wsd", "power": "polynomial", "decay_to": "exponential",
+           "lora_plus_ratio": "lora"}
 
 
 def learning_rate(step: int, schedule: str, max_steps: int, warmup_steps: int, peak: float,

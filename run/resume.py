@@ -14,6 +14,7 @@ from typing import Any, Iterator
 import torch
 
 from formats.files import read_json, write_json
+from optim import READ_BY, OptimConfig
 from run import checkpoint
 from run.config import flatten, warn
 from run.log import (RunLog, final_figures, in_digits, in_words, provenance, read_log,
@@ -87,6 +88,12 @@ def with_step_counts(config: Any, batches: Any) -> Any:
     if config.lora and config.optim.optimizer != "adamw" and batches.rank == 0:
         warn(f"warning: optim.optimizer={config.optim.optimizer} is for the matrices of linear "
              f"layers, which lora freezes; A and B of its adapter are trained by adamw")
+    readers = config.optim.optimizer, config.schedule, "lora" if config.lora else ""
+    for name, reader in READ_BY.items() if batches.rank == 0 else ():
+        value = getattr(config.optim, name)
+        if value != getattr(OptimConfig, name) and reader not in readers:
+            warn(f"warning: optim.{name}={value} changes nothing: only {reader} reads it, and this "
+                 f"run has {', '.join(filter(None, readers))}")
     return dataclasses.replace(config, max_steps=steps, epochs=0.0, warmup_steps=warmup,
                                warmup_ratio=0.0)
 

@@ -419,6 +419,8 @@ def test_a_new_rule_and_a_new_schedule_are_named_once(monkeypatch):
     (dict(lora_plus_ratio=0), "optim.lora_plus_ratio=0 must be positive"),
     (dict(galore_rank=0), "optim.galore_rank=0 must be positive"),
     (dict(muon_momentum=1.0), "optim.muon_momentum=1.0 is not in [0, 1)"),
+    (dict(power=-2.0), "optim.power=-2.0 must be at least 0"),      # would rise without end
+    (dict(muon_weight_decay=-0.1), "optim.muon_weight_decay=-0.1 must be at least 0"),
 ])
 def test_wrong_optimizer_settings_are_refused(settings, words):
     with pytest.raises(ValueError) as error:

@@ -462,6 +462,19 @@ def test_a_setting_that_the_data_leave_unread_is_said(dataset, tmp_path, capsys)
             in capsys.readouterr().err.splitlines())
 
 
+def test_a_setting_that_the_optimizer_or_the_schedule_does_not_read_is_said(dataset, tmp_path,
+                                                                            capsys):
+    given = {"power": 2.0, "muon_momentum": 0.9, "lora_plus_ratio": 16.0}
+    train(settings(dataset, tmp_path / "run", dry_run=True, schedule="wsd", optim=given))
+    assert [line for line in capsys.readouterr().err.splitlines() if "changes nothing" in line] == [
+        f"warning: optim.{name}={given[name]} changes nothing: only {reader} reads it, and this "
+        f"run has adamw, wsd" for name, reader in (
+            ("muon_momentum", "muon"), ("power", "polynomial"), ("lora_plus_ratio", "lora"))]
+    train(settings(dataset, tmp_path / "run", dry_run=True, schedule="polynomial",
+                   optim={"power": 2.0, "muon_momentum": 0.9, "optimizer": "muon"}))
+    assert "changes nothing" not in capsys.readouterr().err
+
+
 def test_a_dry_run_reads_the_hellaswag_file(dataset, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file none.jsonl"):
         train(settings(dataset, tmp_path, hellaswag_every=2, hellaswag_file="none.jsonl",
