@@ -142,8 +142,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
-        self.recompute_activations = False
+        self.config, self.recompute_activations = config, False
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -170,6 +169,8 @@ class GPT(nn.Module):
         cross-entropy in nats, `reduction` "mean" over the labelled tokens (0 when there is none) or
         "sum". positions: see `features`. With a cache, idx are the tokens that follow those in it.
         """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={reduction!r} is unknown; choose mean or sum")
         x = self.features(idx, positions, cache)                    # (B, T, C)
         if targets is None:
             return self.lm_head(x)[..., :self.config.vocab_size], None          # (B, T, V)
@@ -320,11 +321,10 @@ def sample_token(logits: Tensor, temperature: float = 1.0, top_k: int | None = N
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
+    if top_k and top_k < logits.size(-1):                           # 0: all, as in sample.py
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered                   # probability of likelier ones
-        cut = before >= top_p
+        cut = ordered.cumsum(dim=-1) - ordered >= top_p             # likelier ones have top_p already
         logits = logits.masked_fill(cut.scatter(-1, order, cut), -math.inf)     # in ids' order
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]

@@ -47,6 +47,8 @@ class Classifier(nn.Module):
 
         Without targets, of the whole rows, and the loss is None. positions: as in GPT.features.
         """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction={reduction!r} is unknown; choose mean or sum")
         x = self.gpt.features(idx, positions)                       # (B, T, C)
         if targets is None:
             last = torch.full((len(idx),), idx.size(1) - 1, device=idx.device)

@@ -11,6 +11,7 @@ import model as network
 from fast.decoding import compile_blocks
 from fast.linear import use_fast_products
 from model import GPT, IGNORE, SIZES, GPTConfig, sample_token
+from run.classifier import Classifier
 
 TINY = GPTConfig(block_size=16, vocab_size=61, n_layer=3, n_head=4, n_embd=32)
 
@@ -121,6 +122,14 @@ def test_a_batch_without_labels_has_loss_zero_and_gradient_zero():
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("network", [tiny(), Classifier(tiny(), 2)])
+def test_a_reduction_that_there_is_not_is_refused(network):
+    """PyTorch has "none", a loss for each token, of which a sum would be taken for the loss."""
+    idx = torch.zeros(1, 8, dtype=torch.long)
+    with pytest.raises(ValueError, match="reduction='none' is unknown; choose mean or sum"):
+        network(idx, idx, reduction="none")
 
 
 def test_padded_ids_are_neither_scored_nor_sampled():
@@ -244,6 +253,7 @@ def test_sampling_draws_from_the_distribution_that_its_settings_describe():
     # p = .644 .237 .087 .032: the first two reach 0.7
     torch.testing.assert_close(share(top_p=0.7), share(top_k=2), rtol=0, atol=0.015)
     assert share(top_p=0.5).tolist() == share(top_k=1).tolist() == [1, 0, 0, 0]
+    assert torch.equal(share(top_k=0), share())         # as in sample.py
 
 
 @pytest.mark.parametrize("settings,message", [
