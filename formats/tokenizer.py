@@ -328,12 +328,17 @@ def write_hugging_face(folder: str | Path, merges: list[tuple[int, int]], token_
     """Write the tokenizer.json and tokenizer_config.json that AutoTokenizer loads.
 
     token_bytes: the bytes of each id; end: the special token that begins and ends documents, if
-    there is one.
+    there is one. ValueError if a special token's name is another token's spelling there.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     spell = ["".join(BYTE_TO_CHAR[b] for b in token) for token in token_bytes]
-    vocab = {token: i for i, token in enumerate(spell) if token} | special_tokens
+    vocab = {token: i for i, token in enumerate(spell) if token}
+    if both := sorted(vocab.keys() & special_tokens.keys()):
+        raise ValueError(f"special token {both[0]!r} is spelled as token {vocab[both[0]]} is, and "
+                         f"Hugging Face's file has one id for both; give it a name such as "
+                         f"'<|{both[0]}|>'")
+    vocab |= special_tokens
     gpt2 = pattern == GPT2_PATTERN          # which ByteLevel has built in
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": gpt2}

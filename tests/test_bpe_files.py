@@ -156,6 +156,14 @@ def test_a_pattern_that_hugging_face_would_read_differently_is_not_written(tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_special_token_that_is_another_tokens_spelling_is_not_written(tmp_path):
+    """Its id would stand for both there: all text with that token would have other ids."""
+    tok = Tokenizer([(ord("a"), ord("b"))], special_tokens=["ab", "<|ab|>"])
+    with pytest.raises(ValueError, match="special token 'ab' is spelled as token 256 is"):
+        tok.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("specials", [[], ["<|endoftext|>", "<pad>"]])
 @pytest.mark.parametrize("pattern", [None, bpe.PATTERNS["gpt4"],
                                      r"\p{N}{1,3}+|[^\p{N}]{1,2}"])      # all digits, by theirs
