@@ -49,6 +49,9 @@ class CorpusConfig:
         if self.tokenizer and self.vocab_size != CorpusConfig.vocab_size:
             raise ValueError(f"vocab_size={self.vocab_size} is of a tokenizer that is trained, and "
                              f"tokenizer={self.tokenizer} is there already; give one of the two")
+        if not 0 < self.validation < 1 or self.shard_tokens < 1:
+            raise ValueError(f"validation={self.validation} must be in (0, 1), shard_tokens="
+                             f"{self.shard_tokens} at least 1")
 
 
 def documentation() -> list[str]:

@@ -5,10 +5,14 @@
                                                                 # .json: a list of those or texts
     for place, record in read_records(path): ...                # any JSON object a line or item
 """
+import functools
 import json
 import re
 from pathlib import Path
 from typing import Any, Iterable, Iterator
+
+from bpe import END_OF_TEXT
+from run.config import warn
 
 DOCUMENTS = (".txt", ".jsonl", ".parquet")
 RECORDS = (".json", ".jsonl", ".ndjson")
@@ -68,7 +72,16 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
         read = readers.get(path.suffix.lower())
         for text in read(path) if read else [read_text(path)]:
             if text.strip():
+                if END_OF_TEXT in text:
+                    say_spelled(path)
                 yield text
+
+
+@functools.cache
+def say_spelled(path: Path) -> None:
+    """Warn, once for a file: many a corpus has its documents parted so."""
+    warn(f"warning: {path} spells {END_OF_TEXT}, which is read as any other text and parts no "
+         f"documents; write a document a line of a .jsonl file, without it")
 
 
 def _read_json(path: Path) -> Iterator[str]:

@@ -285,6 +285,16 @@ def test_documents_of_txt_and_jsonl_files(tmp_path):
     assert find_files(f"{tmp_path},{tmp_path / 'a.txt'}") == find_files(tmp_path)
 
 
+def test_documents_that_are_parted_by_a_spelled_end_of_text_are_one_and_that_is_said(
+        tmp_path, capsys):
+    (tmp_path / "stories.txt").write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\nThree.\n")
+    for _ in range(2):
+        assert len(list(read_documents(find_files(tmp_path)))) == 1
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}/stories.txt spells <|endoftext|>, which is read as any other text "
+        f"and parts no documents; write a document a line of a .jsonl file, without it\n")
+
+
 @pytest.mark.parametrize("name,content,message", [
     ("a.txt", b"good \xff bad", "a.txt is not UTF-8: byte 5 is 0xff"),
     ("a.jsonl", b'{"text": "x"}\n{"text": }\n', "a.jsonl, line 2 is no JSON"),
@@ -300,8 +310,10 @@ def test_a_bad_text_file_is_named_with_the_place(tmp_path, name, content, messag
 
 @pytest.mark.parametrize("given, message", [
     (dict(from_="text", code=True), "from=text is other text"),
-    (dict(tokenizer="gpt2", vocab_size=300), "vocab_size=300 is of a tokenizer that is trained")])
-def test_settings_of_a_corpus_that_exclude_each_other_are_refused(given, message):
+    (dict(tokenizer="gpt2", vocab_size=300), "vocab_size=300 is of a tokenizer that is trained"),
+    (dict(validation=1.2), r"validation=1.2 must be in \(0, 1\)"),     # would train on a fifth less
+    (dict(shard_tokens=0), "shard_tokens=0 at least 1")])
+def test_settings_of_a_corpus_that_cannot_be_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         CorpusConfig(**given)
 
