@@ -56,7 +56,7 @@ def examine(talks: list[dict[str, Any]], tokenizer: Tokenizer, template: str,
         prompts.append(spans[-1][1] - sum(labelled))
         answers.update(m["content"].strip() for m in messages
                        if m["role"] == "assistant" and m.get("weight", 1))
-        counts.update({"several turns": len(spans) > 1,
+        counts.update({"several turns": sum(m["role"] == "assistant" for m in messages) > 1,
                        "system message": messages[0]["role"] == "system",
                        "truncated": bool(fitting) and not whole, "unlabelled": not fitting})
     return {**counts, "conversations": len(talks), "answers": len(lengths),

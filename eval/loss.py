@@ -82,7 +82,7 @@ def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.
     lengths: from `token_lengths`; without it there are no bits per byte. compile: do so for
     the shape of the first batch; those of another, the last one perhaps, go without.
     Returns loss (nats per label) and tokens, the number of labels; of a GPT also perplexity and,
-    with lengths, bits_per_byte; of a Classifier accuracy.
+    with lengths, bits_per_byte; of a Classifier accuracy. ValueError where there is no label.
     """
     classes = getattr(model, "classes", 0)
     compiled = torch.compile(model, dynamic=False) if compile else model
@@ -109,9 +109,11 @@ def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.
         total = total.to(device) if device.type == "cuda" else total    # NCCL reduces on the GPU
         dist.all_reduce(total)
     nats, tokens, spelled, right = total.tolist()
-    loss = nats / max(tokens, 1)
+    if not tokens:                      # a loss of 0 would be the best that there is
+        raise ValueError("there is no label in what is to be evaluated; give it more data")
+    loss = nats / tokens
     if classes:
-        return {"loss": loss, "accuracy": right / max(tokens, 1), "tokens": int(tokens)}
+        return {"loss": loss, "accuracy": right / tokens, "tokens": int(tokens)}
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": int(tokens)}
     if spelled:
         result["bits_per_byte"] = nats / math.log(2) / spelled

@@ -84,4 +84,4 @@ def print_report(args: argparse.Namespace, pieces: int, seconds: float, tok: Any
     made = [tok.token_bytes[i] for i in tok.merge_ids[len(old.merges) if old else 0:]]
     for title, some in (("first merges:  ", made[:10]), ("last merges:   ", made[-10:]),
                         ("longest tokens:", sorted(made, key=len)[:-6:-1])):
-        print(title, *(f"[{readable(token)}]" for token in some))
+        print(title, *(f"[{readable(token)[:40]}]" for token in some))

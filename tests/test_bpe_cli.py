@@ -50,6 +50,9 @@ def test_the_longest_tokens_are_those_of_most_bytes_however_they_are_spelled(tmp
     (tmp_path / "text.txt").write_text(" abcdef \x01\x01\x01" * 50)    # \x01 takes four characters
     bpe.main(["train", str(tmp_path / "text.txt"), "--vocab-size=290", f"--out={tmp_path / 't'}"])
     assert "longest tokens: [ abcdef] " in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text("x" * 4000)
+    bpe.main(["train", str(tmp_path / "text.txt"), "--vocab-size=290", f"--out={tmp_path / 't'}"])
+    assert f"longest tokens: [{40 * 'x'}] " in capsys.readouterr().out      # and no screens of it
 
 
 def test_no_held_out_trains_on_everything(corpus, tmp_path, capsys):
@@ -140,6 +143,8 @@ def test_bad_options_are_refused(corpus, tmp_path, capsys, options, message):
 def test_missing_and_empty_files_are_refused(corpus, tmp_path, capsys):
     out = [f"--out={tmp_path / 'tok.json'}", "--vocab-size=300"]
     assert "no such file: none.txt" in refused(capsys, "train", corpus, "none.txt", *out)
+    assert f"no such file: {tmp_path}, it is a folder; name its files, {tmp_path}/*.txt" in refused(
+        capsys, "train", tmp_path, *out)
     (tmp_path / "empty.txt").touch()
     assert "empty.txt is empty" in refused(capsys, "train", tmp_path / "empty.txt", *out)
     assert "no such file: none.txt" in refused(capsys, "compare", "none.txt", "--tokenizer",

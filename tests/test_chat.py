@@ -524,6 +524,9 @@ def test_inspection_counts_what_it_says():
     assert report["conversations"] == 5 and report["answers"] == 6
     assert report["repeated answers"] == 1                      # "000" twice
     assert report["several turns"] == 1 and report["system message"] == 1
+    half = [*TALK[:2], {**TALK[2], "weight": 0}, *TALK[3:]]     # one of the two is learned
+    report_of_half = inspect_chat.examine([{"messages": half}], TOKENIZER, "plain", longest)
+    assert report_of_half["several turns"] == report_of_half["answers"] == 1
     assert report["truncated"] == 1 and report["unlabelled"] == 0
     tiny = inspect_chat.examine(talks, TOKENIZER, "plain", block_size=3)
     assert tiny["unlabelled"] == 5

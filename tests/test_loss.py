@@ -69,6 +69,13 @@ def test_a_limit_takes_windows_from_all_of_the_text():
     assert (y >= 0).sum() == 16 + 4 * 4                 # the first scores all of its own
 
 
+def test_nothing_to_evaluate_is_no_loss_of_zero():
+    model, x = random_model(50), torch.zeros(1, 8, dtype=torch.long)
+    for batches in ([], [(x, torch.full_like(x, IGNORE))]):
+        with pytest.raises(ValueError, match="there is no label in what is to be evaluated"):
+            evaluate_loss(model, batches, CPU)
+
+
 @pytest.mark.parametrize("stride", [-1, 0, 17])
 def test_a_stride_that_is_none_is_refused(stride):
     with pytest.raises(ValueError, match=f"stride={stride} "):
