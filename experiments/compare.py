@@ -49,6 +49,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -382,29 +383,22 @@ def drawn_by_name(seed: int) -> Iterator[None]:
     init, normal = GPT.__init__, nn.init.normal_
 
     def by_name(self: GPT, *arguments: Any, **named: Any) -> None:
-        spreads: dict[int, tuple[float, float]] = {}
-        drawn: dict[int, torch.Tensor] = {}
+        drawn: dict[int, tuple[float, float, torch.Tensor]] = {}    # mean, spread, sum
 
         def noted(tensor: torch.Tensor, mean: float = 0.0, std: float = 1.0, generator: Any = None):
-            spreads[id(tensor)] = mean, std
-            drawn[id(tensor)] = normal(tensor, mean, std, generator).detach().sum()
+            drawn[id(tensor)] = mean, std, normal(tensor, mean, std, generator).detach().sum()
             return tensor
-        nn.init.normal_ = noted
-        try:
+        with mock.patch.object(nn.init, "normal_", noted):
             init(self, *arguments, **named)
-        finally:
-            nn.init.normal_ = normal
         for name, p in self.named_parameters():
-            if p.device.type == "cpu" and id(p) in spreads and p.sum() == drawn[id(p)]:
+            *spread, total = drawn.get(id(p), (None,))
+            if p.device.type == "cpu" and spread and p.sum() == total:
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-                normal(p, *spreads[id(p)], torch.Generator().manual_seed(
+                normal(p, *spread, torch.Generator().manual_seed(
                     int.from_bytes(digest[:7], "big")))
         torch.manual_seed(seed)                     # adapters and heads draw after the model
-    GPT.__init__ = by_name
-    try:
+    with mock.patch.object(GPT, "__init__", by_name):
         yield
-    finally:
-        GPT.__init__ = init
 
 
 # ------------------------------------------------------------------------------------------------

@@ -178,8 +178,7 @@ def draw_loss(ax: Any, runs: list[Run], axis: str, smooth: int, legend: bool) ->
         lines.append(line)
         markers.append(points)
         shown += [mean, val[len(val) // 4:]]
-    published = published_loss(runs)
-    if published:
+    if published := published_loss(runs):
         lines.append(ax.axhline(published, color=GREY, linewidth=1.2, linestyle=DOTTED,
                                 label=f"GPT-2 124M {published:.3f}"))
         shown.append(np.array([published]))

@@ -63,7 +63,7 @@ def load_run(folder: Path, name: str) -> Run:
         raise FileNotFoundError(f"there is no run in {folder}: {path} is missing; a run is a "
                                 f"folder that train.py wrote, such as out/demo")
     summary = _json(folder / "run.json")        # first: with "final" in it, the log is whole
-    lines = [line for line in read_log(path) if isinstance(line, dict) and "step" in line]
+    lines = read_log(path)
     training = [line for line in lines if "loss" in line]
     steps = {key: np.array([as_number(line.get(key)) for line in training], float)
              for key in STEP_KEYS}
