@@ -119,12 +119,9 @@ COMMANDS = {
     "ffbpe": BLOCKS + "from ffbpe import BpeTrainer, PreTokenizer\n"
                       "counter = PreTokenizer([], pat_str=pattern).word_counter()\n"
                       "counter.add_source(blocks); trainer = BpeTrainer([], unit='byte')\n"
-                      "trainer.add_word_counter(counter); trainer.train(size)"}
-
-
-def train_minbpe(path: str, vocab_size: int) -> None:
-    from minbpe import RegexTokenizer
-    RegexTokenizer(GPT2_PATTERN).train(Path(path).read_text(encoding="utf-8"), vocab_size)
+                      "trainer.add_word_counter(counter); trainer.train(size)",
+    "minbpe": "from minbpe import RegexTokenizer\n"
+              "RegexTokenizer(pattern).train(open(path, encoding='utf-8').read(), size)"}
 
 
 def encode_ours(texts: list[str]) -> Callable[[], Any]:
@@ -156,11 +153,6 @@ def started(who: str, path: str, vocab_size: int) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", given + COMMANDS[who]], cwd=REPOSITORY)
 
 
-def whole_process(who: str, path: str, vocab_size: int) -> float:
-    """Seconds of such a process."""
-    return lasting(lambda: succeeded(started(who, path, vocab_size)))
-
-
 def peak_memory(who: str, path: str, vocab_size: int) -> int:
     """The most MiB that such a process and its workers hold together, which is looked at so often
     that the process takes a little longer."""
@@ -187,8 +179,7 @@ def measure(kind: str, who: str, path: str, vocab_size: int) -> Row:
         if who in MODULES:
             importlib.import_module(MODULES[who])
         given = {"path": path, "size": vocab_size, "pattern": GPT2_PATTERN}
-        return {"ms": 1000 * lasting(lambda: train_minbpe(path, vocab_size) if who == "minbpe" else
-                                     exec(COMMANDS[who], given))}
+        return {"ms": 1000 * lasting(lambda: exec(COMMANDS[who], given))}
     text = Path(path).read_text(encoding="utf-8")
     return {"ms": 1000 * lasting(ENCODERS[who]([text[i:i + 4000]
                                                 for i in range(0, len(text), 4000)]))}
@@ -224,8 +215,9 @@ def compare(case: str, kind: str, who: tuple[str, ...], path: Path, vocab_size: 
     """The row of a text: median seconds of each contestant in turn, and the memory of a run."""
     def turn(name: str, _: list[Row]) -> Row:
         row = in_process(measure, kind, name, str(path), vocab_size)
-        if kind == "train" and name in COMMANDS:
-            row["process_ms"] = 1000 * whole_process(name, str(path), vocab_size)
+        if kind == "train" and name != "minbpe":
+            row["process_ms"] = 1000 * lasting(
+                lambda: succeeded(started(name, str(path), vocab_size)))
         return row
     turns = take_turns(who, turn, repeats)
     return {"case": case, "kind": kind, "megabytes": round(path.stat().st_size / 1e6, 1),
@@ -240,7 +232,6 @@ def compare(case: str, kind: str, who: tuple[str, ...], path: Path, vocab_size: 
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown."""
     def cells(row: Row) -> Row:
         return {name: f"{seconds:.2f} s ({seconds / row['seconds']['ours']:.2f}x)"
                 + (f", process {row['process_seconds'][name]:.2f} s "

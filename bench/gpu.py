@@ -17,7 +17,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterator, Literal
+from typing import Any, Callable, Iterable, Iterator, Literal
 
 import torch
 
@@ -83,10 +83,6 @@ def measure_limits(kind: str, dtype: str) -> Row:
     return {"what": device_name(device), **{
         f"TFLOP/s in {name}": matmul_peak(device, getattr(torch, name)) / 1e12
         for name in dict.fromkeys((dtype, "float32"))}, "GB/s": memory_bandwidth(device) / 1e9}
-
-
-def limits(place: Place) -> Iterator[Row]:
-    yield place.measured(measure_limits, place.kind, place.dtype)
 
 
 def step_row(place: Place, shape: str, who: str) -> Row:
@@ -185,11 +181,6 @@ def measure_waits(shape: str, kind: str, dtype: str, mode: str, micro_batch: int
             "first": f"{Path(waits[0].filename).name}:{waits[0].lineno}" if waits else ""}
 
 
-def waits(place: Place) -> Iterator[Row]:
-    yield place.measured(measure_waits, place.shape, place.kind, place.dtype, place.mode,
-                         2 if place.config.tiny else 16)
-
-
 def generation(place: Place) -> Iterator[Row]:
     for what in ("generate-tiny",) if place.config.tiny else ("generate", "generate-32"):
         for who, mode in {(OURS, "recorded"): 0, (OURS, f"recorded {place.mode}"): 0,
@@ -212,11 +203,6 @@ def measure_saves(shape: str, kind: str, compile: str) -> Row:
             **{f"{name}, ms": 1000 * taken for name, taken in row["seconds"].items()}}
 
 
-def checkpoints(place: Place) -> Iterator[Row]:
-    yield place.measured(measure_saves, place.shape, place.kind,
-                         "on" if place.mode == "compiled" else "off")
-
-
 def measure_optimizer(shape: str, kind: str, name: str) -> Row:
     device = pick_device(kind)
     with device:
@@ -228,11 +214,6 @@ def measure_optimizer(shape: str, kind: str, name: str) -> Row:
     keep = torch.zeros((), dtype=torch.bool, device=device)
     return {"what": shape, "optimizer": name,
             "ms": 1000 * seconds(lambda: take_step(optimizer, scaler, keep), device)}
-
-
-def optimizers(place: Place) -> Iterator[Row]:
-    for name in ("adamw", "muon"):
-        yield place.measured(measure_optimizer, place.shape, place.kind, name)
 
 
 def adapters(place: Place) -> Iterator[Row]:
@@ -258,20 +239,22 @@ def measure_hellaswag(shape: str, kind: str, dtype: str, items: int) -> Row:
     return {"what": shape, "items": items, "items_per_s": items / taken}
 
 
-def hellaswag(place: Place) -> Iterator[Row]:
-    yield place.measured(measure_hellaswag, place.shape, place.kind, place.dtype,
-                         8 if place.config.tiny else 2000)
-
-
-PARTS: dict[str, tuple[Callable[[Place], Iterator[Row]], float]] = {     # and share of the time
-    "limits": (limits, 0.03), "steps": (steps, 0.37), "exact": (exact, 0.1), "waits": (waits, 0.05),
-    "generation": (generation, 0.12), "saves": (checkpoints, 0.06),
-    "optimizers": (optimizers, 0.03), "larger": (larger, 0.12), "adapters": (adapters, 0.08),
-    "hellaswag": (hellaswag, 0.04)}
+PARTS: dict[str, tuple[Callable[[Place], Iterable[Row]], float]] = {     # and share of the time
+    "limits": (lambda on: [on.measured(measure_limits, on.kind, on.dtype)], 0.03),
+    "steps": (steps, 0.37), "exact": (exact, 0.1),
+    "waits": (lambda on: [on.measured(measure_waits, on.shape, on.kind, on.dtype, on.mode,
+                                      2 if on.config.tiny else 16)], 0.05),
+    "generation": (generation, 0.12),
+    "saves": (lambda on: [on.measured(measure_saves, on.shape, on.kind,
+                                      "on" if on.mode == "compiled" else "off")], 0.06),
+    "optimizers": (lambda on: [on.measured(measure_optimizer, on.shape, on.kind, name)
+                               for name in ("adamw", "muon")], 0.03),
+    "larger": (larger, 0.12), "adapters": (adapters, 0.08),
+    "hellaswag": (lambda on: [on.measured(measure_hellaswag, on.shape, on.kind, on.dtype,
+                                          8 if on.config.tiny else 2000)], 0.04)}
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown, a table for each part."""
     parts = [f"`python -m bench.gpu`, {where(found)}:"]
     for part in dict.fromkeys(row["part"] for row in found["rows"]):
         rows = [{key: f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -103,7 +103,6 @@ def compare(other: torch.Tensor, mine: Scores) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """Results as markdown, a row for each precision."""
     return f"`python -m bench.hellaswag`, {where(found)}, best of the turns, items/s:\n\n" + table(
         "precision=dtype | items | one at a time=one_at_a_time:.1f | weights cast once="
         "casts_once:.1f | ours:.1f | times=speedup:.2f | decisions that differ, float32=exact | "

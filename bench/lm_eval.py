@@ -92,7 +92,6 @@ def measure(config: LMEvalConfig) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown."""
     row = found["rows"][0]
     return (f"`python -m bench.lm_eval`, {where(found)}, lm-evaluation-harness {found['lm_eval']}: "
             f"{row['items']:,} items, {row['parameters']:,} parameters, sums differ by at most "

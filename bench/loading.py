@@ -132,7 +132,6 @@ def compare_text(config: LoadingConfig, scratch: Path) -> tuple[Row, list[float]
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown."""
     text, worst = found["text"], max(row["of_a_core"] for row in found["rows"])
     rows = [{"what": f"batches of {row['micro_batch']} x {row['block_size']}",
              "speed": f"{row['tokens_per_cpu_s'] / 1e6:.1f} million tokens a CPU second"}

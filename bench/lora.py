@@ -109,7 +109,6 @@ def measure(variant: str, side: str, config: LoRABenchConfig, limit: bool = Fals
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown."""
     rows = [dict(row) for row in found["rows"]]
     by_side = {(row["variant"], row["side"]): row for row in rows}
     for row in rows:

@@ -197,9 +197,8 @@ def with_spread(rows: list[Row]) -> list[Row]:
 def processor() -> str:
     """The CPU's model name where the system tells it."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines()
-             if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def publish(report: Callable[[dict[str, Any]], str], name: str, save: bool, device: torch.device,

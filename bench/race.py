@@ -84,7 +84,6 @@ def run_nanochat(checkout: str, steps: int, rate: float) -> Row:
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown."""
     whole = {row["who"]: row["seconds"] for row in found["rows"]}.get("nanoGPT", float("nan"))
     return (f"`python -m bench.race`, {where(found)}: whole commands of nanoGPT's CPU recipe (4 "
             f"layers, width 128, context 64, 1.5M tokens), and of ours:\n\n" + table(

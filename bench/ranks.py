@@ -99,7 +99,6 @@ def compare(shape: str, config: RanksConfig, folder: Path) -> Row:
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown."""
     rows = [{**row, "speed": row["tokens_per_s"]["ranks"],
              "held": held(row["of_threads"] >= LEAST_OF_THREADS)} for row in found["rows"]]
     return (f"`python -m bench.ranks`, {where(found)}, medians of {found['rounds']}: gloo ranks "

@@ -75,7 +75,6 @@ def measure(config: SavesConfig, device: torch.device, folder: Path) -> Row:
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown."""
     row = found["rows"][0]
     return (f"`python -m bench.saves`, {where(found)}: a checkpoint of {row['shape']}, "
             f"{row['bytes'] / 1e9:.2f} GB, beside a training step:\n\n" + table(

@@ -26,7 +26,6 @@ class StepConfig:
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown."""
     return f"`python -m bench.step`, {where(found)}:\n\n" + table(
         "shape | sequences=micro_batch | precision=dtype | mode | ms:,.0f | "
         "tokens/s=tokens_per_s:,d | of the matmul peak=share_of_peak:.0% | MiB=memory_mib:,d",

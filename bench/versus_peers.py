@@ -121,7 +121,6 @@ def over_peers(rows: list[Row]) -> list[Row]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """A result as markdown."""
     lines = []
     for name in dict.fromkeys(row["limit_of"] for row in found["rows"]):
         limits = [row["limit"] / 1e9 for row in found["rows"] if row["limit_of"] == name]
