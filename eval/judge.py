@@ -227,15 +227,6 @@ def judge_item(item: dict[str, Any], config: JudgeConfig) -> str:
     return reason
 
 
-def judge_sheet(sheet: dict[str, Any], config: JudgeConfig, out: Path) -> None:
-    """Ask the server for what has no points yet; the sheet is saved after every item."""
-    for number, item in enumerate(sheet["items"], 1):
-        if check_points(item["points"]):
-            if failed := judge_item(item, config):
-                print(f"item {number} of {len(sheet['items'])} was not judged: {failed}")
-            write_json(out, sheet)
-
-
 # --------------------------------------------------------------------------------------- the result
 
 def points_of(item: dict[str, Any], run: str) -> dict[str, int]:
@@ -332,16 +323,20 @@ def main(words: list[str]) -> None:
         if judged and config.judge and sheet.get("judge", "a person") != judge:
             raise ValueError(f"{out} has points by {sheet.get('judge', 'a person')!s:.80}, this is "
                              f"{judge}; choose another --out")
-    if config.judge:
-        sheet["judge"] = judge
-    write_json(out, sheet)
-    if config.judge:
-        judge_sheet(sheet, config, out)
-        show(sheet, tally(sheet))
-        print(f"{out}: the judgements")
-    else:
+    if not config.judge:
+        write_json(out, sheet)
         print(f"{out}: {len(sheet['items']):,} items; fill in their points, {LOWEST} to {HIGHEST}, "
               f"then: python -m eval.judge {out}")
+        return
+    sheet["judge"] = judge
+    write_json(out, sheet)
+    for number, item in enumerate(sheet["items"], 1):
+        if check_points(item["points"]):                # it has none yet
+            if failed := judge_item(item, config):
+                print(f"item {number} of {len(sheet['items'])} was not judged: {failed}")
+            write_json(out, sheet)                      # after every item
+    show(sheet, tally(sheet))
+    print(f"{out}: the judgements")
 
 
 if __name__ == "__main__":

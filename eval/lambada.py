@@ -11,12 +11,14 @@ Reference: Paperno et al. 2016, "The LAMBADA dataset" (1606.06031).
 import math
 from typing import Any, Sequence
 
+import numpy as np
 import torch
 import torch.nn as nn
 
+from data.samples import Samples
 from data.texts import read_objects, text_of
-from eval.scoring import accuracy, evaluating, score_rows
-from model import IGNORE
+from eval.fit import answer_figures
+from eval.scoring import accuracy
 
 
 def load_passages(path: str) -> list[tuple[str, str]]:
@@ -33,21 +35,15 @@ def load_passages(path: str) -> list[tuple[str, str]]:
 def evaluate(model: nn.Module, tokenizer: Any, passages: Sequence[tuple[str, str]],
              batch_size: int = 16, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """n, acc with its count and 95% interval, perplexity; cut: passages that lost their start."""
-    T = model.config.block_size
+    T, n = model.config.block_size, len(passages)
     rows = [(tokenizer.encode(context), tokenizer.encode(word)) for context, word in passages]
-    cut = sum(len(context) + len(word) > T + 1 for context, word in rows)
-    rows = sorted([((context + word)[-T - 1:], min(len(word), T)) for context, word in rows],
-                  key=lambda row: len(row[0]))
-    nats, right = 0.0, 0
-    with evaluating(model, dtype) as device:
-        for batch in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
-            longest = len(batch[-1][0])
-            x = torch.zeros(len(batch), longest - 1, dtype=torch.long)      # (B, T)
-            y = torch.full_like(x, IGNORE)                                  # (B, T)
-            for i, (ids, length) in enumerate(batch):
-                x[i, :len(ids) - 1] = torch.tensor(ids[:-1])
-                y[i, len(ids) - 1 - length:len(ids) - 1] = torch.tensor(ids[-length:])
-            row_nats, row_right = score_rows(model, x.to(device), y.to(device))
-            nats, right = nats + row_nats.sum().item(), right + int(row_right.sum())
-    n = len(rows)
-    return {"n": n, "cut": cut, **accuracy(right, n), "perplexity": math.exp(min(nats / n, 700))}
+    kept = [(context + word)[-T - 1:] for context, word in rows]
+    offsets = np.cumsum([0, *map(len, kept)])
+    labelled = np.zeros(offsets[-1], dtype=bool)
+    for end, (_, word) in zip(offsets[1:], rows):
+        labelled[end - min(len(word), T):end] = True
+    samples = Samples(np.concatenate(kept), labelled, offsets, T)
+    found = answer_figures(model, samples.evaluation_batches(batch_size), dtype)
+    nats = found["loss"] * int(samples.label_counts.sum()) / n      # a word, of several tokens
+    return {"n": n, "cut": sum(len(context) + len(word) > T + 1 for context, word in rows),
+            **accuracy(round(n * found["exact"]), n), "perplexity": math.exp(min(nats, 700))}
