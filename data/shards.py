@@ -13,6 +13,7 @@ number of tokens), then uint16 ids of GPT-2's tokenizer, "train" or "val" in the
     verify(folder, cached=True)     # ValueError names the shard that is damaged, and the place
     tokens = open_split(folder, "train"); len(tokens); tokens.read(start, stop)
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -142,7 +143,9 @@ def verify(folder: Path, cached: bool = False) -> dict[str, str]:
     What was read is noted in a stamp beside the shards. With `cached`, a file whose size, time of
     change, checksum in meta.json and vocabulary are as in the stamp is not read again.
     """
-    meta, stamp = read_meta(folder), _read_stamp(folder)
+    meta, stamp = read_meta(folder), {}
+    with contextlib.suppress(ValueError, OSError):      # a stamp only saves time
+        stamp = read_json(folder / STAMP)
     shards, noted, unread = files_of(folder, meta), {}, []
     for path, facts in shards.items():
         open_shard(path, facts)
@@ -162,10 +165,8 @@ def verify(folder: Path, cached: bool = False) -> dict[str, str]:
                     lambda path: _verify(path, shards[path], meta["vocab_size"]), unread)):
                 noted[path.name]["sha256"] = sha256
                 bar.update(noted[path.name]["size"])
-        try:
+        with contextlib.suppress(OSError):      # cannot be written: it is read again next time
             write_json(folder / STAMP, noted)
-        except OSError:                 # a folder that cannot be written: read again next time
-            pass
     return {name: facts["sha256"] for name, facts in noted.items()}
 
 
@@ -228,11 +229,3 @@ def _map_bin(path: Path) -> np.memmap:
         raise ValueError(f"it does not start as llm.c's do: magic {BIN_MAGIC}, version "
                          f"{BIN_VERSION}, number of ids")
     return np.memmap(path, "<u2", mode="r", offset=BIN_HEADER, shape=(int(header[2]),))
-
-
-def _read_stamp(folder: Path) -> dict[str, Any]:
-    """What verify noted; nothing where there is no stamp, or none that can be read."""
-    try:
-        return read_json(folder / STAMP)
-    except (ValueError, OSError):       # a stamp only saves time
-        return {}

@@ -64,13 +64,24 @@ class ShardWriter:
         self.pending_tokens[split] = self.pending_tokens.get(split, 0) + len(ids)
         self.documents += 1
         if self.pending_tokens[split] >= self.shard_tokens:
-            self._write(split)
+            self.flush(split)
 
     def flush(self, split: str) -> None:
         """Write what a split has left. One that gets no more documents must not stay pending:
         progress is saved only where every document so far is in a shard."""
-        if self.pending_tokens.get(split):
-            self._write(split)
+        if not self.pending_tokens.get(split):
+            return
+        ids = np.concatenate(self.pending.pop(split))
+        self.pending_tokens[split] = 0
+        facts = self.meta["splits"].setdefault(split, {"tokens": 0, "files": {}})
+        name = shard_name(split, len(facts["files"]))
+        with atomic_write(self.folder / name) as temporary, open(temporary, "wb") as file:
+            np.save(file, ids)
+        facts["files"][name] = {"tokens": len(ids), "sha256": hashlib.sha256(ids).hexdigest()}
+        facts["tokens"] += len(ids)
+        if not any(self.pending_tokens.values()):                   # all documents so far are safe
+            write_json(self.folder / "progress.json",
+                       {"meta": self.meta, "documents": self.documents})
 
     def finish(self) -> dict[str, Any]:
         """Write what is left, the tokenizer and meta.json; return the latter."""
@@ -86,19 +97,6 @@ class ShardWriter:
         (self.folder / "progress.json").unlink(missing_ok=True)
         self.held.close()
         return self.meta
-
-    def _write(self, split: str) -> None:
-        ids = np.concatenate(self.pending.pop(split))
-        self.pending_tokens[split] = 0
-        facts = self.meta["splits"].setdefault(split, {"tokens": 0, "files": {}})
-        name = shard_name(split, len(facts["files"]))
-        with atomic_write(self.folder / name) as temporary, open(temporary, "wb") as file:
-            np.save(file, ids)
-        facts["files"][name] = {"tokens": len(ids), "sha256": hashlib.sha256(ids).hexdigest()}
-        facts["tokens"] += len(ids)
-        if not any(self.pending_tokens.values()):                   # all documents so far are safe
-            write_json(self.folder / "progress.json",
-                       {"meta": self.meta, "documents": self.documents})
 
 
 def unigram_entropy(shards: Iterable[np.ndarray], chunk: int = 10_000_000) -> float:

@@ -193,15 +193,6 @@ def save_tensors(file: Path, tensors: Tensors, **notes: str) -> None:
 
 def check_tensors(tensors: Tensors, config: Config, folder: Path) -> None:
     """ValueError that names a missing, extra or misshapen tensor."""
-    def check(name: str, shape: tuple[int, ...]) -> None:
-        if name not in tensors:
-            raise ValueError(f"{folder} has no tensor {name!r}")
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{folder}: tensor {name!r} is {tuple(tensors[name].shape)} in the "
-                             f"file; config.json asks for {shape}")
-        if not tensors[name].is_floating_point():
-            raise ValueError(f"{folder}: tensor {name!r} is {tensors[name].dtype}, no float")
-
     # n_layer first: the shapes of all blocks are as many as it says.
     blocks = len({name.split(".")[2] for name in tensors if name.startswith("transformer.h.")})
     if config["n_layer"] > blocks:
@@ -209,7 +200,13 @@ def check_tensors(tensors: Tensors, config: Config, folder: Path) -> None:
                          f"are those of {blocks} blocks")
     wanted = shapes(config)
     for name, shape in wanted.items():
-        check(name, shape)
+        if name not in tensors:
+            raise ValueError(f"{folder} has no tensor {name!r}")
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{folder}: tensor {name!r} is {tuple(tensors[name].shape)} in the "
+                             f"file; config.json asks for {shape}")
+        if not tensors[name].is_floating_point():
+            raise ValueError(f"{folder}: tensor {name!r} is {tensors[name].dtype}, no float")
     extra = sorted(tensors.keys() - wanted.keys())
     if extra:
         raise ValueError(f"{folder} has a tensor {extra[0]!r:.80} that GPT-2 does not"
