@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn as nn
+from torch.utils._pytree import tree_map_only
 
 import lora
 from formats.files import atomic_write
@@ -36,9 +37,8 @@ SETTINGS = {"model": dict, "lora": dict, "init_from": str, "data": str, "templat
             "pooling": str}             # of train.py, those that a reader of a run asks for
 
 
-def save(path: str | Path, state: dict[str, Any]) -> None:
+def save(path: Path, state: dict[str, Any]) -> None:
     """Write tensors and plain values atomically. OSError when the disk refuses."""
-    path = Path(path)
     try:
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
@@ -49,9 +49,8 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     _sync_folder(path.parent)
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint; ValueError says if it is damaged, of another version, or none of a run."""
-    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
@@ -195,15 +194,13 @@ def _check_parts(path: Path) -> None:
             raise ValueError(f"its part {damaged!r:.80} differs from its checksum")
 
 
-def save_last(folder: str | Path, state: dict[str, Any], keep: int = 2,
-              milestone: bool = False) -> Path:
+def save_last(folder: Path, state: dict[str, Any], keep: int = 2, milestone: bool = False) -> Path:
     """Save as last.pt; what was last.pt becomes last.1.pt, and so on for `keep` files in all.
 
     A milestone is a second name of the same file, step_0001000.pt, that stays: it costs no time,
     and space only when last.pt has moved on. It comes first: a run that is killed between the two
     goes on from before, and makes it again.
     """
-    folder = Path(folder)
     new = folder / "last.new.pt"
     if milestone:
         name = folder / f"step_{state['step']:07d}.pt"
@@ -218,10 +215,9 @@ def save_last(folder: str | Path, state: dict[str, Any], keep: int = 2,
     return complete_renames(folder, keep)
 
 
-def complete_renames(folder: str | Path, keep: int = 2) -> Path:
+def complete_renames(folder: Path, keep: int = 2) -> Path:
     """Give the files their names, as a save does at its end; a killed one may not have come to it.
     """
-    folder = Path(folder)
     new, names = folder / "last.new.pt", _last_files(folder, keep)
     if new.exists():
         for older, newer in zip(names[:0:-1], names[-2::-1]):
@@ -288,7 +284,14 @@ class Saver:
         if not last:
             state = {key: state[key] for key in BEST}
         self.block, self.used = 0, 0                    # bytes of which block are taken
-        state = self._copied(state, {})
+        copies: dict[tuple, torch.Tensor] = {}          # two names of a tensor: two of one copy
+
+        def copied(value: torch.Tensor) -> torch.Tensor:
+            key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+            if key not in copies or value.numel() == 0:
+                copies[key] = self._room(value).copy_(value.detach(), non_blocking=True)
+            return copies[key]
+        state = tree_map_only(torch.Tensor, copied, state)
         if torch.cuda.is_available():
             torch.cuda.synchronize()                    # the copies to pinned memory
         self.thread = threading.Thread(target=self._write, args=(state, last, best, milestone),
@@ -335,19 +338,6 @@ class Saver:
                     old.unlink()
         except OSError as error:
             self.error = error
-
-    def _copied(self, value: Any, copies: dict[tuple, torch.Tensor]) -> Any:
-        """Tensors copied to the host; two names of one tensor stay two names of one copy."""
-        if isinstance(value, dict):
-            return {key: self._copied(item, copies) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copied(item, copies) for item in value)
-        if not isinstance(value, torch.Tensor):
-            return value
-        key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-        if key not in copies or value.numel() == 0:
-            copies[key] = self._room(value).copy_(value.detach(), non_blocking=True)
-        return copies[key]
 
     def _room(self, value: torch.Tensor) -> torch.Tensor:
         """An empty tensor like `value` in a block. From a GPU's blocks are pinned: it writes there

@@ -14,12 +14,13 @@ PyTorch's own.
 import copy
 import inspect
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from run.checkpoint import check_moments, load_trainable_state, trainable_state
 from run.config import warn
@@ -130,8 +131,8 @@ class Parallel:
                 tensor = value.full_tensor()
                 gathered[key] = tensor.cpu() if self.rank == 0 else tensor.new_empty(0)
             return gathered[key]
-        return {"model": _mapped(trainable_state(self.model), taken),
-                "optimizer": _mapped(optimizer.state_dict(), taken)}
+        return tree_map(taken, {"model": trainable_state(self.model),
+                                "optimizer": optimizer.state_dict()})
 
     def check_finite(self, world: Processes) -> None:
         """FloatingPointError where a trained weight is not finite. All ranks call it."""
@@ -230,11 +231,3 @@ def _split(tensor: Any, like: torch.Tensor) -> Any:
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-def _mapped(value: Any, function: Callable) -> Any:
-    if isinstance(value, dict):
-        return {key: _mapped(item, function) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_mapped(item, function) for item in value]
-    return function(value)
