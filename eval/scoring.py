@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 
 from fast.attention import any_shape
-from model import IGNORE
 from run.device import autocast
 
 
@@ -24,17 +23,6 @@ def evaluating(model: nn.Module, dtype: torch.dtype = torch.float32,
             yield device
     finally:
         model.train(was_training)
-
-
-def score_rows(model: nn.Module, x: torch.Tensor, y: torch.Tensor):
-    """Of each row of x, y (B, T): the nats of its labelled tokens (B,), and whether all of them
-    are the likeliest (B,), which is what greedy decoding would say."""
-    row, t = (y != IGNORE).nonzero(as_tuple=True)                   # (N,) labelled tokens
-    logits = model.lm_head(model.features(x)[row, t])[:, :model.config.vocab_size].float()
-    nats = -logits.log_softmax(-1).gather(1, y[row, t, None])[:, 0]
-    wrong = (logits.argmax(-1) != y[row, t]).float()
-    return (nats.new_zeros(len(y)).index_add(0, row, nats),
-            wrong.new_zeros(len(y)).index_add(0, row, wrong) == 0)
 
 
 def spread(items: list[Any], limit: int) -> list[Any]:
