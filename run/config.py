@@ -16,20 +16,18 @@ in "_", which the flag has not (from_ is --from):
 A wrong setting is a ValueError of one line. `run_command` prints it on stderr and exits with 2.
 """
 import argparse
-import ast
 import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
-import io
 import math
 import numbers
 import os
+import re
 import signal
 import sys
 import textwrap
-import tokenize
 import traceback
 import types
 import typing
@@ -61,19 +59,15 @@ def comments(cls: type) -> dict[str, str]:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):                                    # typed into an interpreter
         return {}
-    behind, below = {}, {}                                          # line number: comment
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            alone = token.line.lstrip().startswith("#")
-            (below if alone else behind)[token.start[0]] = token.string.lstrip("# ")
-    found = {}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            number = node.end_lineno
-            words = [behind.get(number, "")]
-            while (number := number + 1) in below:
-                words.append(below[number])
-            found[node.target.id] = " ".join(words).strip()
+    found, name = {}, ""
+    for line in source.splitlines():
+        code, mark, comment = line.partition("  # ")
+        if field := re.match(r"    (\w+)\s*:", code):
+            name = field[1]
+        elif re.match(r"    [\w@]|\s*$", line):         # a method, or a gap
+            name = ""
+        if name and mark:
+            found[name] = f"{found.get(name, '')} {comment}".strip()
     return found
 
 
