@@ -52,8 +52,6 @@ SETTINGS = dict(device="cpu", dtype="float32", compile="off", batch_tokens=256, 
                 sample_tokens=8, timeout_minutes=2.0)
 # Of 100 kills, with 1 rank and with 2. A start that compiles takes as long as ten others.
 SHARES = {"pretraining": (20, 16), "sft": (17, 13), "lora": (25, 6), "compiled": (2, 1)}
-
-
 PRELOADED = ["train", "torch._dynamo"]
 
 
@@ -109,22 +107,20 @@ def run(settings: dict[str, Any], told: Told | None = None) -> None:
     """A rank of the run, with a slow disk; what is `told` goes to the killer."""
     sys.stdout = sys.stderr = open(Path(settings["out"]).with_suffix(".txt"), "a")
     fsync, at, write = os.fsync, Watch.at, checkpoint.Saver._write
+    told = told or Told()
 
     def slow(handle):
         time.sleep(SLOW_DISK)
         fsync(handle)
 
     def noted(self, step, name):
-        if told:
-            told.step.value, told.phase.value = step, PHASES.index(name)
+        told.step.value, told.phase.value = step, PHASES.index(name)
         at(self, step, name)
 
     def written(self, *arguments):
-        if told:
-            told.saves.value, told.saving.value = told.saves.value + 1, 1
+        told.saves.value, told.saving.value = told.saves.value + 1, 1
         write(self, *arguments)
-        if told:
-            told.saving.value = 0
+        told.saving.value = 0
     checkpoint.os.fsync, Watch.at, checkpoint.Saver._write = slow, noted, written
     train.train(build(train.TrainConfig, settings))
 
@@ -177,11 +173,11 @@ def campaign(folder: Path, settings: dict[str, Any], ranks: int, kills: int,
               **{name: 0 for name in PHASES}}
     reference = folder / "peace"
     told.reset()
-    began = starts = time.monotonic()
-    for process in (processes := start(run, ranks, {**settings, "out": str(reference)}, told)):
-        while process.is_alive() and told.step.value < 0:
-            time.sleep(0.001)
-        starts = max(starts, time.monotonic())
+    began = time.monotonic()
+    processes = start(run, ranks, {**settings, "out": str(reference)}, told)
+    while processes[0].is_alive() and told.step.value < 0:
+        time.sleep(0.001)
+    starts = time.monotonic() - began
     for process in processes:
         process.join()
         if process.exitcode:
@@ -194,7 +190,7 @@ def campaign(folder: Path, settings: dict[str, Any], ranks: int, kills: int,
             told.reset()
             processes = start(run, ranks, {**settings, "out": str(out)}, told)
             if counts["kills"] + killed < kills:
-                wait_for_a_moment(processes[0], told, rng, starts - began)
+                wait_for_a_moment(processes[0], told, rng, starts)
             else:
                 processes[0].join()
             done = not processes[0].is_alive()
@@ -297,8 +293,7 @@ def disturbed(folder: Path, settings: dict[str, Any], every: float, minutes: flo
             if what == "pid" and when > times[-1]:
                 os.kill(number, signal.SIGKILL)
         times.append(now)
-        if len(times) > 60 * minutes / every:
-            agent.kill()
+    agent.kill()
     agent.wait()
     return [event for event in read_events(file) if event[0] < times[-1]], times
 

@@ -134,8 +134,7 @@ def convert(record: Any) -> list[Message]:
     if record.get("label") is False or record.get("kto_tag") is False:          # of KTO
         raise ValueError("unwanted answer: the record's label is false")
     check_messages(messages)
-    if not any(message["role"] == "assistant" and message.get("weight", 1)
-               for message in messages):
+    if not any(message["role"] == "assistant" and message.get("weight", 1) for message in messages):
         raise ValueError("no answer: nobody answers in this conversation, or all with weight 0")
     return messages
 
@@ -210,9 +209,3 @@ def write_conversations(folder: str | Path, conversations: list[dict[str, Any]],
         print(f"{name}: {counts.total():,} tokens of {tokenizer} without a template, "
               f"{counts['assistant']:,} of them in answers")
     return meta
-
-
-def first_question(messages: list[Message]) -> list[Message]:
-    """The messages up to the first one that is to be answered."""
-    end = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:end]

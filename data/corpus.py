@@ -88,18 +88,15 @@ def library_docstrings() -> list[tuple[str, list[str]]]:
     return found
 
 
-def docstrings(tree: ast.Module, name: str) -> Iterator[str]:
+def docstrings(node: Any, name: str) -> Iterator[str]:
     """Every docstring of a module under the name of what it documents, in the order of the file."""
-    nodes: list[tuple[str, Any]] = [(name, tree)]
-    while nodes:
-        name, node = nodes.pop()
-        text = ast.get_docstring(node)
-        if text and text.strip():
-            signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
-            yield f"{name}{signature}\n\n{text}"
-        inner = [(f"{name}.{child.name}", child) for child in ast.iter_child_nodes(node)
-                 if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
-        nodes.extend(reversed(inner))
+    text = ast.get_docstring(node)
+    if text and text.strip():
+        signature = f"({ast.unparse(node.args)})" if hasattr(node, "args") else ""
+        yield f"{name}{signature}\n\n{text}"
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from docstrings(child, f"{name}.{child.name}")
 
 
 def sources() -> list[str]:

@@ -23,7 +23,6 @@ from typing import Any, Iterator
 
 from bpe import Tokenizer
 from data import chat, labels, loader, prepared, samples, shards
-from data.conversations import first_question
 from data.shards import GPT2_VOCAB
 from formats.files import read_json
 from run.load import parts_of_new
@@ -124,8 +123,9 @@ class ChatSet(_SampleSet):
         self.fingerprint = prepared.fingerprint(folder, "chat", tokenizer.hash, pattern, labels)
         self.train, self.val = (chat.load_samples(folder, split, tokenizer, template, block_size,
                                                   labels) for split in ("train", "val"))
-        questions = (first_question(record["messages"])
-                     for record in prepared.read_split(folder, "chat", "val"))
+        questions = (list(itertools.takewhile(      # up to the first answer
+            lambda message: message["role"] != "assistant", record["messages"]))
+            for record in prepared.read_split(folder, "chat", "val"))
         self.prompts = tuple(itertools.islice((
             messages for messages in questions
             if 2 * len(chat.render_prompt(messages, tokenizer, template)) < block_size), PROMPTS))
