@@ -17,10 +17,10 @@ is the sum of its token losses over its number of labelled tokens, over all micr
 if __name__ == "__main__":
     from run.config import interruptible
     interruptible()
-import contextlib
 import dataclasses
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ import torch
 from data.sets import find_or_make, open_data
 from eval import hellaswag
 from eval.fit import fit_report
-from eval.loss import evaluate_data, token_lengths
+from eval.loss import evaluate_data
 from fast.attention import any_shape
 from fast.linear import use_fast_products
 from lora import LoRAConfig, add_lora, first_step, say
@@ -51,8 +51,6 @@ from run.processes import Processes, StopRequest, deterministic, processes, stop
 from run.watch import Watch, check_same_start, code_hash
 from sample import preview
 
-FIT_TOKENS = 20_000         # of each split that the fit report reads
-
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -66,8 +64,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of matrix products; auto is
         # bfloat16 where the hardware has it, else float16 on GPUs, else float32
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where there is a compiler
-        # and the run is long enough to pay
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where it works and pays
     deterministic: bool = True  # the same bits each time; on a GPU it costs speed
     shard: Literal["none", "fsdp", "zero2"] = "none"  # split over the ranks: nothing; weights,
         # gradients and optimizer state; the last two
@@ -103,8 +100,7 @@ class TrainConfig:
     max_failed_saves: int = 3  # checkpoints in a row that may fail before the run stops
     max_bad_steps: int = 10  # steps in a row with a loss or gradient that is not finite before the
         # run stops; none of them is applied
-    skip_spikes: float = 0.0  # skip a step whose loss is so many standard deviations above the last
-        # 100; 0: never
+    skip_spikes: float = 0.0  # skip steps with a loss so many sigmas above the last 100; 0: never
     timeout_minutes: float = 30.0  # how long ranks wait for one that hangs
     log_every: int = 10  # steps between looks at the device, or 10 seconds; each step is logged
     max_minutes: float = 0.0  # save and stop after this time; 0: no limit
@@ -124,7 +120,8 @@ class TrainConfig:
                                  "max_bad_steps"))
             if isinstance(value, (int, float)) and value < least:
                 raise ValueError(f"{name}={value} must be at least {least}")
-        for name, most in (("seed", 2**32 - 1), ("keep_last", 100), ("batch_tokens", 2**32)):
+        for name, most in (("seed", 2**32 - 1), ("keep_last", 100), ("batch_tokens", 2**32),
+                           ("warmup_ratio", 1)):
             if getattr(self, name) > most:
                 raise ValueError(f"{name}={getattr(self, name)} must be at most {most}")
         if not self.out:
@@ -133,8 +130,6 @@ class TrainConfig:
             raise ValueError("max_steps=0 and epochs=0: nothing to do; give one of them")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("warmup_steps and warmup_ratio are both given; give one")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"warmup_ratio={self.warmup_ratio} is not in [0, 1]")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate={self.min_learning_rate} is above "
                              f"learning_rate={self.learning_rate}; lower it, or raise the peak")
@@ -161,12 +156,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     anything is written. A run that a signal stopped has the signal's number under "stopped_by".
     """
     with (processes(config.device, 1.2 * config.timeout_minutes) as world, stop_signals() as stop,
-          deterministic(config.deterministic, world.device), contextlib.ExitStack() as held):
+          deterministic(config.deterministic, world.device), ExitStack() as held):
         return _train(config, world, stop, held)
 
 
-def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: contextlib.ExitStack
-           ) -> dict[str, Any]:
+def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: ExitStack) -> dict:
     device, dtype, out = world.device, pick_dtype(config.dtype, world.device), Path(config.out)
     torch.manual_seed(config.seed)                      # below: TF32 for what autocast leaves
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
@@ -190,8 +184,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
         return plan.dry_run(config, model, batches, data, world, dtype)
     resume.hold_folder(out, config.keep_last, world, held)
     base = model.adapters.base_hash if config.lora else ""
-    state = resume.find_checkpoint(out, config, data, base, world)
-    progress = resume.progress_of(state)
+    state, progress = resume.find_checkpoint(out, config, data, base, world)
     if progress.finished(config):
         return resume.finished_summary(out, world.rank)
     resume.write_start(out, config, data, world)
@@ -211,7 +204,6 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     network = compiled(parallel, config.compile, batches, work, world, dtype)
     fixed = parallel.same_when_evaluated(network, batches) and not config.packing
     step, ended, figures = progress.step, "", {}
-    lengths = token_lengths(data.tokenizer) if data.tokenizer else None
     saver = Saver(out, config.keep_last, config.save_total_limit, config.max_failed_saves,
                   progress.best_loss)
     watch = held.enter_context(Watch(world, config.timeout_minutes))
@@ -280,7 +272,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
         if evaluating or scoring or sampling:
             whole = parallel.whole()
             if evaluating:
-                figures = evaluate_data(whole, data, config, world, lengths, dtype, fixed)
+                figures = evaluate_data(whole, data, config, world, dtype, fixed)
                 log.evaluation(step, figures)
                 saver.wait()                            # is best.pt the one before, or the new one?
                 better = figures["loss"] < world.from_first(saver.best_loss)
@@ -315,7 +307,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: conte
     if data.template and ended in ("", "patience"):
         whole = parallel.whole()
         if world.rank == 0:
-            fit = fit_report(whole, data.train, data.val, limit=FIT_TOKENS, dtype=dtype)
+            fit = fit_report(whole, data.train, data.val, limit=20_000, dtype=dtype)    # tokens
             log.say(f"the model {fit['verdict']}")
             figures = {**figures, "fit": fit}
     log.close()

@@ -68,15 +68,14 @@ class LossConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
-def token_lengths(tokenizer: Any) -> torch.Tensor:
-    """Bytes that each token spells: (V,) int64, 0 for special tokens."""
-    return torch.tensor([len(token) for token in tokenizer.token_bytes])
+def token_lengths(tokenizer: Any) -> torch.Tensor | None:
+    """Bytes that each token spells: (V,) int64, 0 for special tokens. None without a tokenizer."""
+    return torch.tensor(list(map(len, tokenizer.token_bytes))) if tokenizer else None
 
 
 def evaluate_loss(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
                   device: torch.device, lengths: torch.Tensor | None = None,
-                  dtype: torch.dtype = torch.float32,
-                  compile: bool = False) -> dict[str, float]:
+                  dtype: torch.dtype = torch.float32, compile: bool = False) -> dict[str, float]:
     """Evaluate a model on (x, y) batches of this rank; with a process group, of all ranks.
 
     lengths: from `token_lengths`; without it there are no bits per byte. compile: do so for
@@ -124,7 +123,8 @@ def evaluate_data(model: nn.Module, data: Any, config: Any, world: Any, *rest: A
                   ) -> dict[str, float]:
     """`evaluate_loss` on the validation split of a run's data; of a mixture `mixed`."""
     if not isinstance(data, sets.MixtureSet):
-        return evaluate_loss(model, data.validation(config, world), world.device, *rest)
+        return evaluate_loss(model, data.validation(config, world), world.device,
+                             token_lengths(data.tokenizer), *rest)
     return mixed({name: evaluate_data(model, source, config, world, *rest)
                   for name, source in data.sources.items()}, data.weights)
 
@@ -247,7 +247,7 @@ def measure(model: nn.Module, tokenizer: Any, config: LossConfig) -> dict[str, A
         tokens = (text_tokens(config.data, tokenizer) if kind == "text" else
                   open_tokens(config, tokenizer))
         batches = loader.evaluation_batches(tokens, block_size, size, limit)
-    lengths = token_lengths(tokenizer) if tokenizer else None
+    lengths = token_lengths(tokenizer)
     result: dict[str, Any] = evaluate_loss(model, batches, device, lengths, dtype)
     if config.stride:
         batches = strided_batches(tokens, block_size, config.stride, size, limit)

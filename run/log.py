@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from formats.files import write_text
 from run.config import warn
-from run.device import device_name, peak_flops, peak_memory, synchronize
+from run.device import device_name, peak_flops, synchronize
 from run.processes import Processes
 
 REPOSITORY = Path(__file__).parent.parent
@@ -142,11 +142,10 @@ class RunLog:
                 self.last_loss = loss
                 self.spikes.add(loss)
             self.write(line)
-        step = self.pending[-1][0]                                  # the last one
         if self.active and (step > self.start + 2 and not self.each_step
                             or step % self.log_every == 0 or step == self.max_steps):
             left = (self.max_steps - step) * seconds / len(self.pending)
-            self._show(step, losses[-1], self.pending[-1][1], norms[-1], speed, left)
+            self._show(step, loss, lr, norm, speed, left)           # of the last one
         self.pending.clear()
         return [count > 0 for count in agreed]
 
@@ -310,17 +309,6 @@ def _whole(digits: str) -> int:
     if len(digits) > 19:
         raise ValueError(f"{digits:.20}... is no number of a run")  # nor one that a float can be
     return int(digits)
-
-
-def final_figures(log: RunLog, figures: dict[str, Any], best_loss: float, step: int
-                  ) -> dict[str, Any]:
-    """What a run ends with: losses in nats a token, time without evaluations and saves; of the
-    whole run, in however many parts it was trained."""
-    return {"step": step, "tokens": log.tokens, "train_loss": log.last_loss,
-            **{key if key == "fit" else f"val_{key}": value for key, value in figures.items()},
-            "best_val_loss": best_loss, "train_seconds": round(log.busy, 2),
-            "tokens_per_s": round((log.tokens - log.unseen) / max(log.busy, 1e-9), 1),
-            "peak_memory_mib": peak_memory(log.device) >> 20}
 
 
 def in_words(figures: dict[str, Any], entropy: float | None) -> str:

@@ -17,8 +17,9 @@ from formats.files import read_json, write_json
 from optim import READ_BY, OptimConfig
 from run import checkpoint
 from run.config import flatten, warn
-from run.log import (RunLog, final_figures, in_digits, in_words, provenance, read_log,
-                     summary_writer, this_command, this_python)
+from run.device import peak_memory
+from run.log import (RunLog, in_digits, in_words, provenance, read_log, summary_writer,
+                     this_command, this_python)
 from run.processes import Processes
 from run.watch import locked
 
@@ -123,14 +124,15 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Processes
-                    ) -> dict[str, Any] | None:
-    """The checkpoint of the same run, if there is one in the folder. ValueError for another run's.
+                    ) -> tuple[dict[str, Any] | None, Progress]:
+    """The checkpoint of the same run, if there is one in the folder, and how far that has come.
+    ValueError for another run's.
 
     data: the data set, base: hash of the weights that an adapter is trained on, else "".
     """
     state = checkpoint.load_last(out)
     if state is None:
-        return None
+        return None, Progress()
     if "data" not in state:
         raise ValueError(f"last.pt in {out} is a copy of a best.pt, which holds a model and no "
                          f"optimizer to go on with; start from it with --init_from={out} and "
@@ -139,7 +141,7 @@ def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Process
     here = {**flatten(dataclasses.asdict(config)), "data": data.fingerprint, "base": base}
     changed = {name: [repr(str(values.get(name)))[1:-1][:200] for values in (there, here)]
                for name in {**there, **here} if there.get(name) != here.get(name)}
-    progress = progress_of(state)
+    progress = Progress(*(state[field.name] for field in dataclasses.fields(Progress)))
     finished = progress.finished(config)
     more = "max_steps" if progress.step >= config.max_steps else "patience"
     for name, (before, now) in changed.items():
@@ -154,7 +156,7 @@ def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Process
     if world.rank == 0 and said:
         print(f"settings changed since the checkpoint: {', '.join(said)}")
     if "eval_tokens" in changed:                        # losses of other tokens do not compare
-        state.update(best_loss=math.inf, stale=0)
+        progress.best_loss, progress.stale = math.inf, 0
         if world.rank == 0:
             print("another part of the validation split is evaluated from here on, so best.pt will "
                   "be the best from here on")
@@ -164,17 +166,11 @@ def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Process
             warn(f"warning: {out} was trained with {threads} threads, now there are "
                  f"{torch.get_num_threads()}: sums are added in another order, so losses may "
                  f"differ in their last digits; OMP_NUM_THREADS={threads} would go on exactly")
-    return state
+    return state, progress
 
 
 def _is_one_of(names: tuple[str, ...], name: str) -> bool:
     return name in names or name.startswith(tuple(part for part in names if part.endswith(".")))
-
-
-def progress_of(state: dict[str, Any] | None) -> Progress:
-    """How far the run of a checkpoint has come; without one, not far."""
-    return Progress(*(state[field.name] for field in dataclasses.fields(Progress))) if state \
-        else Progress()
 
 
 def write_start(out: Path, config: Any, data: Any, world: Processes) -> None:
@@ -194,7 +190,12 @@ def finish(out: Path, log: RunLog, data: Any, progress: Progress, figures: dict[
     figures: of the last evaluation. ended: what ended the run before its last step: "patience",
     "max_minutes" or "signal" (its number; another rank may have had it), else "".
     """
-    final = final_figures(log, figures, progress.best_loss, progress.step)
+    # Of the whole run, in however many parts it was trained; time without evaluations and saves.
+    final = {"step": progress.step, "tokens": log.tokens, "train_loss": log.last_loss,
+             **{key if key == "fit" else f"val_{key}": value for key, value in figures.items()},
+             "best_val_loss": progress.best_loss, "train_seconds": round(log.busy, 2),
+             "tokens_per_s": round((log.tokens - log.unseen) / max(log.busy, 1e-9), 1),
+             "peak_memory_mib": peak_memory(log.device) >> 20}
     run = read_json(out / "run.json") if log.active else {}
     if log.active:
         write_json(out / "run.json", {**run, "final": final})
