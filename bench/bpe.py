@@ -226,8 +226,7 @@ def compare(case: str, kind: str, who: tuple[str, ...], path: Path, vocab_size: 
                         for name, rows in turns.rows.items()},
             "process_seconds": {name: round(median_row(rows, "process_ms")["process_ms"] / 1000, 2)
                                 for name, rows in turns.rows.items() if "process_ms" in rows[0]},
-            "memory_mb": {name: peak_memory(name, str(path), vocab_size)
-                          for name in who if memory},
+            "memory_mb": {name: peak_memory(name, str(path), vocab_size) for name in who if memory},
             "states": turns.states}
 
 

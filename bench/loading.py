@@ -143,8 +143,7 @@ def report(found: dict[str, Any]) -> str:
             f"{worst:.1%} of a core (at most {MOST_OF_A_CORE:.0%}: "
             f"{held(worst < MOST_OF_A_CORE)}); text to shards has {text['of_tiktoken']:.2f} of the "
             f"speed of tiktoken's `encode_ordinary_batch` alone (at least {LEAST_OF_TIKTOKEN}: "
-            f"{held(text['of_tiktoken'] >= LEAST_OF_TIKTOKEN)}).\n\n"
-            + table("what | speed", rows))
+            f"{held(text['of_tiktoken'] >= LEAST_OF_TIKTOKEN)}).\n\n" + table("what | speed", rows))
 
 
 def main(words: list[str]) -> None:

@@ -97,8 +97,7 @@ def fingerprint(folder: Path) -> str:
     meta = read_meta(folder)
     files = [[name, file] for split in meta["splits"].values()
              for name, file in split["files"].items()]
-    return hash_facts(meta["tokenizer_hash"],
-                      files or sorted(verify(folder, cached=True).items()))
+    return hash_facts(meta["tokenizer_hash"], files or sorted(verify(folder, cached=True).items()))
 
 
 class Tokens:

@@ -159,8 +159,7 @@ def encode_before_word(space: str, tokenizer: Tokenizer) -> list[int]:
     return ids[:-1] if ids[-1:] == word else tokenizer.encode(space)
 
 
-def pieces(messages: list[Message], t: Template, prompt: bool
-           ) -> Iterator[tuple[str, bool, bool]]:
+def pieces(messages: list[Message], t: Template, prompt: bool) -> Iterator[tuple[str, bool, bool]]:
     """The text of a conversation in order: (text, is it a special token, is it of an answer)."""
     yield from filled(t.start)
     if messages[0]["role"] == "user" and t.default:

@@ -394,8 +394,7 @@ def drawn_by_name(seed: int) -> Iterator[None]:
             *spread, total = drawn.get(id(p), (None,))
             if p.device.type == "cpu" and spread and p.sum() == total:
                 digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-                normal(p, *spread, torch.Generator().manual_seed(
-                    int.from_bytes(digest[:7], "big")))
+                normal(p, *spread, torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
         torch.manual_seed(seed)                     # adapters and heads draw after the model
     with mock.patch.object(GPT, "__init__", by_name):
         yield
@@ -449,8 +448,7 @@ def compare(plan: Plan) -> dict[str, Any]:
             for name, rows in tuning.items()}
     found = train_all(trials([(v, best.get(v.name, {}), seed) for seed in range(config.seeds)
                               for v in variants]), config)          # whole seeds, if it is stopped
-    trained = {v.name: facts[(v.name, *best.get(v.name, {}).values())]["trained"]
-               for v in variants}
+    trained = {v.name: facts[(v.name, *best.get(v.name, {}).values())]["trained"] for v in variants}
     return report(plan, trained, tuning, {v.name: found[i::len(variants)]
                                           for i, v in enumerate(variants)})
 

@@ -295,8 +295,7 @@ def caption(runs: list[Run]) -> str:
     steps, tokens, seconds = (run.steps[key][-1] for key in ("step", "tokens", "seconds"))
     data = ",".join(Path(part).name for part in run.config.get("data", "?").split(","))
     return (f"{run.name}: {steps:.0f} steps, {short(tokens)} tokens of {data}, "
-            f"{duration(seconds)} of training"
-            + (f" on {device}" if device else ""))
+            f"{duration(seconds)} of training" + (f" on {device}" if device else ""))
 
 
 def save(runs: list[Run], config: PlotConfig, path: Path) -> None:

@@ -79,8 +79,7 @@ def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, 
         tensors[f"{layer}.lora_magnitude_vector"] = lengths
     # The commonest rank and alpha are the adapter's, the others its patterns. Targets are written
     # by their last names where these match nothing else.
-    rank, alpha = (max(found.values(), key=list(found.values()).count)
-                   for found in (ranks, alphas))
+    rank, alpha = (max(found.values(), key=list(found.values()).count) for found in (ranks, alphas))
     ends = sorted({name.rpartition(".")[2] for name in layers})
     simple = {name for name in linear if name.rpartition(".")[2] in ends} == set(layers)
     conv1d = any(is_conv1d(f"{layer}.weight") for layer in layers)

@@ -190,15 +190,11 @@ def check_learned(count: int, wanted: int, least: int, min_frequency: int) -> No
 
 # ---------------------------------------------------------------------------- spelling of tokens
 
-def byte_to_char() -> dict[int, str]:
-    """GPT-2's printable character for each byte, as its files and Hugging Face's spell tokens:
-    visible Latin-1 characters stand for themselves, the others move up to U+0100 and on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [b for b in range(256) if b not in visible]
-    return {**{b: chr(b) for b in visible}, **{b: chr(256 + i) for i, b in enumerate(hidden)}}
-
-
-BYTE_TO_CHAR = byte_to_char()
+# GPT-2's printable character for each byte, as its files and Hugging Face's spell tokens: visible
+# Latin-1 characters stand for themselves, the others move up to U+0100 and on.
+VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+HIDDEN = sorted({*range(256)} - {*VISIBLE})
+BYTE_TO_CHAR = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
 CHAR_TO_BYTE = {char: b for b, char in BYTE_TO_CHAR.items()}
 
 
@@ -230,8 +226,7 @@ def from_vocab(vocab: dict[str, int], merges: Iterable[tuple[str, str]], special
     extra = set(vocab) - set(specials) - set(CHAR_TO_BYTE) - {a + b for a, b in merges}
     if extra:
         raise ValueError(f"token {min(extra)!r:.80} is no byte, merge or special token")
-    return {"merges": pairs, "special_tokens": specials, "byte_ids": byte_ids,
-            "first_merge": first}
+    return {"merges": pairs, "special_tokens": specials, "byte_ids": byte_ids, "first_merge": first}
 
 
 # --------------------------------------------------------------------------------- GPT-2's files
