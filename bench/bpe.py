@@ -213,7 +213,7 @@ def memory_of_tree(pid: int) -> float:
 def compare(case: str, kind: str, who: tuple[str, ...], path: Path, vocab_size: int, repeats: int,
             memory: bool) -> Row:
     """The row of a text: median seconds of each contestant in turn, and the memory of a run."""
-    def turn(name: str, _: list[Row]) -> Row:
+    def turn(name: str) -> Row:
         row = in_process(measure, kind, name, str(path), vocab_size)
         if kind == "train" and name != "minbpe":
             row["process_ms"] = 1000 * lasting(

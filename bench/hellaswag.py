@@ -78,7 +78,7 @@ def measure(config: HellaswagBenchConfig) -> tuple[dict[str, Any], list[float]]:
     one_at_a_time(model, tokenizer, items[:2], dtype)               # warm up
     ways = {"one_at_a_time": lambda: theirs(dtype), "casts_once": lambda: theirs(dtype, True),
             "ours": lambda: ours(dtype)}
-    turns = take_turns(ways, lambda name, _: {"s": lasting(ways[name], device)}, config.repeats,
+    turns = take_turns(ways, lambda name: {"s": lasting(ways[name], device)}, config.repeats,
                        device)
     seconds = {name: [round(row["s"], 2) for row in rows] for name, rows in turns.rows.items()}
     speed = {name: len(items) / min(row["s"] for row in rows) for name, rows in turns.rows.items()}

@@ -344,16 +344,6 @@ def report_costs(found: dict[str, Any]) -> str:
                 "s a step=seconds_a_step:.3f", found["rows"]))
 
 
-def measure_costs(config: KillsConfig) -> None:
-    """Measure and publish what surviving costs."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = settings_of("pretraining", Path(folder))["data"]
-        row = costs(*disturbed(Path(folder), {**LARGER, "data": data}, config.every,
-                               config.minutes))
-    busy = os.getloadavg()[0] > (os.cpu_count() or 1) + 3
-    publish(report_costs, "survival", config.save, CPU, [row], [], every=config.every, crowded=busy)
-
-
 def report(found: dict[str, Any]) -> str:
     """Results as markdown: the sum, and a row for each kind of run."""
     total = total_of(found["rows"])
@@ -375,7 +365,13 @@ def main(words: list[str]) -> None:
     config = parse(KillsConfig, words, "python -m bench.kills", about=__doc__)
     torch.set_num_threads(1)                            # as the ranks do, for the report
     if config.every:
-        measure_costs(config)
+        with tempfile.TemporaryDirectory() as folder:
+            data = settings_of("pretraining", Path(folder))["data"]
+            row = costs(*disturbed(Path(folder), {**LARGER, "data": data}, config.every,
+                                   config.minutes))
+        busy = os.getloadavg()[0] > (os.cpu_count() or 1) + 3
+        publish(report_costs, "survival", config.save, CPU, [row], [], every=config.every,
+                crowded=busy)
         return
     kinds = [(kind, ranks, share) for kind, shares in SHARES.items() if config.kind in ("all", kind)
              for ranks, share in enumerate(shares, 1) if config.ranks in (0, ranks)]

@@ -158,8 +158,8 @@ def main(words: list[str]) -> None:
     shape, *micro_batches = SHAPES[config.shape]
     turns = take_turns(             # not strict: where memory does not suffice, others are of use
         [rung for rung in wanted if rung not in skipped],
-        lambda rung, _: in_process(measure, rung, shape, micro_batches[device.type == "cuda"],
-                                   device.type, config.repeats),
+        lambda rung: in_process(measure, rung, shape, micro_batches[device.type == "cuda"],
+                                device.type, config.repeats),
         config.rounds, device, strict=False)
     skipped.update(turns.missing)
     if not turns.rows:

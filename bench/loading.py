@@ -117,7 +117,7 @@ def compare_text(config: LoadingConfig, scratch: Path) -> tuple[Row, list[float]
     if not tokenizer:
         tokenizer = str(scratch / "tok.json")
         Tokenizer.train(texts, 32_000).save(tokenizer)
-    turns = take_turns(WHO, lambda who, _: in_process(text_row, who, source, tokenizer, threads),
+    turns = take_turns(WHO, lambda who: in_process(text_row, who, source, tokenizer, threads),
                        config.rounds)
     made = {row["tokens"] for rows in turns.rows.values() for row in rows}
     if len(made) > 1:

@@ -131,8 +131,7 @@ def main(words: list[str]) -> None:
     config = replace(config, device=device.type)
     turns = take_turns([(variant, side) for variant in config.variants
                         for side in (SIDES if device.type == "cpu" else SIDES[:2])],
-                       lambda key, _: in_process(measure, *key, config, True), config.rounds,
-                       device)
+                       lambda key: in_process(measure, *key, config, True), config.rounds, device)
     rows = [median_row(rounds, "ms", "mib", "percent") for rounds in turns.rows.values()]
     publish(report, f"lora-{device.type}", config.save, device, rows, turns.states,
             shape=config.shape, targets=config.targets, r=config.r, batch=config.batch,

@@ -9,7 +9,6 @@ A benchmark's `report` makes markdown of a result, new or read from its file, so
 docs/measured.md say the same.
 """
 import datetime
-import json
 import math
 import multiprocessing
 import platform
@@ -25,6 +24,7 @@ from typing import Any, Callable, Iterable
 import torch
 
 from fast.linear import linear
+from formats.files import write_json
 from run.device import device_name, synchronize
 
 REPOSITORY = Path(__file__).parent.parent
@@ -89,11 +89,10 @@ class Turns:
     states: list[float] = field(default_factory=list)
 
 
-def take_turns(keys: Iterable[Any], measure: Callable[[Any, list[Row]], Row], rounds: int,
+def take_turns(keys: Iterable[Any], measure: Callable[[Any], Row], rounds: int,
                device: torch.device = CPU, strict: bool = True) -> Turns:
-    """Call measure(key, its rows so far) for each key, all keys once a round, so that a change of
-    the machine's speed meets all. Not strict: a key that ends in a RuntimeError is left out from
-    then on.
+    """Call measure(key) for each key, all keys once a round, so that a change of the machine's
+    speed meets all. Not strict: a key that ends in a RuntimeError is left out from then on.
 
     A round that others on the machine disturbed (`disturbed`) is said, left out and taken again, in
     2 * rounds at most; where none was quiet, all are kept, which is said too.
@@ -103,7 +102,7 @@ def take_turns(keys: Iterable[Any], measure: Callable[[Any, list[Row]], Row], ro
     turns, taken = Turns(states=[machine_state(device)]), []
     quiet: list[dict[Any, Row]] = []
     while len(quiet) < rounds and len(taken) < 2 * rounds:
-        taken.append(_take_round(keys, measure, len(taken) + 1, turns, strict))
+        taken.append(_take_round(keys, measure, len(taken) + 1, turns.missing, strict))
         turns.states.append(machine_state(device))
         why = disturbed(taken, turns.states)
         quiet = [found for found, reason in zip(taken, why) if not reason]
@@ -114,29 +113,28 @@ def take_turns(keys: Iterable[Any], measure: Callable[[Any, list[Row]], Row], ro
     if not quiet:
         print("NO ROUND WAS QUIET, so all are kept: measure again on a quiet machine",
               file=sys.stderr, flush=True)
-    kept = quiet or taken
-    turns.rows = {key: [found[key] for found in kept if key in found] for key in turns.rows}
+    for found in quiet or taken:
+        for key, row in found.items():
+            turns.rows.setdefault(key, []).append(row)
     return turns
 
 
-def _take_round(keys: Iterable[Any], measure: Callable[[Any, list[Row]], Row], number: int,
-                turns: Turns, strict: bool) -> dict[Any, Row]:
-    """The rows of a round, which are added to the turns' too."""
+def _take_round(keys: Iterable[Any], measure: Callable[[Any], Row], number: int,
+                missing: dict[Any, str], strict: bool) -> dict[Any, Row]:
+    """The rows of a round; a key without one is in `missing` from then on."""
     found = {}
     for key in keys:
-        if key in turns.missing:
+        if key in missing:
             continue
         said = f"round {number}: {key if isinstance(key, str) else ' '.join(key)}"
         try:
-            row = measure(key, turns.rows.get(key, []))
+            row = found[key] = measure(key)
         except RuntimeError as error:
             if strict:
                 raise
-            turns.missing[key] = str(error)
+            missing[key] = str(error)
             print(f"{said}: {error}", file=sys.stderr, flush=True)
             continue
-        found[key] = row
-        turns.rows.setdefault(key, []).append(row)
         said += f": {row['ms']:,.1f} ms" if "ms" in row else ""
         print(said, file=sys.stderr, flush=True)
     return found
@@ -212,7 +210,7 @@ def publish(report: Callable[[dict[str, Any]], str], name: str, save: bool, devi
     print(report(found))
     if save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(RESULTS / f"{name}.json", found, indent=1)
         print(f"written: {name}.json; python -m bench.measured makes docs/measured.md of all")
     return found
 

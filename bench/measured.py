@@ -2,13 +2,13 @@
 
     python -m bench.measured
 """
-import json
 from dataclasses import dataclass
 from typing import Any, Callable
 
 from bench import (bpe, gpu, hellaswag, kills, ladder, lm_eval, loading, lora, machine, ranks, saves,
                    race, step, versus_peers)
 from bench.machine import REPOSITORY, table
+from formats.files import read_json
 from run.config import parse, run_command
 
 PAGE = REPOSITORY / "docs" / "measured.md"
@@ -45,8 +45,7 @@ class MeasuredConfig:
 def found(pattern: str) -> list[dict[str, Any]]:
     """The results whose files match, the oldest first."""
     files = sorted(machine.RESULTS.glob(f"{pattern}.json"))
-    return sorted((json.loads(path.read_text(encoding="utf-8")) for path in files),
-                  key=lambda result: result["date"])
+    return sorted(map(read_json, files), key=lambda result: result["date"])
 
 
 def summary() -> str:

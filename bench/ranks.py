@@ -84,7 +84,7 @@ def compare(shape: str, config: RanksConfig, folder: Path) -> Row:
             name: getattr(model, name) for name in ("block_size", "n_layer", "n_head", "n_embd")})
     processes = {"threads": (1, config.ranks), "ranks": (config.ranks, 1)}
 
-    def measure(who: str, _: list[Row]) -> Row:
+    def measure(who: str) -> Row:
         ranks, threads = processes[who]
         lines = run(folder, {**settings, "micro_batch": sequences // ranks}, ranks, threads)
         return {"tokens_per_s": statistics.median(line["tokens_per_s"] for line in lines[every:])}

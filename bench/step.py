@@ -36,7 +36,7 @@ def main(words: list[str]) -> None:
     config = parse(StepConfig, words, "python -m bench.step", about=__doc__)
     device = pick_device(config.device)
 
-    def measure(key: tuple[str, str, str], _: list[Row]) -> Row:
+    def measure(key: tuple[str, str, str]) -> Row:
         shape, dtype, mode = key
         row = in_process(versus_peers.measure, shape, OURS, dtype, mode, device.type,
                          config.repeats)

@@ -147,8 +147,8 @@ def measure_shape(config: PeersConfig, what: str, device: torch.device) -> Turns
     checkouts = {"nanoGPT": config.nanogpt, "build-nanogpt": config.build_nanogpt}
     return take_turns(
         plan(config, what, device),
-        lambda key, _: in_process(measure, what, *key, device.type, config.repeats,
-                                  config.micro_batch, checkouts.get(key[0].removesuffix(KEPT), "")),
+        lambda key: in_process(measure, what, *key, device.type, config.repeats,
+                               config.micro_batch, checkouts.get(key[0].removesuffix(KEPT), "")),
         config.rounds, device, strict=False)
 
 

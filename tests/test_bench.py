@@ -132,7 +132,7 @@ def rounds_of(monkeypatch, rounds, times, speeds):
     """The times that are kept of rounds of one key, and how often it was measured."""
     times, speeds, asked = iter(times), iter(speeds), []
     monkeypatch.setattr(machine, "machine_state", lambda device: next(speeds))
-    turns = machine.take_turns(["step"], lambda key, rows: asked.append(key) or {"ms": next(times)},
+    turns = machine.take_turns(["step"], lambda key: asked.append(key) or {"ms": next(times)},
                                rounds)
     return [row["ms"] for row in turns.rows["step"]], len(asked)
 
