@@ -32,7 +32,9 @@ Batch = tuple[torch.Tensor, ...]
 class RowLoader:
     """Serves rows to one rank of `world`. Shapes: B micro_batch, T block_size.
 
-    A subclass has what the rows are made of: `read` makes a batch of some of them.
+    A subclass has what the rows are made of: `read` makes a batch of some of them, inputs and
+    targets (B, T) int64 each and what else the model takes; `labels_of` counts their labelled
+    tokens, without reading or communicating.
     """
     one_shape = True                    # all batches: what is compiled for one serves all
 
@@ -45,14 +47,6 @@ class RowLoader:
                                                           world)
         self.tokens_per_step = float(self.rows_per_step * block_size)       # mean, no padding
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0))     # the one at hand, in order
-
-    def read(self, rows: np.ndarray) -> Batch:
-        """These rows as inputs and targets, (B, T) int64 each, and what else the model takes."""
-        raise NotImplementedError
-
-    def labels_of(self, rows: np.ndarray) -> int:
-        """Labelled tokens of these rows, known without reading or communicating."""
-        raise NotImplementedError
 
     def tokens_of(self, rows: np.ndarray) -> int:
         """Tokens that a model reads in these rows: all but padding."""

@@ -7,13 +7,12 @@
 The first 90% train and the rest validates, as in char-rnn and nanoGPT, so that losses can be
 compared; the text is pure ASCII, so a byte is a character. Source: github.com/karpathy/char-rnn.
 """
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.corpus import named_tokenizer, write_shards
 from data.prepared import DATA
-from formats.download import download
+from formats.download import checksum, download
 from run.config import parse, run_command
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -34,11 +33,10 @@ def prepare(config: ShakespeareConfig = ShakespeareConfig()) -> Path:
         URL, folder / "input.txt", SHA256, "python -m data.shakespeare --from=FILE")
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
-    raw = path.read_bytes()
-    if hashlib.sha256(raw).hexdigest() != SHA256:
+    if checksum(path, SHA256) != SHA256:
         raise ValueError(f"{path} is not tiny shakespeare (its SHA-256 differs); "
                          f"for another text use: python -m data.corpus --from={path}")
-    text = raw.decode("ascii")
+    text = path.read_bytes().decode("ascii")
     cut = int(0.9 * len(text))
     write_shards(folder, [text[:cut]], [text[cut:]], named_tokenizer(config.tokenizer), URL)
     return folder

@@ -82,11 +82,6 @@ GPT2_CHAT = dict(
     model=dict(block_size=512))
 LORA = dict(learning_rate=1e-3, min_learning_rate=1e-4, weight_decay=0.0)
 
-IMDB_DEMO = dict(
-    init_from="out/demo", data="imdb_classes", pooling="mean", epochs=2, batch_tokens=32 * 128,
-    micro_batch=32, learning_rate=1.5e-3, min_learning_rate=1e-4, warmup_ratio=0.05, eval_every=100,
-    save_every=200, log_every=20, model=dict(block_size=128))
-
 PRESETS = {
     "demo": Preset(
         "a small GPT on the documentation that Python carries; offline, for a first look",
@@ -144,7 +139,10 @@ PRESETS = {
         "--task=classes [--from=FILES]",
         "accuracy 0.72 on 1,000 reviews after 5,000 twice, in about 5 minutes on one busy CPU "
         "core; from a demo that AdamW had trained, not measured from today's",
-        IMDB_DEMO),
+        dict(init_from="out/demo", data="imdb_classes", pooling="mean", epochs=2,
+             batch_tokens=32 * 128, micro_batch=32, learning_rate=1.5e-3, min_learning_rate=1e-4,
+             warmup_ratio=0.05, eval_every=100, save_every=200, log_every=20,
+             model=dict(block_size=128))),
     "gpt2-alpaca": Preset(
         "GPT-2 124M on Stanford Alpaca, all weights", "not measured",
         dict(GPT2_CHAT, data="alpaca")),

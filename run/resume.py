@@ -30,8 +30,6 @@ SAME = ("data", "seed", "batch_tokens", "init_from", "base", "packing", "pooling
 FIGURES = ("max_steps", "learning_rate", "min_learning_rate", "schedule", "warmup_steps",
            "weight_decay", "grad_clip", "dtype", "eval_every", "eval_tokens", "patience",
            "skip_spikes", "optim.")
-
-
 # Of passes over the same data those after 4 gain little and those after 40 nothing (Muennighoff et
 # al. 2023, 2305.16264); up to so many they may be meant.
 MANY_PASSES = 100
