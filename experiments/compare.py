@@ -35,7 +35,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import multiprocessing.connection
 import os
@@ -57,6 +56,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import shards
+from data.prepared import hash_facts
 from data.sets import mixture_of
 from experiments import plots
 from experiments.runs import PALETTE, duration, load_run
@@ -248,10 +248,10 @@ class Trial:
         """A hash of all that its result depends on."""
         data, start = self.settings["data"], Path(self.settings["init_from"]) / "run.json"
         metas = [shards.find(name) / "meta.json" for name in mixture_of(data) or [data]]
-        facts = [{**self.settings, "out": ""}, self.patch, code(), torch.__version__, RESULT,
-                 [meta.read_text() if meta.exists() else shards.fingerprint(meta.parent)
-                  for meta in metas], start.read_text() if start.exists() else ""]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_facts(
+            {**self.settings, "out": ""}, self.patch, code(), torch.__version__, RESULT,
+            [meta.read_text() if meta.exists() else shards.fingerprint(meta.parent)
+             for meta in metas], start.read_text() if start.exists() else "")
 
 
 code = functools.cache(code_hash)

@@ -39,7 +39,6 @@ LINES = ("-", "--", "-.", ":")      # 4 and 7 colours have no common divisor: 28
 MARKERS = "osD^vPX"
 GREY, DOTTED = "#555555", (0, (1, 1.5))
 GPT2_LOSS = {"fineweb": 3.2924, "openwebtext": 3.12}
-GPT2_VOCAB = 50257                  # losses compare for one tokenizer only
 GPT2_HELLASWAG, CHANCE = 0.2955, 0.25
 BLOCK_FIGURES = {"activation": "activations, RMS", "added": "added / input",
                  "gradient": "gradients, RMS", "update": "update / weights",
@@ -282,7 +281,7 @@ def published_loss(runs: list[Run]) -> float | None:
     """GPT-2's validation loss on the data of these runs, if they share them and its tokenizer."""
     data = {Path(run.config.get("data", "")).name for run in runs}
     vocabularies = {run.config.get("model", {}).get("vocab_size") for run in runs}
-    if len(data) > 1 or vocabularies != {GPT2_VOCAB}:
+    if len(data) > 1 or vocabularies != {shards.GPT2_VOCAB}:
         return None
     return GPT2_LOSS.get(data.pop())
 

@@ -209,9 +209,8 @@ def compiled(parallel: Parallel, mode: str, batches: Any, flops: float, world: P
 def _hollow(model: nn.Module) -> nn.Module:
     """The module with its parameters on the meta device, which holds no numbers."""
     for module in model.modules():
-        for key, p in module._parameters.items():
-            if p is not None:
-                module._parameters[key] = nn.Parameter(p.to("meta"), p.requires_grad)
+        for key, p in list(module.named_parameters(recurse=False)):
+            setattr(module, key, nn.Parameter(p.to("meta"), p.requires_grad))
     return model
 
 
