@@ -39,6 +39,10 @@ class Profiler:
         self.others = {C, 3 * C, 4 * C, C // config.model.n_head}       # sizes of other products
         self.steps = config.profile if log.active else 0
         self.first, self.running = start + SKIPPED, None
+        self.beside = [f"{name}={every}" for name in (
+            "eval_every", "hellaswag_every", "sample_every", "save_every", "watch_every")
+            if (every := getattr(config, name)) and
+            (self.first + self.steps - 1) // every > (self.first - 1) // every]
         if self.steps and self.first + self.steps > config.max_steps:   # a run that goes on
             log.say(f"no profile: it takes {SKIPPED + self.steps} steps, and "
                     f"{config.max_steps - start} are left")
@@ -76,6 +80,9 @@ class Profiler:
             if not apart:
                 self.log.say(f"  the head's products are among the others: its {min(self.rows):,} "
                              f"rows are also the channels, the context or the tokens of a batch")
+            if self.beside:
+                self.log.say(f"  with what {', '.join(self.beside)} do in these steps; larger "
+                             f"ones leave the steps alone")
             try:
                 self.running.export_chrome_trace(str(self.out / "trace.json.gz"))
                 if self.cuda:

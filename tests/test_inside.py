@@ -183,6 +183,14 @@ def test_a_head_whose_size_others_have_is_not_told_apart(dataset, tmp_path, caps
     assert "the head's products are among the others: its 256 rows are also" in text
 
 
+def test_what_is_done_beside_the_steps_of_a_profile_is_said(dataset, tmp_path, capsys):
+    """A profile of 2 steps is of the 4th and the 5th, and of what comes between the 3rd and 5th."""
+    for every, said in ((3, True), (2, True), (5, False)):
+        run(dataset, tmp_path / f"run{every}", profile=2, eval_every=every, save_every=7)
+        text = capsys.readouterr().out
+        assert (f"with what eval_every={every} do in these steps" in text) == said
+
+
 def test_looks_and_profiles_are_not_counted_as_training(dataset, tmp_path, monkeypatch):
     """By a clock that moves in them and a little when it is read; each line has its own speed."""
     now, late = itertools.count(step=1e-3), [0.0]
