@@ -246,12 +246,14 @@ class Trial:
     @functools.cached_property
     def identity(self) -> str:
         """A hash of all that its result depends on."""
-        data, start = self.settings["data"], Path(self.settings["init_from"]) / "run.json"
+        data, start = self.settings["data"], Path(self.settings["init_from"])
+        weights = [start, start / "best.pt", *sorted(start.glob("*.safetensors"))]
         metas = [shards.find(name) / "meta.json" for name in mixture_of(data) or [data]]
         return hash_facts(
             {**self.settings, "out": ""}, self.patch, code(), torch.__version__, RESULT,
             [meta.read_text() if meta.exists() else shards.fingerprint(meta.parent)
-             for meta in metas], start.read_text() if start.exists() else "")
+             for meta in metas],
+            [path.stat().st_mtime_ns for path in weights if path.is_file()])    # trained again?
 
 
 code = functools.cache(code_hash)

@@ -1,6 +1,7 @@
 """experiments/compare.py: its test of differences, its runs, and that it knows its noise."""
 import json
 import math
+import os
 import random
 import re
 import runpy
@@ -509,6 +510,21 @@ def test_a_run_killed_before_its_last_word_is_trained_again(words, tmp_path):
     (tmp_path / "killed" / "run.json").write_text(json.dumps({**run, "final": None}))
     found = perform(trial, tmp_path / "killed")
     assert {**found, **dict.fromkeys(times)} == {**whole, **dict.fromkeys(times)}
+
+
+@pytest.mark.parametrize("name", ["run/best.pt", "folder/model.safetensors", "gpt2_124M.bin"])
+def test_another_start_under_the_same_name_is_another_run(words, tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    start = path if path.suffix == ".bin" else path.parent
+    settings = {**read(words).base, "init_from": str(start)}
+
+    def identity(time):
+        path.write_bytes(b"weights")
+        os.utime(path, (time, time))
+        (path.parent / "eval.json").write_text(str(time))       # which an evaluation writes
+        return compare.Trial("", settings, "").identity
+    assert identity(1) == identity(1) != identity(2)
 
 
 def test_other_data_settings_or_patches_are_other_runs(words, dataset):
