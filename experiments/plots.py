@@ -31,9 +31,10 @@ import numpy as np
 
 from data import shards
 from experiments.runs import (PALETTE, Run, differences, duration, find_runs, limits, load_runs,
-                              moving_average, seeds_together, short, status, text_plot, window_of)
+                              moving_average, seeds_together, status, text_plot, window_of)
 from formats.files import write_bytes
 from run.config import parse, run_command
+from run.log import short
 
 LINES = ("-", "--", "-.", ":")      # 4 and 7 colours have no common divisor: 28 different curves
 MARKERS = "osD^vPX"

@@ -16,7 +16,7 @@ import numpy as np
 from experiments.ttest import holm, paired
 from formats.files import read_json
 from run.config import flatten
-from run.log import as_number, read_log, seconds_at
+from run.log import as_number, read_log, seconds_at, short
 
 STEP_KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s")
 AXES = {"tokens": "tokens", "time": "seconds", "steps": "step"}     # name on the command line: key
@@ -203,14 +203,6 @@ def status(run: Run) -> str:
     return (f"{run.name}: step {last['step']:.0f}" + (f"/{most}" if most else "")
             + f", loss {last['loss']:.4f}" + (f", validation {val[-1]:.4f}" if len(val) else "")
             + f", lr {last['lr']:.1e}, norm {last['grad_norm']:.2f}, {short(speed)} tok/s" + end)
-
-
-def short(number: float) -> str:
-    """1500000 as "1.5M"."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
 
 
 def duration(seconds: float) -> str:

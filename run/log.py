@@ -234,12 +234,12 @@ class RunLog:
     def _show(self, step: int, loss: float, lr: float, norm: float, speed: float, left: float
               ) -> None:
         mfu = f"{self.mfu_per_token * speed:.1%}" if self.mfu_per_token else "?"
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {_short(speed)} tok/s, MFU {mfu}",
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {short(speed)} tok/s, MFU {mfu}",
                                  refresh=False)
         self.bar.update(step - self.bar.n)
         if not self.terminal:
             self.say(f"step {step}/{self.max_steps}  loss {loss:.4f}  lr {lr:.2e}  "
-                     f"norm {norm:.2f}  {_short(speed)} tok/s  MFU {mfu}"
+                     f"norm {norm:.2f}  {short(speed)} tok/s  MFU {mfu}"
                      + (f"  {left:.0f} s left" if step > self.start + 1 else ""))   # warmed up
 
 
@@ -349,11 +349,12 @@ def this_python() -> str:
     return here if not here.startswith("..") else "python"
 
 
-def _short(number: float) -> str:
-    for unit, size in (("M", 1e6), ("k", 1e3)):
+def short(number: float) -> str:
+    """1500000 as "1.5M"."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return f"{number:.0f}"
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
 
 
 def summary_writer() -> type:
