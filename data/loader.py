@@ -101,16 +101,14 @@ class RowLoader:
 
 
 class WindowLoader(RowLoader):
-    """Serves the windows of a split. Its settings are those of RowLoader."""
+    """Serves the windows of a split. Its other settings are those of RowLoader."""
 
-    def __init__(self, tokens: Tokens, block_size: int, batch_tokens: int, micro_batch: int,
-                 seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False):
+    def __init__(self, tokens: Tokens, block_size: int, *rest: int, **settings: int):
         if len(tokens) <= block_size:
             raise ValueError(f"block_size={block_size} is longer than the data, which has "
                              f"{len(tokens):,} tokens; choose one below that or prepare more data")
         self.tokens = tokens
-        super().__init__(count_windows(tokens, block_size), block_size, batch_tokens, micro_batch,
-                         seed, rank, world, pin)
+        super().__init__(count_windows(tokens, block_size), block_size, *rest, **settings)
 
     def read(self, rows: np.ndarray) -> Batch:
         """These windows as inputs and targets, (B, T) int64 each."""

@@ -93,9 +93,8 @@ class SampleLoader(RowLoader):
     T is block_size where packed, else the length of a micro-batch's longest row, rounded up.
     """
 
-    def __init__(self, samples: Samples, block_size: int, batch_tokens: int, micro_batch: int,
-                 seed: int = 0, rank: int = 0, world: int = 1, pin: bool = False,
-                 packing: bool = False):
+    def __init__(self, samples: Samples, block_size: int, *rest: int, packing: bool = False,
+                 **settings: int):
         if samples.lengths.max() > block_size:
             raise ValueError(f"block_size={block_size} is below the longest sample, which has "
                              f"{samples.lengths.max()} tokens; load them with this block_size")
@@ -105,8 +104,7 @@ class SampleLoader(RowLoader):
         self.row_lengths, self.row_labels = (
             np.array([counts[row].sum() for row in self.rows]) if packing else counts
             for counts in (samples.lengths, samples.label_counts))
-        super().__init__(len(self.rows), block_size, batch_tokens, micro_batch, seed, rank, world,
-                         pin)
+        super().__init__(len(self.rows), block_size, *rest, **settings)
         self.tokens_per_step = self.rows_per_step * float(self.row_lengths.mean())
 
     def order(self, step: int) -> np.ndarray:

@@ -104,7 +104,7 @@ class _SampleSet:
     def loader(self, config: Any, world: Any, pin: bool = False) -> samples.SampleLoader:
         return samples.SampleLoader(self.train, config.model.block_size, config.batch_tokens,
                                     config.micro_batch, config.seed, world.rank, world.size, pin,
-                                    config.packing)
+                                    packing=config.packing)
 
     def validation(self, config: Any, world: Any) -> Iterator[tuple]:
         return self.val.evaluation_batches(_at_once(config), config.eval_tokens, world.rank,
