@@ -96,11 +96,8 @@ class Told:
 
     def __init__(self):
         context = multiprocessing.get_context("forkserver")
-        self.step, self.phase, self.saves, self.saving = (context.RawValue("i", 0)
-                                                          for _ in range(4))
-
-    def reset(self) -> None:
-        self.step.value, self.phase.value, self.saves.value, self.saving.value = -1, 0, 0, 0
+        self.step, self.phase, self.saves, self.saving = (context.RawValue("i", number)
+                                                          for number in (-1, 0, 0, 0))
 
 
 def run(settings: dict[str, Any], told: Told | None = None) -> None:
@@ -172,7 +169,6 @@ def campaign(folder: Path, settings: dict[str, Any], ranks: int, kills: int,
     counts = {"kills": 0, "exact": 0, "lost": 0, "runs": 0, "in a save": 0,
               **{name: 0 for name in PHASES}}
     reference = folder / "peace"
-    told.reset()
     began = time.monotonic()
     processes = start(run, ranks, {**settings, "out": str(reference)}, told)
     while processes[0].is_alive() and told.step.value < 0:
@@ -187,7 +183,7 @@ def campaign(folder: Path, settings: dict[str, Any], ranks: int, kills: int,
         out = folder / f"run{counts['runs']}"
         killed = newest = 0
         while True:
-            told.reset()
+            told = Told()
             processes = start(run, ranks, {**settings, "out": str(out)}, told)
             if counts["kills"] + killed < kills:
                 wait_for_a_moment(processes[0], told, rng, starts)
