@@ -16,7 +16,6 @@ Hu et al. 2022, "LoRA"; Kalajdzievski 2023, "rsLoRA"; Meng et al. 2024, "PiSSA";
 setting of optim.py.
 """
 import contextlib
-import difflib
 import math
 import os
 import re
@@ -119,19 +118,20 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
     Returns the model. ValueError where no layer matches, the name is taken, or a layer cannot have
     one; then nothing has changed.
     """
-    adapters = check_addition(model, config, name)
-    linear, found = linear_layers(model), targets(model, config)            # {layer: its parts}
-    extras = trained_parameters(model, config, found)                       # biases, whole modules
-    changes = {layer: {part: new_change(linear[layer], layer, part, config) for part in parts}
-               for layer, parts in found.items()}
-    if config.quantize == "nf4":
-        quantize_base(model, changes, extras)
+    adapters, found = check_addition(model, config, name), targets(model, config)
+    extras = trained_parameters(model, config, [layer for layer, _, _ in found.values()])
+    changes: dict[str, nn.ModuleDict] = {}
+    for full, (layer, part, rows) in found.items():
+        change = new_change(model.get_submodule(layer), rows, full, config)
+        changes.setdefault(layer, nn.ModuleDict())[part] = change
     for layer, parts in changes.items():
         module = model.get_submodule(layer)
         if not isinstance(module, LoRALinear):
             module = LoRALinear(module).train(module.training)
             model.set_submodule(layer, module)
-        module.lora_adapters[name] = nn.ModuleDict(parts).train(module.training)
+        module.lora_adapters[name] = parts.train(module.training)
+    if config.quantize == "nf4" and not adapters.configs:
+        quantize_base(model, extras)
     model.adapters, adapters.configs[name] = adapters, config
     adapters.original = {**extras, **adapters.original}
     adapters.trained[name] = {key: nn.Parameter(adapters.original[key].detach().clone())
@@ -142,8 +142,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
     return model
 
 
-# ------------------------------------------------------------------------------------------------
-# Scale
+# -------------------------------------------------------------------------------------------- Scale
 
 def rank_and_scale(config: LoRAConfig, name: str) -> tuple[int, float]:
     """R and s of a layer, by the patterns that match its name. alpha / R lets a large R learn
@@ -220,8 +219,7 @@ def factors(change: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
             torch.cat([change.lora_B, -change.initial_B], dim=1))
 
 
-# ------------------------------------------------------------------------------------------------
-# DoRA: the changed weight gives each row its direction; its length is a parameter of its own
+# ------ DoRA: the changed weight gives each row its direction; its length is a parameter of its own
 
 @torch.no_grad()
 def row_lengths(change: LowRank, base: nn.Module) -> torch.Tensor:
@@ -246,23 +244,22 @@ def rescaled(out: torch.Tensor, change: LowRank, base: nn.Module, bias: torch.Te
     return (out * gain + (0.0 if bias is None else bias * (1 - gain))).to(out.dtype)
 
 
-# ------------------------------------------------------------------------------------------------
-# Parts of fused layers: c_attn.q is the first third of c_attn's rows
+# ------------------------------ Parts of fused layers: c_attn.q is the first third of c_attn's rows
 
 FUSED = {"c_attn": ("q", "k", "v")}
 
 
-def parts_of(layer: str, out_features: int) -> dict[str, slice]:
-    """The rows of a layer that are "whole", and of those that are q, k or v."""
-    names = FUSED.get(layer.rpartition(".")[2], ())
-    size = out_features // max(len(names), 1)
-    return {"whole": slice(0, out_features),
-            **{part: slice(i * size, (i + 1) * size) for i, part in enumerate(names)}}
-
-
-def full_name(layer: str, part: str) -> str:
-    """h.0.attn.c_attn.q of a part; of a whole layer its own name."""
-    return layer if part == "whole" else f"{layer}.{part}"
+def places(model: nn.Module) -> dict[str, tuple[str, str, slice]]:
+    """Where a change can be: {"h.0.attn.c_attn.q": (layer, "q", its rows), ...}; of a layer in
+    full, under its own name, the part is "whole"."""
+    found = {}
+    for layer, module in linear_layers(model).items():
+        found[layer] = layer, "whole", slice(0, module.out_features)
+        parts = FUSED.get(layer.rpartition(".")[2], ())
+        for i, part in enumerate(parts):
+            size = module.out_features // len(parts)
+            found[f"{layer}.{part}"] = layer, part, slice(i * size, (i + 1) * size)
+    return found
 
 
 def spread(values: torch.Tensor, rows: slice, out_features: int, fill: float = 0.0) -> torch.Tensor:
@@ -273,10 +270,9 @@ def spread(values: torch.Tensor, rows: slice, out_features: int, fill: float = 0
     return F.pad(values, (0, 0) * (values.dim() - 1) + around, value=fill)
 
 
-def new_change(module: nn.Module, layer: str, part: str, config: LoRAConfig) -> LowRank:
-    """The change of one part of a layer, as it starts."""
-    base, name = getattr(module, "base_layer", module), full_name(layer, part)
-    rows = parts_of(layer, base.out_features)[part]
+def new_change(module: nn.Module, rows: slice, name: str, config: LoRAConfig) -> LowRank:
+    """The change of some rows of a layer, as it starts."""
+    base = getattr(module, "base_layer", module)
     r, scale = rank_and_scale(config, name)
     A, B = initial_factors(base, rows, r, scale, config.init)
     if len(A) < r:
@@ -291,23 +287,22 @@ def new_change(module: nn.Module, layer: str, part: str, config: LoRAConfig) -> 
     return change
 
 
-# ------------------------------------------------------------------------------------------------
-# QLoRA: the frozen weights in 4 bits (fast/nf4.py)
+# ------------------------------------------------ QLoRA: the frozen weights in 4 bits (fast/nf4.py)
 
-def quantize_base(model: nn.Module, changes: dict[str, dict[str, LowRank]],
-                  extras: Iterable[str]) -> None:
+def quantize_base(model: nn.Module, extras: Iterable[str]) -> None:
     """Replace the frozen linear layers but the head by NF4 ones. What a change starts at is taken
     off the weight before and not quantised (PiSSA, LoftQ)."""
     for layer, module in linear_layers(model, heads=False).items():
-        if not isinstance(module, nn.Linear) or f"{layer}.weight" in extras:
+        base = getattr(module, "base_layer", module)
+        if not isinstance(base, nn.Linear) or f"{layer}.weight" in extras:
             continue
-        parts = changes.get(layer, {}).values()
+        parts = [change for change in module.modules() if isinstance(change, LowRank)]
         moved = [part for part in parts if isinstance(part, LowRankFromWeight)]
-        packed = NF4Linear(module, moved and (
-            torch.cat([spread(part.scale * part.initial_B, part.rows, module.out_features)
+        packed = NF4Linear(base, moved and (
+            torch.cat([spread(part.scale * part.initial_B, part.rows, base.out_features)
                        for part in moved], dim=1),
             torch.cat([part.initial_A for part in moved])))
-        model.set_submodule(layer, packed)
+        model.set_submodule(layer if base is module else f"{layer}.base_layer", packed)
         for part in parts:
             if part.lora_magnitude is not None:             # the lengths that the rows have now
                 part.lora_magnitude = nn.Parameter(row_lengths(part, packed))
@@ -353,12 +348,10 @@ def set_adapter(model: nn.Module, names: str | Iterable[str] | dict[str, float],
             raise ValueError(f"the DoRA adapter {name!r} is not linear in its factors: it computes "
                              f"alone and in full, not as {shares}")
     activate(model, shares)
-    model.requires_grad_(False)
-    for layer in adapted_layers(model).values():
-        for change, _ in layer.changes(train):
-            change.requires_grad_(True)
+    for key, p in model.named_parameters():
+        p.requires_grad_(any(f".lora_adapters.{name}." in key for name in train))
     for name in train:
-        for p in adapters.trained[name].values() if shares == {name: 1.0} else ():
+        for p in adapters.trained[name].values():       # of a mixture, others are in the model
             p.requires_grad_(True)
 
 
@@ -366,9 +359,9 @@ def activate(model: nn.Module, shares: dict[str, float]) -> None:
     """Let these adapters compute."""
     tied = tied_weights(model)
     for key, p in trained_values(model, shares).items():
-        owner, _, last = key.rpartition(".")
-        for name in {owner, tied.get(owner, owner) if last == "weight" else owner}:
-            module = model.get_submodule(name)
+        for name in (key, *(second for second, first in tied.items() if first == key)):
+            owner, _, last = name.rpartition(".")
+            module = model.get_submodule(owner)
             setattr(getattr(module, "base_layer", module), last, p)
     for module in (model.adapters, *adapted_layers(model).values()):
         module.active = shares
@@ -381,13 +374,12 @@ def trained_values(model: nn.Module, shares: dict[str, float]) -> dict[str, nn.P
     for values in (original, *trained.values()):
         for key, p in values.items():
             p.data = p.data.to(now[key])                            # the model may have moved
-    if list(shares.values()) == [1.0]:
-        return {**original, **trained[next(iter(shares))]}
-    mixed = dict(original)
+    found = dict(original)
     for name, share in shares.items():
         for key, p in trained[name].items():
-            mixed[key] = nn.Parameter(mixed[key] + share * (p - original[key]), False)
-    return mixed
+            found[key] = p if shares == {name: 1.0} else nn.Parameter(
+                found[key] + share * (p - original[key]), requires_grad=False)
+    return found
 
 
 @contextlib.contextmanager
@@ -401,14 +393,10 @@ def disable_lora(model: nn.Module) -> Iterator[nn.Module]:
         activate(model, shares)
 
 
-def as_tuple(names: str | Iterable[str]) -> tuple[str, ...]:
-    """A name as a tuple of one."""
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def as_shares(names: str | Iterable[str] | dict[str, float]) -> dict[str, float]:
     """One name, several, or {name: share} as {name: share}."""
-    return dict(names) if isinstance(names, dict) else dict.fromkeys(as_tuple(names), 1.0)
+    names = [names] if isinstance(names, str) else names
+    return dict(names) if isinstance(names, dict) else dict.fromkeys(names, 1.0)
 
 
 def adapters_of(model: nn.Module, names: Iterable[str] = (), to: str = "") -> Adapters:
@@ -426,8 +414,7 @@ def adapters_of(model: nn.Module, names: Iterable[str] = (), to: str = "") -> Ad
     return adapters
 
 
-# ------------------------------------------------------------------------------------------------
-# Merging: one product instead of two. The base stays as it was, and comes back bit for bit.
+# ------- Merging: one product instead of two. The base stays as it was, and comes back bit for bit.
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, *inputs: Any) -> float:
@@ -445,14 +432,12 @@ def merge_lora(model: nn.Module, *inputs: Any) -> float:
     model.eval()
     before, moved, packed = logits() if inputs else None, 0.0, 0
     for layer in adapted_layers(model).values():
-        changes, base = layer.changes(shares), layer.base_layer
-        if not changes:
-            continue
-        exact = merged_weight(base, changes)
-        dtype = torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
-        layer.lora_merged = plain_linear(base, exact.to(dtype))
-        moved = max(moved, (layer.lora_merged.weight.float() - exact).abs().max().item())
-        packed += isinstance(base, NF4Linear)
+        if changes := layer.changes(shares):
+            base, exact = layer.base_layer, merged_weight(layer.base_layer, changes)
+            dtype = torch.float32 if isinstance(base, NF4Linear) else base.weight.dtype
+            layer.lora_merged = plain_linear(base, exact.to(dtype))
+            moved = max(moved, (layer.lora_merged.weight.float() - exact).abs().max().item())
+            packed += isinstance(base, NF4Linear)
     if inputs:
         moved = (logits() - before).abs().max().item()
     model.train(training)
@@ -507,19 +492,19 @@ def unload_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-# ------------------------------------------------------------------------------------------------
-# Which layers: names, ends of names, regular expressions
+# ------------------------------------------ Which layers: names, ends of names, regular expressions
 
 HEADS = ("lm_head", "head", "embed_out", "output_layer", "score", "classifier")  # not all-linear
 
 
 def linear_layers(model: nn.Module, heads: bool = True) -> dict[str, nn.Module]:
     """Linear layers by name, plain, quantised or adapted; at will without output heads."""
-    tied = () if heads else tied_weights(model)
+    tied = {name for pair in tied_weights(model).items() for name in pair}
     return {name: module for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, NF4Linear, LoRALinear))
             and not {"base_layer", "lora_merged"} & set(name.split("."))
-            and (heads or name not in tied and name.rpartition(".")[2] not in HEADS)}
+            and (heads or f"{name}.weight" not in tied
+                 and name.rpartition(".")[2] not in HEADS)}
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -534,112 +519,79 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             if ".lora_" not in name}
 
 
-def targets(model: nn.Module, config: LoRAConfig) -> dict[str, list[str]]:
-    """The layers to adapt, and which parts of each: {"h.0.attn.c_attn": ["whole"], ...}.
-
-    ValueError for a choice that matches nothing, or what cannot be adapted.
-    """
-    parts = {full_name(layer, part): (layer, part) for layer, module in linear_layers(model).items()
-             for part in parts_of(layer, module.out_features)}
-    found: dict[str, Any] = {}
-    for target in as_tuple(config.target_modules):
-        hits = (linear_layers(model, heads=False) if target == "all-linear" else
-                choose("target_modules", [target], parts, "linear layer"))
-        for layer, part in map(parts.get, hits):
-            found.setdefault(layer, set()).add(part)
-    refuse_tied(model, found)
+def targets(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[str, str, slice]]:
+    """The `places` to adapt. ValueError for a choice that matches nothing or cannot be adapted."""
+    spots, wanted, hits = places(model), config.target_modules, []
+    for target in [wanted] if isinstance(wanted, str) else wanted:
+        hits += (linear_layers(model, heads=False) if target == "all-linear" else
+                 peft.choose("target_modules", [target], spots, "linear layer"))
     block = {layer: next((int(word) for word in layer.split(".") if word.isdigit()), None)
-             for layer in found}
+             for layer in (spots[name][0] for name in hits)}
+    refuse_tied(model, [f"{layer}.weight" for layer in block])
     for number in config.layers or ():
         if number not in block.values():
             raise ValueError(f"lora.layers={config.layers}: no target is in block {number}")
-    found = {layer: ["whole"] if "whole" in chosen else sorted(chosen)
-             for layer, chosen in found.items()
-             if config.layers is None or block[layer] in config.layers}
+    found = {name: spots[name] for layer in block for name in sorted(hits)
+             if spots[name][0] == layer and (name == layer or layer not in hits)
+             and (config.layers is None or block[layer] in config.layers)}
     if not found:
         raise ValueError(f"lora.target_modules={config.target_modules} and layers={config.layers} "
                          f"choose no layer; leave out what is empty")
-    names = [full_name(layer, part) for layer, chosen in found.items() for part in chosen]
     for setting in ("rank_pattern", "alpha_pattern"):
-        choose(setting, getattr(config, setting), names, "adapted layer")
+        peft.choose(setting, getattr(config, setting), found, "adapted layer")
     return found
-
-
-def choose(setting: str, patterns: Iterable[str], names: Iterable[str], what: str) -> list[str]:
-    """The names that the patterns of a setting match; ValueError for a pattern without any."""
-    chosen = []
-    for pattern in patterns:
-        hits = [name for name in names if peft.matches(pattern, name)]
-        if not hits:
-            ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
-            near = difflib.get_close_matches(pattern.rpartition(".")[2], ends, cutoff=0.4) or ends
-            raise ValueError(f"lora.{setting}: {pattern!r} matches no {what}; did you mean "
-                             f"{', '.join(near)}?")
-        chosen += hits
-    return chosen
 
 
 def trained_parameters(model: nn.Module, config: LoRAConfig, adapted: Iterable[str]
                        ) -> dict[str, nn.Parameter]:
     """The base's own parameters that the adapter trains: biases and whole modules."""
-    saved, named, tied = saved_modules(model, config), base_parameters(model), tied_weights(model)
-    refuse_tied(model, [name for name in saved if f"{name}.weight" not in named
-                        and tied.get(name) not in saved])           # of two names, by the first
+    saved = peft.choose("modules_to_save", config.modules_to_save,
+                        [name for name, _ in model.named_modules() if name], "module")
     for name, layer in ((name, layer) for name in saved for layer in adapted):
         if (layer + ".").startswith(name + "."):
             raise ValueError(f"lora.modules_to_save: {name} holds the adapted layer {layer}; leave "
                              f"one of them out")
-    found = {}
-    for key, p in named.items():
+    within, tied, found = tuple(f"{name}." for name in saved), tied_weights(model), {}
+    for key, p in base_parameters(model).items():
         owner, _, last = key.rpartition(".")
         bias = config.bias == "all" or config.bias == "lora_only" and owner in adapted
-        if bias and last == "bias" or any(key.startswith(f"{name}.") for name in saved):
+        if bias and last == "bias" or key.startswith(within):
             found[key] = p
+    refuse_tied(model, [key for key, first in tied.items()
+                        if key.startswith(within) and first not in found])
     return found
 
 
-def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """The modules that config.modules_to_save chooses."""
-    names = [name for name, _ in model.named_modules() if name]
-    return choose("modules_to_save", config.modules_to_save, names, "module")
-
-
 def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Modules that share a weight with another one: {"lm_head": "transformer.wte", ...}."""
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module._parameters.get("weight"), nn.Parameter):
-            users.setdefault(id(module.weight), []).append(name)
-    return {a: b for names in users.values() for a in names for b in names if a != b}
+    """Parameters that have an earlier name too: {"lm_head.weight": "transformer.wte.weight"}."""
+    first = {p: name for name, p in model.named_parameters()}
+    return {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)
+            if name != first[p]}
 
 
-def refuse_tied(model: nn.Module, names: Iterable[str]) -> None:
-    """ValueError where one of these modules shares its weight with another."""
+def refuse_tied(model: nn.Module, weights: Iterable[str]) -> None:
+    """ValueError where one of these is another module's weight too."""
     tied = tied_weights(model)
-    for name in tied.keys() & set(names):
-        raise ValueError(f"{name} shares its weight with {tied[name]}: training or merging one "
-                         f"would change the other; leave {name} out, or untie the two first")
+    for names in (tied | {first: second for second, first in tied.items()}).items():
+        if names[0] in weights:
+            name, other = (name.removesuffix(".weight") for name in names)
+            raise ValueError(f"{name} shares its weight with {other}: training or merging one "
+                             f"would change the other; leave {name} out, or untie the two first")
 
 
-# ------------------------------------------------------------------------------------------------
-# Checks, and what is printed
+# ---------------------------------------------------------------------- Checks, and what is printed
 
 def check(config: LoRAConfig) -> None:
     """ValueError for a setting that cannot be."""
-    sizes = {"r": config.r, "alpha": config.alpha}
-    for setting in ("rank_pattern", "alpha_pattern"):
-        sizes |= {f"{setting}.{key}": value for key, value in getattr(config, setting).items()}
-    for name, value in sizes.items():
-        if not 0 < value < math.inf:
-            raise ValueError(f"lora.{name}={value} must be positive and finite; for full training, "
-                             f"leave LoRA out")
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"lora.dropout={config.dropout} is not in [0, 1)")
-    for name in ("init", "bias", "quantize"):
+    for name, _, allowed, what in peft.FIELDS.values():
+        value = getattr(config, name)
+        if not allowed(value):
+            fix = "; for full training, leave LoRA out" if name in ("r", "alpha") else ""
+            raise ValueError(f"lora.{name}={value!r:.80} must be {what}{fix}")
+    for name in ("init", "quantize"):
         value, allowed = getattr(config, name), get_args(get_type_hints(LoRAConfig)[name])
         if value not in allowed:
-            raise ValueError(f"lora.{name}={value!r:.80} is unknown; choose "
-                             f"{', '.join(allowed)}")
+            raise ValueError(f"lora.{name}={value!r:.80} is unknown; choose {', '.join(allowed)}")
     if config.init == "loftq" and config.quantize == "none":
         raise ValueError("lora.init=loftq makes up for quantising; add lora.quantize=nf4, or take "
                          "init=pissa")
@@ -664,11 +616,10 @@ def describe(model: nn.Module) -> str:
     """What is adapted, by which settings, and how much of the model trains: a line each."""
     lines, usual = [], {**vars(LoRAConfig()), "r": None, "alpha": None}
     for name in adapters_of(model).active:
-        found = Counter(re.sub(r"\b\d+\b", "*", full_name(layer, part))
-                        for layer, module in adapted_layers(model).items()
-                        if name in module.lora_adapters for part in module.lora_adapters[name])
+        config = model.adapters.configs[name]
+        found = Counter(re.sub(r"\b\d+\b", "*", full) for full in targets(model, config))
         where = ", ".join(f"{count} x {full}" for full, count in found.items())
-        settings = [f"{key}={value}" for key, value in vars(model.adapters.configs[name]).items()
+        settings = [f"{key}={value}" for key, value in vars(config).items()
                     if key != "target_modules" and value != usual[key]]
         lines.append(f"adapter {name}: {where}; {', '.join(settings)}")
     packed = sum(module.in_features * module.out_features for module in model.modules()
@@ -707,8 +658,7 @@ def say(text: str) -> None:
         print(text)
 
 
-# ------------------------------------------------------------------------------------------------
-# Files, in PEFT's format (formats/peft.py)
+# -------------------------------------------------------- Files, in PEFT's format (formats/peft.py)
 
 @torch.no_grad()
 def save_lora(model: nn.Module, folder: str | Path,
@@ -727,8 +677,7 @@ def save_lora(model: nn.Module, folder: str | Path,
                 raise ValueError(f"adapters that differ in {key}, or are DoRA, make no single one")
     layers, magnitudes = {}, {}
     for layer, module in adapted_layers(model).items():
-        changes = module.changes(shares)
-        if changes:
+        if changes := module.changes(shares):
             layers[layer] = [(share * change.scale, A, spread(B, change.rows, module.out_features))
                              for change, share in changes for A, B in [factors(change)]]
         if changes and config.use_dora:                 # rows of no part keep their length
@@ -737,17 +686,12 @@ def save_lora(model: nn.Module, folder: str | Path,
                 magnitudes[layer][change.rows] = change.lora_magnitude
     values = trained_values(model, shares)
     others = {key: values[key] for name in shares for key in adapters.trained[name]}
-    saved, tied = saved_modules(model, config), tied_weights(model)
-    for name in [name for name in saved if name in tied and f"{name}.weight" in others]:
-        others[f"{tied[name]}.weight"] = others[f"{name}.weight"]               # PEFT unties them
-        saved += [tied[name]] * (tied[name] not in saved)
-    peft.write(
-        folder, layers, magnitudes, others,
-        {"use_rslora": config.use_rslora, "use_dora": config.use_dora, "bias": config.bias,
-         "lora_dropout": config.dropout, "modules_to_save": saved or None,
-         "base_model_name_or_path": base or getattr(model, "name_or_path", "") or None},
-        linear_layers(model),
-        {"base_hash": adapters.base_hash, "init": config.init, "quantize": config.quantize})
+    saved = peft.choose("modules_to_save", config.modules_to_save,
+                        [name for name, _ in model.named_modules() if name], "module")
+    peft.write(folder, layers, magnitudes, others, {**vars(config), "modules_to_save": saved},
+               linear_layers(model), tied_weights(model),
+               base or getattr(model, "name_or_path", "") or None,
+               {"base_hash": adapters.base_hash, "init": config.init, "quantize": config.quantize})
 
 
 @torch.no_grad()
@@ -761,50 +705,37 @@ def load_lora(model: nn.Module, folder: str | Path, name: str = "default",
     """
     sizes = {layer: (module.in_features, module.out_features)
              for layer, module in linear_layers(model).items()}
-    fields, layers, others, notes = peft.read(folder, sizes)
+    fields, layers, others, notes = peft.read(
+        folder, sizes, [key for key, _ in model.named_modules()], tied_weights(model))
     quantize, init = notes.get("quantize", "none"), notes.get("init")
     if quantize != "none" and init not in ("kaiming", "gaussian"):
         print(f"warning: {folder} was trained with init={init} on a base in {quantize} that its "
               f"files do not hold: logits differ; add_adapter_of(model, RUN) of run/load.py gives "
               f"those of its run", file=sys.stderr)
         quantize = "none"
-    if any(isinstance(module, NF4Linear) for module in model.modules()):
-        quantize = "none"                               # it is already
-    # PEFT takes every module whose name ends so, even within a word
-    ends = tuple(fields.pop("modules_to_save")) or "\0"
-    saved = tuple(module for module, _ in model.named_modules() if module.endswith(ends))
     try:
-        config = LoRAConfig(**fields, target_modules=tuple(layers), modules_to_save=saved,
-                            quantize=quantize)
+        config = LoRAConfig(**fields, target_modules=tuple(layers), quantize=quantize)
         here = check_addition(model, config, name).base_hash
         if here and notes.get("base_hash", here) != here:
             base = str(notes["base"] or "unnamed")
             raise ValueError(f"it was trained on another base ({base:.80}, hash "
                              f"{notes['base_hash']!s:.8}); this model's hash is {here[:8]}")
         trained = trained_parameters(model, config, layers)
-        for key, p in trained.items():
-            if key not in others or others[key].shape != p.shape:
-                raise ValueError(f"it has no tensor {key} of shape {tuple(p.shape)}")
-        tied = {a: b for a, b in tied_weights(model).items() if a in saved}
-        for pair in tied.items():
-            a, b = (others.get(f"{module}.weight") for module in pair)
-            if a is None or b is None or not torch.equal(a, b):
-                raise ValueError(f"its {' and '.join(pair)} are not equal, and here they are one "
-                                 f"weight")
-        for key in sorted(others.keys() - trained.keys() - {f"{module}.weight" for module in tied}):
-            raise ValueError(f"it has a tensor {key:.200}, which is not read: only A and B of "
-                             f"linear layers, and what its bias and modules_to_save name; make "
-                             f"the adapter without it")
+        for key in sorted(trained.keys() | others.keys()):
+            if key not in trained:
+                raise ValueError(f"it has a tensor {key:.200}, which is not read: only A and B of "
+                                 f"linear layers, and what its bias and modules_to_save name; make "
+                                 f"the adapter without it")
+            if key not in others or others[key].shape != trained[key].shape:
+                raise ValueError(f"it has no tensor {key} of shape {tuple(trained[key].shape)}")
         with torch.random.fork_rng(devices=[]):         # its random start is overwritten
             add_lora(model, config, name, quiet=True)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     for layer, found in layers.items():
-        change = model.get_submodule(layer).lora_adapters[name]["whole"]
-        change.lora_A.copy_(found["A"])
-        change.lora_B.copy_(found["B"])
-        if config.use_dora:
-            change.lora_magnitude.copy_(found["magnitude"])
+        change = model.get_submodule(f"{layer}.lora_adapters.{name}.whole")
+        for kind in ("A", "B", "magnitude")[:2 + config.use_dora]:
+            getattr(change, f"lora_{kind}").copy_(found[kind])
     for key, p in model.adapters.trained[name].items():
         p.copy_(others[key])
     set_adapter(model, name, None if trainable else ())

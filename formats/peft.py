@@ -1,7 +1,7 @@
 """Adapters as files, in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-    write("adapter", layers, magnitudes, others, settings, linear, notes)
-    fields, layers, others, notes = read("adapter", sizes)
+    write("adapter", layers, magnitudes, others, fields, linear, tied, base, notes)
+    fields, layers, others, notes = read("adapter", sizes, modules, tied)
 
 Names: base_model.model.NAME.lora_A.weight (R, in), NAME.lora_B.weight (out, R) and
 NAME.lora_magnitude_vector (out,) for a layer; NAME.base_layer.bias for its bias; other trained
@@ -13,9 +13,11 @@ fan_in_fan_out. A and B are not affected, a whole layer that was trained is.
 
 Needs the extra "hf" (safetensors).
 """
+import difflib
 import hashlib
 import json
 import math
+import numbers
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -35,34 +37,36 @@ UNSUPPORTED = ("lora_bias", "trainable_token_indices", "target_parameters", "lay
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")       # PEFT's init_lora_weights
 
 
-def positive(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
+def positive(value: Any, kind: type = numbers.Real) -> bool:
     """Whether this is a number above 0 that a float can hold and divide by."""
-    return type(value) in kinds and 0 < value < 1e30
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 1e30
 
 
 FIELDS = {      # of adapter_config.json: our name, the default, whether a value may be, in words
-    "r": ("r", None, lambda r: positive(r, (int,)), "a whole number above 0"),
-    "lora_alpha": ("alpha", None, positive, "a number above 0"),
+    "r": ("r", None, lambda r: positive(r, numbers.Integral), "a whole number above 0"),
+    "lora_alpha": ("alpha", None, positive, "a finite number above 0"),
     "lora_dropout": ("dropout", 0.0, lambda p: p == 0 or positive(p) and p < 1, "in [0, 1)"),
     "bias": ("bias", "none", lambda name: name in ("none", "all", "lora_only"),
              "none, all or lora_only"),
     "use_rslora": ("use_rslora", False, lambda on: type(on) is bool, "true or false"),
     "use_dora": ("use_dora", False, lambda on: type(on) is bool, "true or false"),
-    "modules_to_save": ("modules_to_save", [], lambda names: type(names) is list and all(
+    "modules_to_save": ("modules_to_save", [], lambda names: type(names) in (list, tuple) and all(
         type(name) is str and name for name in names), "a list of names"),
     "rank_pattern": ("rank_pattern", {}, lambda ranks: type(ranks) is dict and all(
-        positive(r, (int,)) for r in ranks.values()), "whole numbers above 0 by name"),
+        positive(r, numbers.Integral) for r in ranks.values()), "whole numbers above 0 by name"),
     "alpha_pattern": ("alpha_pattern", {}, lambda alphas: type(alphas) is dict and all(
-        map(positive, alphas.values())), "numbers above 0 by name")}
+        map(positive, alphas.values())), "finite numbers above 0 by name")}
 
 
 def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, torch.Tensor]]],
           magnitudes: dict[str, torch.Tensor], others: dict[str, torch.Tensor],
-          settings: dict[str, Any], linear: Iterable[str], notes: dict[str, Any]) -> None:
+          fields: dict[str, Any], linear: Iterable[str], tied: dict[str, str], base: str | None,
+          notes: dict[str, Any]) -> None:
     """Write the changes of some of a model's `linear` layers, each a sum of scale * B A.
 
     A file has one A and B for a layer, so the sum becomes one product of a larger rank. `others`
-    are trained tensors by name, `settings` go to adapter_config.json as they are.
+    are trained tensors by name, `fields` settings by our names, `base` is the base's name. `tied`,
+    {second name: first}, have one value here; in PEFT each has its own.
     """
     safetensors()                           # or nothing is written
     folder = Path(folder)
@@ -73,7 +77,7 @@ def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, 
         B = torch.cat([own / scale * B for own, _, B in terms], dim=1)
         tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = A, B
         ranks[layer] = len(A)
-        alpha = scale * (math.sqrt(len(A)) if settings["use_rslora"] else len(A))
+        alpha = scale * (math.sqrt(len(A)) if fields["use_rslora"] else len(A))
         alphas[layer] = int(alpha) if alpha == int(alpha) else alpha
     for layer, lengths in magnitudes.items():
         tensors[f"{layer}.lora_magnitude_vector"] = lengths
@@ -83,26 +87,32 @@ def write(folder: str | Path, layers: dict[str, list[tuple[float, torch.Tensor, 
     ends = sorted({name.rpartition(".")[2] for name in layers})
     simple = {name for name in linear if name.rpartition(".")[2] in ends} == set(layers)
     conv1d = any(is_conv1d(f"{layer}.weight") for layer in layers)
-    for key, value in others.items():
+    both = {second: others[first] for second, first in tied.items() if first in others}
+    saved = [*fields["modules_to_save"], *(key.removesuffix(".weight") for key in both)]
+    for key, value in (others | both).items():
         owner, _, last = key.rpartition(".")
         name = f"{owner}.base_layer.{last}" if owner in layers else key
         tensors[name] = value.t() if conv1d and is_conv1d(key) else value
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter_config.json", {
+        **{key: fields[name] for key, (name, *_) in FIELDS.items()},
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
         "r": rank, "lora_alpha": alpha, "target_modules": ends if simple else sorted(layers),
         "rank_pattern": {name: found for name, found in ranks.items() if found != rank},
         "alpha_pattern": {name: found for name, found in alphas.items() if found != alpha},
-        "fan_in_fan_out": conv1d, "init_lora_weights": True, **settings})
+        "modules_to_save": list(dict.fromkeys(saved)) or None, "base_model_name_or_path": base,
+        "fan_in_fan_out": conv1d, "init_lora_weights": True})
     save_tensors(folder / "adapter_model.safetensors", {
         PREFIX + name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in tensors.items()}, oneloop=json.dumps(notes))
 
 
-def read(folder: str | Path, sizes: dict[str, tuple[int, int]]):
+def read(folder: str | Path, sizes: dict[str, tuple[int, int]], modules: Iterable[str],
+         tied: dict[str, str]):
     """(fields, {layer: {"A", "B", maybe "magnitude"}}, {name: tensor} of the rest, notes).
 
-    `sizes` are (in, out) of the model's linear layers. FileNotFoundError without the two files;
+    `sizes` are (in, out) of the model's linear layers, `modules` the names of all, `tied` as in
+    `write`: `others` holds them by their first names. FileNotFoundError without the two files;
     ValueError, of one line, for what is damaged, does not fit or is of a kind that is not here.
     """
     folder = Path(folder)
@@ -138,6 +148,13 @@ def read(folder: str | Path, sizes: dict[str, tuple[int, int]]):
             if found[kind].shape != shapes[kind]:
                 raise ValueError(f"{folder}: {kind} of {layer} is {tuple(found[kind].shape)}; rank "
                                  f"{r} and the model ask for {shapes[kind]}")
+    for second, first in tied.items():
+        if first in others and not (second in others and torch.equal(others[first],
+                                                                     others.pop(second))):
+            raise ValueError(f"{folder}: its {first} and {second} are not equal, and here they "
+                             f"are one weight")
+    ends = tuple(fields["modules_to_save"])             # in PEFT even within a word
+    fields["modules_to_save"] = tuple(name for name in modules if name.endswith(ends))
     return fields, layers, others, {"base": settings.get("base_model_name_or_path"), **notes}
 
 
@@ -188,6 +205,20 @@ def matches(pattern: str, name: str) -> bool:
     except regex.error as error:
         raise ValueError(f"{pattern!r:.200} is neither a module nor a regular expression: "
                          f"{error}") from None
+
+
+def choose(setting: str, patterns: Iterable[str], names: Iterable[str], what: str) -> list[str]:
+    """The names that the patterns of a setting match; ValueError for a pattern without any."""
+    chosen = []
+    for pattern in patterns:
+        hits = [name for name in names if matches(pattern, name)]
+        if not hits:
+            ends = dict.fromkeys(name.rpartition(".")[2] for name in names)
+            near = difflib.get_close_matches(pattern.rpartition(".")[2], ends, cutoff=0.4) or ends
+            raise ValueError(f"lora.{setting}: {pattern!r} matches no {what}; did you mean "
+                             f"{', '.join(near)}?")
+        chosen += hits
+    return chosen
 
 
 def by_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:

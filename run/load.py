@@ -251,14 +251,13 @@ def _with_adapter(model: nn.Module, state: dict[str, Any], run: Path, quiet: boo
     """The base with the adapter of a run's checkpoint. Ranks are compared before anything is
     made."""
     config = build(lora.LoRAConfig, state["config"]["lora"])
-    for layer, parts in lora.targets(model, config).items():
-        for part in parts:
-            key = f"{layer}.lora_adapters.default.{part}.lora_A"
-            rank, _ = lora.rank_and_scale(config, lora.full_name(layer, part))
-            found = len(state["model"].get(key, ()))
-            if found != rank:
-                raise ValueError(f"{run}: {key} has {found} rows, and its settings ask for rank "
-                                 f"{rank}; the checkpoint is damaged")
+    for name, (layer, part, _) in lora.targets(model, config).items():
+        key = f"{layer}.lora_adapters.default.{part}.lora_A"
+        rank, _ = lora.rank_and_scale(config, name)
+        found = len(state["model"].get(key, ()))
+        if found != rank:
+            raise ValueError(f"{run}: {key} has {found} rows, and its settings ask for rank "
+                             f"{rank}; the checkpoint is damaged")
     lora.add_lora(model, config, quiet=quiet)
     if model.adapters.base_hash != state["base"]:
         raise ValueError(f"{run} trained an adapter of {state['config']['init_from']:.200}, which "

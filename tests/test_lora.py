@@ -601,13 +601,13 @@ def test_rank_and_alpha_patterns():
 
 
 @pytest.mark.parametrize("settings,words", [
-    (dict(r=0), "lora.r=0 must be positive"),
-    (dict(alpha=0), "lora.alpha=0 must be positive"),
-    (dict(dropout=1.0), "lora.dropout=1.0 is not in [0, 1)"),
+    (dict(r=0), "lora.r=0 must be a whole number above 0; for full training, leave"),
+    (dict(alpha=0), "lora.alpha=0 must be a finite number above 0; for full training, leave"),
+    (dict(dropout=1.0), "lora.dropout=1.0 must be in [0, 1)"),
     (dict(init="pisa"), "lora.init='pisa' is unknown; choose kaiming"),
     (dict(quantize="int8"), "lora.quantize='int8' is unknown; choose none, nf4"),
     (dict(init="loftq"), "add lora.quantize=nf4"),
-    (dict(rank_pattern={"c_attn": 0}), "lora.rank_pattern.c_attn=0"),
+    (dict(rank_pattern={"c_attn": 0}), "lora.rank_pattern={'c_attn': 0} must be whole"),
     (dict(target_modules=("c_atn",)), "'c_atn' matches no linear layer; did you mean c_attn"),
     (dict(target_modules=("wpe",)), "'wpe' matches no linear layer; did you mean"),
     (dict(target_modules=("ln_1",)), "'ln_1' matches no linear layer"),
