@@ -629,29 +629,6 @@ def describe(model: nn.Module) -> str:
     return "\n".join([*lines, f"trainable {train:,} of {total:,} parameters ({train / total:.2%})"])
 
 
-@torch.no_grad()
-def first_step(model: nn.Module, config: LoRAConfig, rate: float) -> str:
-    """How far AdamW's first step at this rate moves the weights that the active adapters, of this
-    config, are on, and which rates move them as far with another r or alpha.
-
-    The step's entries are +-rate, so s B A moves by s rate sqrt(|A|^2 / in + |B|^2 / out), root
-    mean square; with B = 0 A stands still. A's start has |A|^2 / in = r / (3 in) by "kaiming".
-    """
-    moved = []
-    for layer in adapted_layers(model).values():
-        for change, _ in layer.changes(model.adapters.active):
-            A, B, W = change.lora_A, change.lora_B, weight_of(layer.base_layer)[change.rows]
-            step = (A.square().sum() / A.size(1) + B.square().sum() / B.size(0)).sqrt()
-            moved.append(change.scale * rate * step / W.square().mean().sqrt())
-    text = (f"a first step at the learning rate {rate:g} moves the adapted weights by "
-            f"{torch.stack(moved).median():.2%} of their size")
-    if config.init != "kaiming":
-        return text
-    wider = rate if config.use_rslora else rate * math.sqrt(2)
-    return (f"{text}; as far at r={2 * config.r} with {wider:.2g}, "
-            f"at alpha={2 * config.alpha:g} with {rate / 2:.2g}")
-
-
 def say(text: str) -> None:
     """Print, on rank 0."""
     if os.environ.get("RANK", "0") == "0":

@@ -33,7 +33,7 @@ from eval.fit import fit_report
 from eval.loss import evaluate_data
 from fast.attention import any_shape
 from fast.linear import use_fast_products
-from lora import LoRAConfig, add_lora, first_step, say
+from lora import LoRAConfig, add_lora, say
 from model import GPTConfig
 from optim import SCHEDULES, OptimConfig, learning_rate, make_optimizer, take_step
 from run import plan, resume
@@ -177,7 +177,7 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: ExitS
                              "code": code_hash(), "torch": torch.__version__})
     if config.lora:
         add_lora(model, config.lora)
-        say(first_step(model, config.lora, config.learning_rate * config.optim.lora_plus_ratio))
+        say(plan.first_step(model, config.lora, config.learning_rate * config.optim.lora_plus_ratio))
     # Read now, so that a missing file cannot end the run days later.
     items = hellaswag.items_of_run(config, data.tokenizer)
     if config.dry_run:

@@ -5,12 +5,14 @@ curve, the trained tensors, and the first example with what is learned of it; of
 time, cost and disk. The formulas of memory are those of docs/scaling.md, whose tables
 tests/test_scaling.py compares with them, and them with what the code does.
 """
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import lora
 from fast.cross_entropy import head_memory
 from optim import OptimConfig, learning_rate, matrices
 from run.device import PEAK_FLOPS
@@ -200,6 +202,29 @@ def about_disk(config: Any, data: Any, model: torch.nn.Module, trained: int) -> 
 def gb(count: float) -> str:
     """Bytes in units of 10^9: "28.0", "0.026"."""
     return f"{count / 1e9:,.1f}" if count >= 1e8 else f"{count / 1e9:.2g}"
+
+
+@torch.no_grad()
+def first_step(model: torch.nn.Module, config: lora.LoRAConfig, rate: float) -> str:
+    """How far AdamW's first step at this rate moves the weights that the active adapters, of this
+    config, are on, and which rates move them as far with another r or alpha.
+
+    The step's entries are +-rate, so s B A moves by s rate sqrt(|A|^2 / in + |B|^2 / out), root
+    mean square; with B = 0 A stands still. A's start has |A|^2 / in = r / (3 in) by "kaiming".
+    """
+    moved = []
+    for layer in lora.adapted_layers(model).values():
+        for change, _ in layer.changes(model.adapters.active):
+            A, B, W = change.lora_A, change.lora_B, lora.weight_of(layer.base_layer)[change.rows]
+            step = (A.square().sum() / A.size(1) + B.square().sum() / B.size(0)).sqrt()
+            moved.append(change.scale * rate * step / W.square().mean().sqrt())
+    text = (f"a first step at the learning rate {rate:g} moves the adapted weights by "
+            f"{torch.stack(moved).median():.2%} of their size")
+    if config.init != "kaiming":
+        return text
+    wider = rate if config.use_rslora else rate * math.sqrt(2)
+    return (f"{text}; as far at r={2 * config.r} with {wider:.2g}, "
+            f"at alpha={2 * config.alpha:g} with {rate / 2:.2g}")
 
 
 def marked_example(x: torch.Tensor, y: torch.Tensor, data: Any, width: int = 64) -> str:

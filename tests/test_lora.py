@@ -17,13 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora
 from fast.nf4 import NF4Linear, nf4_rounded
 from lora import (LoRAConfig, adapted_layers, add_lora, base_parameters, describe, disable_lora,
-                  first_step, initial_factors, merge_lora, merged_weight, row_lengths, set_adapter,
-                  unload_lora, unmerge_lora, weight_of)
+                  initial_factors, merge_lora, merged_weight, row_lengths, set_adapter, unload_lora,
+                  unmerge_lora, weight_of)
 from model import GPT, IGNORE, GPTConfig
 from optim import OptimConfig, make_optimizer
 from run.checkpoint import load_trainable_state, trainable_state
 from run.classifier import Classifier
 from run.config import build, parse
+from run.plan import first_step
 
 SHAPE = GPTConfig(block_size=16, vocab_size=53, n_layer=3, n_head=2, n_embd=32)
 VARIANTS = {
