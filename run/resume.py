@@ -142,9 +142,13 @@ def find_checkpoint(out: Path, config: Any, data: Any, base: str, world: Process
     progress = Progress(*(state[field.name] for field in dataclasses.fields(Progress)))
     finished = progress.finished(config)
     more = "max_steps" if progress.step >= config.max_steps else "patience"
-    for name, (before, now) in changed.items():
+    made_of = ()
+    if "data" in changed:               # a hash, of which these are a part that has a name
+        made_of, paths = ("template", "labels"), (state["config"].get("data"), config.data)
+        changed["data"] = [f"{path} ({digest})" for path, digest in zip(paths, changed["data"])]
+    for name, (before, now) in sorted(changed.items(), key=lambda one: one[0] not in made_of):
         differs = f"{name:.80}={before}, this one has {name:.80}={now}; choose another"
-        if _is_one_of(SAME, name):
+        if _is_one_of((*SAME, *made_of), name):
             raise ValueError(f"{out} holds a run with {differs} --out, or delete {out}")
         if finished and name in there and _is_one_of(FIGURES, name):
             raise ValueError(f"{out} holds a finished run with {differs} --out, or train on with a "

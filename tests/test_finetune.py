@@ -128,6 +128,8 @@ def test_checkpoints_of_an_adapter_run_hold_the_adapter_only(base, chats, tmp_pa
     train(build(TrainConfig, {**words, "max_steps": 10}))               # and it goes on
     with pytest.raises(ValueError, match="holds a run with lora.r=2, this one has lora.r=4"):
         train(build(TrainConfig, {**words, "lora": {**words["lora"], "r": 4}, "max_steps": 12}))
+    with pytest.raises(ValueError, match="holds a run with labels=all, this one has labels=last"):
+        train(build(TrainConfig, {**words, "labels": "last", "max_steps": 12}))
 
 
 def test_tokens_that_the_base_has_not_are_learned_with_the_embedding(base, chats, tmp_path, capsys):

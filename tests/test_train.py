@@ -361,7 +361,8 @@ def test_other_data_in_the_same_folder_is_refused(dataset, tmp_path):
     train(settings(dataset, tmp_path / "run", max_steps=2))
     write_shards(tmp_path / "other", ["other text\n" * 300], ["other text\n" * 30],
                  Tokenizer([], special_tokens=()), "other")
-    with pytest.raises(ValueError, match="holds a run with data="):
+    with pytest.raises(ValueError, match=rf"holds a run with data={dataset} \(\w+\), this one has "
+                                         rf"data={tmp_path}/other \(\w+\); choose another --out"):
         train(settings(tmp_path / "other", tmp_path / "run", max_steps=4))
 
 
