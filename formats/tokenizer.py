@@ -12,6 +12,7 @@ way back, for Hugging Face.
 import contextlib
 import itertools
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -315,7 +316,35 @@ def from_hugging_face(data: dict[str, Any]) -> dict[str, Any]:
     if puts:
         warnings.warn(f"its tokenizer.json puts {', '.join(puts)} around each text; here a text "
                       f"is encoded as it is", stacklevel=4)
-    return {**from_vocab(model["vocab"], merges, specials), "pattern": pattern}
+    found = from_vocab(model["vocab"], merges, specials)
+    ids = number_merges(found["first_merge"], len(merges), specials)
+    if odd := unmade(found["merges"], ids):
+        raise ValueError(f"its merges make {merges[ids.index(odd[0])]} of no text: earlier ones "
+                         f"take its bytes, so ids would depend on who encodes")
+    return {**found, "pattern": pattern}
+
+
+def unmade(merges: list[tuple[int, int]], ids: list[int]) -> list[int]:
+    """The tokens that encoding their own bytes does not give: an earlier merge reaches across the
+    two parts. Hugging Face never writes such a token, tiktoken does where it is a whole piece.
+
+    merges: "ab", "bc", and "abc" of "a" and "bc". Of "abc" the first one makes "ab", "c":
+
+        unmade([(97, 98), (98, 99), (97, 257)], [256, 257, 258]) is [258]
+    """
+    made, parts = dict(zip(merges, ids)), dict(zip(ids, merges))
+
+    def edge(i: int, side: int) -> list[tuple[int, float]]:
+        """What stands at an edge of a token as it is made, and the merge that ends each."""
+        found = [(i, math.inf)]
+        while i in parts:
+            found.append((parts[i][side], i))
+            i = parts[i][side]
+        return found
+    # Of equal pairs the left one is merged: it goes on across, but not from within the left part.
+    return [new for new, (a, b) in zip(ids, merges)
+            if any(made.get((x, y), new) < min(new, x_ends, y_ends + 0.5)
+                   for x, x_ends in edge(a, 1) for y, y_ends in edge(b, 0))]
 
 
 def write_hugging_face(folder: str | Path, merges: list[tuple[int, int]], token_bytes: list[bytes],

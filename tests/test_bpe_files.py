@@ -1,6 +1,7 @@
 """Tokenizer files: ours keep everything and notice changes, others' give the same ids."""
 import hashlib
 import json
+import random
 
 import pytest
 
@@ -217,6 +218,32 @@ def test_a_hugging_face_file_that_would_change_ids_is_refused(small, tmp_path, c
     path.write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(ValueError, match=reason):
         Tokenizer.load(path)
+
+
+def test_tokens_that_their_own_merges_do_not_make_are_found():
+    """Against the definition, on merges at random, few bytes and so many runs of one."""
+    rng, found = random.Random(0), 0
+    for _ in range(300):
+        merges, spelled = [], {i: bytes([i]) for i in (97, 98, 99)}
+        for new in range(256, 256 + rng.randint(1, 9)):
+            a, b = rng.choices([*spelled], k=2)
+            if spelled[a] + spelled[b] not in spelled.values():
+                merges.append((a, b))
+                spelled[255 + len(merges)] = spelled[a] + spelled[b]
+        ids = list(range(256, 256 + len(merges)))
+        made = dict(zip(merges, ids))
+        wrong = [i for i in ids if bpe.encode_slowly([spelled[i]], made) != [i]]
+        # Parts that are not made themselves come with what is made of them, or hide it.
+        assert bpe_files.unmade(merges, ids)[:1] == wrong[:1]
+        found += bool(wrong)
+    assert 50 < found < 250
+
+
+def test_a_hugging_face_file_whose_ids_depend_on_who_encodes_is_refused(tmp_path):
+    """tiktoken finds "abc" whole in its table; Hugging Face merges "ab", and then nothing."""
+    Tokenizer([(97, 98), (98, 99), (97, 257)]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"its merges make \('a', 'bc'\) of no text"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_token_that_a_hugging_face_file_puts_before_each_text_is_said(small, tmp_path):
