@@ -136,6 +136,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default",
     adapters.original = {**extras, **adapters.original}
     adapters.trained[name] = {key: nn.Parameter(adapters.original[key].detach().clone())
                               for key in extras}
+    model.requires_grad_(False)             # also what `trained` takes the places of
     set_adapter(model, name)
     if not quiet:
         say(describe(model))
@@ -155,9 +156,6 @@ def rank_and_scale(config: LoRAConfig, name: str) -> tuple[int, float]:
 # ------------------------------------------------------------------------------------------------
 # Inits: where A and B start. From the weight's own directions, B A starts at some B0 A0 instead of
 # zero; that is taken off again, so that the model still starts as its base.
-
-LOFTQ_STEPS = 5         # the paper's
-
 
 def initial_factors(base: nn.Module, rows: slice, r: int, scale: float, init: str
                     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -182,7 +180,7 @@ def initial_factors(base: nn.Module, rows: slice, r: int, scale: float, init: st
         Q, R = torch.linalg.qr(W)
         return R[:r], Q[:, :r]
     B = A.new_zeros(len(W), r)
-    for _ in range(LOFTQ_STEPS):
+    for _ in range(5):                                      # the paper's
         A, B = largest_directions(W - nf4_rounded(W - scale * B @ A), r, scale)
     return A, B
 
@@ -348,11 +346,9 @@ def set_adapter(model: nn.Module, names: str | Iterable[str] | dict[str, float],
             raise ValueError(f"the DoRA adapter {name!r} is not linear in its factors: it computes "
                              f"alone and in full, not as {shares}")
     activate(model, shares)
+    trained = {p for name in train for p in adapters.trained[name].values()}
     for key, p in model.named_parameters():
-        p.requires_grad_(any(f".lora_adapters.{name}." in key for name in train))
-    for name in train:
-        for p in adapters.trained[name].values():       # of a mixture, others are in the model
-            p.requires_grad_(True)
+        p.requires_grad_(p in trained or any(f".lora_adapters.{name}." in key for name in train))
 
 
 def activate(model: nn.Module, shares: dict[str, float]) -> None:

@@ -134,6 +134,7 @@ def test_disabling_gives_back_the_original_model(variant):
     assert (after - before).abs().max() > 1e-3
     with disable_lora(model):
         assert torch.equal(logits(model), before)
+        assert all(".lora_adapters." in name for name in trainable(model))      # it is frozen
     assert torch.equal(logits(model), after)
     assert torch.equal(logits(unload_lora(model)), before)
     assert list(model.state_dict()) == list(gpt().state_dict())
