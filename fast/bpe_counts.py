@@ -102,8 +102,9 @@ def file_sizes(paths: Iterable[str | Path]) -> list[int]:
 
 
 def decode_stream(file: BinaryIO, path: str | Path, errors: str, block: int) -> Iterator[str]:
-    """Decode UTF-8 block by block; an error names the byte offset in the file."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors)     # keeps a character that is cut
+    """Decode UTF-8 block by block, without a byte order mark, which data sets have not either; an
+    error names the byte offset in the file."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)     # keeps a character that is cut
     size, data = 0, b"start"
     while data:
         data = file.read(block)

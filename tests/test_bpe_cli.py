@@ -55,6 +55,19 @@ def test_the_longest_tokens_are_those_of_most_bytes_however_they_are_spelled(tmp
     assert f"longest tokens: [{40 * 'x'}] " in capsys.readouterr().out      # and no screens of it
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Of 20 files it would be two merges."""
+    learned = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        files = [tmp_path / f"{i}.txt" for i in range(20)]
+        for i, file in enumerate(files):
+            file.write_bytes(mark + b"some text %d" % (i % 5))
+        out = tmp_path / "tok.json"
+        assert bpe.main(["train", *map(str, files), "--vocab-size=300", f"--out={out}"]) == 0
+        learned.append(bpe.Tokenizer.load(out).merges)
+    assert learned[0] == learned[1]
+
+
 def test_no_held_out_trains_on_everything(corpus, tmp_path, capsys):
     out = tmp_path / "tok.json"
     assert bpe.main(["train", str(corpus), "--vocab-size=300", f"--out={out}", "--pattern=gpt4",
