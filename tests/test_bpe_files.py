@@ -244,6 +244,9 @@ def test_a_hugging_face_file_whose_ids_depend_on_who_encodes_is_refused(tmp_path
     Tokenizer([(97, 98), (98, 99), (97, 257)]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"its merges make \('a', 'bc'\) of no text"):
         Tokenizer.load(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"ignore_merges": false', '"ignore_merges": true'))
+    assert Tokenizer.load(tmp_path).encode("abc") == [258]      # as Hugging Face then does, too
 
 
 def test_a_token_that_a_hugging_face_file_puts_before_each_text_is_said(small, tmp_path):
