@@ -190,7 +190,7 @@ def test_the_commands_of_the_studies_are_right():
             assert given[:3] == ["python", "-m", "experiments.compare"]
             assert len(read(given[3:]).variants) > 1
             count += 1
-    assert count == 13
+    assert count == 16
 
 
 def test_arms_of_the_data_study_differ_in_one_thing_and_are_tested_on_nothing_they_saw():
