@@ -341,7 +341,9 @@ def set_adapter(model: nn.Module, names: str | Iterable[str] | dict[str, float],
     shares = as_shares(names)
     train = as_shares(shares if trainable is None else trainable)
     adapters = adapters_of(model, (*shares, *train), to="switch")
-    for name in shares:
+    for name, share in shares.items():
+        if not math.isfinite(share):
+            raise ValueError(f"the share of the adapter {name!r} is {share}; give a finite number")
         if adapters.configs[name].use_dora and shares != {name: 1.0}:
             raise ValueError(f"the DoRA adapter {name!r} is not linear in its factors: it computes "
                              f"alone and in full, not as {shares}")

@@ -520,6 +520,14 @@ def test_switching_leaves_no_stale_requires_grad():
     assert trainable(model) == seen["a", None]
 
 
+def test_a_share_that_is_no_number_is_refused_and_nothing_switched():
+    model = two_adapters()
+    before = model.adapters.active
+    with pytest.raises(ValueError, match="the share of the adapter 'a' is nan; give a finite"):
+        set_adapter(model, {"b": 1.0, "a": math.nan})
+    assert model.adapters.active == before
+
+
 def test_a_mixture_is_linear_in_weights_and_biases():
     model = two_adapters()
     weights = {}
