@@ -94,8 +94,8 @@ def file_sizes(paths: Iterable[str | Path]) -> list[int]:
     """The sizes in bytes; a file that is missing or empty is refused before any work is done."""
     for path in paths:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no such file: {path}" + f", it is a folder; name its files, "
-                                    f"{path}/*.txt" * Path(path).is_dir())
+            fix = f", it is a folder; name its files, {path}/*.txt" if Path(path).is_dir() else ""
+            raise FileNotFoundError(f"no such file: {path}{fix}")
         if not Path(path).stat().st_size:
             raise ValueError(f"{path} is empty; give a file with text")
     return [Path(path).stat().st_size for path in paths]

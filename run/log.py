@@ -350,11 +350,12 @@ def this_python() -> str:
 
 
 def short(number: float) -> str:
-    """1500000 as "1.5M"."""
+    """1500000 as "1.5M", in three digits."""
+    number = float(f"{number:.3g}")                                 # 999,600 is 1M, not 1e+03k
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
 
 
 def summary_writer() -> type:

@@ -99,6 +99,7 @@ def test_an_evaluation_before_the_first_step_stands_at_zero(tmp_path):
 
 def test_numbers_are_short():
     assert [short(n) for n in (5, 1500, 524288, 1e10, 0)] == ["5", "1.5k", "524k", "10B", "0"]
+    assert [short(n) for n in (999.7, 999_600, 123_450)] == ["1k", "1M", "123k"]    # not 1e+03k
     assert [duration(n) for n in (59, 600, 9000)] == ["59 s", "10 min", "2.5 h"]
 
 
