@@ -23,7 +23,7 @@ import torch.nn as nn
 
 from bench.machine import Row, lasting, matmul_peak, memory_bandwidth, seconds
 from fast.decoding import compile_blocks, record_steps
-from fast.linear import use_fast_products
+from fast.linear import pack_weights, use_fast_products
 from model import GPT, GPTConfig
 from run.device import DTYPES, autocast, peak_memory
 
@@ -219,21 +219,22 @@ def random_batch(config: GPTConfig, micro_batch: int, device: torch.device
 def measure_generation(who: str, config: GPTConfig, batch: int, dtype: str, mode: str,
                        device: torch.device, repeats: int, checkout: str = "",
                        new_tokens: int = NEW_TOKENS) -> Row:
-    """Greedy generation. Weights in dtype; with the mode autocast in float32, as sample.py on a CPU.
+    """Greedy generation. Weights in dtype; packed: float32 under autocast, as sample.py on a CPU.
     recorded: by CUDA graphs, as sample.py on a GPU; recorded compiled: as its --compile there."""
     torch.manual_seed(0)
     ids = torch.randint(min(50257, config.vocab_size), (batch, PROMPT), device=device)
     with device:
         model = MODELS[who](config, checkout)
-    precision = DTYPES["float32"] if mode == "autocast" else DTYPES[dtype]
-    model = model.to(precision).eval()
+    model = model.to(DTYPES["float32" if mode == "packed" else dtype]).eval()
+    if mode == "packed":
+        pack_weights(model)
     if "compiled" in mode:
         compile_blocks(model)
     if "recorded" in mode:
         record_steps(model, DTYPES[dtype])
 
     def generate() -> torch.Tensor:
-        with autocast(device, DTYPES[dtype]) if mode == "autocast" else contextlib.nullcontext():
+        with autocast(device, DTYPES[dtype]) if mode == "packed" else contextlib.nullcontext():
             if who == OURS:
                 return model.generate(ids, new_tokens, temperature=0)
             if who == "nanoGPT":                        # top_k=1 is its way to be greedy

@@ -27,7 +27,7 @@ from run.config import parse, run_command
 from run.device import DTYPES, has_compiler, pick_device
 from run.processes import deterministic
 
-MODES = ("eager", "compiled", "autocast")
+MODES = ("eager", "compiled", "packed")
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def plan(config: PeersConfig, what: str, device: torch.device) -> list[tuple[str
             return False
         who = who.removesuffix(KEPT)
         if what in GENERATE:                # build-nanogpt has no function for it
-            return who == OURS and (mode, dtype) != ("autocast", "float32") or \
+            return who == OURS and (mode, dtype) != ("packed", "float32") or \
                    who in ("nanoGPT", "transformers") and mode == "eager"
-        return mode != "autocast" and (who, mode) != (LOOSE, "eager")
+        return mode != "packed" and (who, mode) != (LOOSE, "eager")
 
     here = {OURS: True, LOOSE: True, "nanoGPT": config.nanogpt,
             "build-nanogpt": config.build_nanogpt,

@@ -1,27 +1,32 @@
-"""Linear layers, by the product that is fastest where they run.
+"""Linear layers and attention to a single token, by the product that is fastest where they run.
 
-    use_fast_products(model)            # in place: its nn.Linear layers compute by `linear`
+    use_fast_products(model)            # in place: nn.Linear computes by `linear`, attention too
     y = linear(x, weight, bias)         # F.linear in all but speed
+    pack_weights(model)                 # before writing text in bfloat16 on a CPU, for good
 
 On a GPU that is PyTorch's own product. On a CPU PyTorch asks oneDNN for bfloat16 and MKL for
-float32, and two of their products are slow:
+float32, and some of their products are slow:
 - MKL takes AVX-512 on Intel's processors only; on others oneDNN is twice as fast. What PyTorch
   gives oneDNN in float32 is convolutions, and a linear layer is one of width 1: OpenAI's code for
   GPT-2 calls it conv1d.
-- The product of a single row, which writing text is made of, reads the weights once and computes
-  next to nothing. Both libraries read at a third of the memory's bandwidth then; a loop that
-  torch.compile writes itself reads at most of it.
-- For few rows MKL takes one core on processors that are not Intel's (PyTorch's issue 96643), and
-  oneDNN all. Its linear layer, which torch.compile uses, has no gradient: only inference takes it.
+- oneDNN's linear layer, which torch.compile uses, is as fast for many rows and faster for few, of
+  which MKL does with one core on processors that are not Intel's (PyTorch's issue 96643). It has no
+  gradient: only inference takes it.
+- A single row, which writing text is made of, reads the weights once and computes next to nothing.
+  A loop that torch.compile writes itself reads them fastest, and oneDNN where the weights lie as
+  it packs them.
+- PyTorch's attention multiplies a single row in bfloat16 without oneDNN, ten times slower than in
+  float32.
 
-Shapes: N rows, C channels in, O channels out.
+Shapes: N rows, C channels in, O channels out; B sequences, H heads, T tokens, D head size.
 """
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
 FEW_ROWS = 32                           # below, both libraries wait for the weights
-LARGE = 2**21                           # weights: of fewer, another core reads no faster
 
 
 def processor() -> str:
@@ -41,6 +46,7 @@ def mkl_is_foreign(about: str) -> bool:
 
 MKL_IS_FOREIGN = mkl_is_foreign(processor())    # constants: torch.compile cannot read files
 MKL_IS_SLOW = MKL_IS_FOREIGN and "avx512f" in processor()
+LARGE = 2**19 if MKL_IS_SLOW else 2**21         # weights: of fewer, oneDNN reads no faster
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,9 +58,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             y = torch.mv(weight, x.flatten().to(weight.dtype))
             y = (y if bias is None else y + bias).view(*x.shape[:-1], -1)
             return y.to(torch.get_autocast_dtype("cpu") if lower else x.dtype)
+        if weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, "none", [],
+                                                      "")
         float32 = x.dtype == weight.dtype == torch.float32 and not lower
-        if 0 < rows <= FEW_ROWS and weight.numel() >= LARGE and float32 and MKL_IS_FOREIGN \
-                and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        inferred = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if float32 and MKL_IS_FOREIGN and inferred and weight.numel() >= LARGE and rows \
+                and (rows <= FEW_ROWS or MKL_IS_SLOW):
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         if rows >= FEW_ROWS and float32 and MKL_IS_SLOW:
             image = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)   # (1, C, 1, N), channels last
@@ -72,9 +82,31 @@ class FastLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """F.scaled_dot_product_attention up to rounding, for q (B, H, T, D): a single token's bfloat16
+    on a CPU is computed in float32."""
+    if q.size(-2) > 1 or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, **settings)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings).to(q.dtype)
+
+
 def use_fast_products(model: nn.Module) -> nn.Module:
     """The model, each nn.Linear in it now a FastLinear; parameters and names stay what they are."""
     for module in model.modules():
         if type(module) is nn.Linear:   # not a subclass, which computes something of its own
             module.__class__ = FastLinear
+        elif hasattr(module, "attend"):
+            module.attend = attend
+    return model
+
+
+def pack_weights(model: nn.Module) -> nn.Module:
+    """The model, made to write text in bfloat16 under autocast: the weights of its linear layers as
+    this CPU's oneDNN packs them, where it can. For good: it is no more to be trained or saved."""
+    if torch.backends.mkl.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        for module in model.modules():
+            if isinstance(module, FastLinear):
+                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().bfloat16())
+                module.weight = nn.Parameter(weight, requires_grad=False)           # not tied
     return model

@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from fast import linear as module
-from fast.linear import FEW_ROWS, FastLinear, linear, use_fast_products
+from fast.linear import FEW_ROWS, FastLinear, attend, linear, pack_weights, use_fast_products
+from model import GPT, GPTConfig
 
 SHAPES = [(1, 8), (FEW_ROWS - 1, 8), (FEW_ROWS, 8), (5, 30, 8)]         # of x
 
@@ -113,7 +114,8 @@ def test_few_rows_of_a_large_weight_are_onednns_where_no_gradient_is_wanted(rows
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     counts, own = calls(linear, *tensors), "mkldnn::_linear_pointwise"
     assert (own in counts) == slow
-    assert own not in calls(linear, torch.randn(FEW_ROWS + 1, 8), weight)
+    assert (own in calls(linear, torch.randn(FEW_ROWS + 1, 8), weight)) == slow
+    assert linear(torch.randn(0, 8), weight).shape == (0, 6)
     assert own not in calls(linear, x, weight[:5]) and own not in calls(linear, x.double(),
                                                                         weight.double())
     weight.requires_grad_()
@@ -135,3 +137,36 @@ def test_a_processor_that_says_nothing_is_unknown(monkeypatch):
     assert not module.MKL_IS_SLOW or module.MKL_IS_FOREIGN and "avx512f" in module.processor()
     monkeypatch.setattr(module, "open", open_, raising=False)
     assert module.processor() == ""
+
+
+@pytest.mark.parametrize("tokens, autocast", [(1, False), (1, True), (3, False)])
+def test_attention_to_a_tokens_past_in_bfloat16_is_that_of_float32_rounded_once(tokens, autocast):
+    q, k, v = (torch.randn(2, 3, T, 16).bfloat16() for T in (tokens, 20, 20))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = attend(q, k, v, is_causal=False, dropout_p=0.0)
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    if tokens == 1:
+        assert torch.equal(y, exact.bfloat16())
+    else:
+        assert torch.equal(y, F.scaled_dot_product_attention(q, k, v))
+    assert attend(q.float(), k.float(), v.float()).dtype == torch.float32
+
+
+def test_a_model_attends_by_it_and_packed_weights_write_the_same_logits():
+    """Within a twentieth of the logits' deviation of autocast's: the products are the same, bfloat16
+    rounds their sums in another order."""
+    torch.manual_seed(0)
+    model = use_fast_products(GPT(GPTConfig(32, 64, n_layer=2, n_head=2, n_embd=32))).eval()
+    assert model.transformer.h[0].attn.attend is attend
+    idx = torch.randint(64, (3, 9))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain, cache = [], model.new_cache(3)
+        for part in idx.split([6, 1, 1, 1], dim=1):
+            plain.append(model.next_logits(part, cache))
+        packed, cache = pack_weights(copy.deepcopy(model)), model.new_cache(3)
+        found = [packed.next_logits(part, cache) for part in idx.split([6, 1, 1, 1], dim=1)]
+    assert torch.ops.mkldnn._is_mkldnn_bf16_supported() == packed.lm_head.weight.is_mkldnn
+    for one, other in zip(found, plain):
+        assert one.std() > 0.1
+        torch.testing.assert_close(one, other, rtol=0, atol=float(other.std()) / 20)
+    assert not model.lm_head.weight.is_mkldnn
