@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from fast.linear import native_bf16
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -259,13 +261,14 @@ def five_steps_on_all_ranks(matrices: list[torch.Tensor]) -> torch.Tensor:
 def five_steps(x: torch.Tensor) -> torch.Tensor:
     """Of a stack (k, n, m), n <= m, matrices whose singular values are all near 1.
 
-    P5 ... P1 X, where each P is a polynomial of the X X^T that it finds. They commute, so that of
-    wide matrices in float32 all is done with (n, n): half the time at m = 4 n. In bfloat16 the
-    squares of small singular values would be lost.
+    P5 ... P1 X, where each P is a polynomial of the X X^T that it finds. In bfloat16, where that is
+    native, as Muon's authors do. The P commute, so that of wide matrices in float32 all is done
+    with (n, n): half the time at m = 4 n. In bfloat16 small singular values' squares would be lost.
     """
-    x = x.to(torch.bfloat16) if x.is_cuda else x
+    lower = native_bf16(x.device)
+    x = x.to(torch.bfloat16) if lower else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    if x.is_cuda or x.size(2) < 2 * x.size(1):
+    if lower or x.size(2) < 2 * x.size(1):
         for _ in range(5):
             x = newton_schulz(x @ x.mT) @ x
         return x

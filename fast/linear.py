@@ -29,6 +29,17 @@ from torch.nn import functional as F
 FEW_ROWS = 32                           # below, both libraries wait for the weights
 
 
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "cpu":                            # PyTorch before it had that function
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
 def processor() -> str:
     """What Linux says of the first core; "" elsewhere."""
     try:
