@@ -1,4 +1,4 @@
-"""Linear layers and attention to a single token, by the product that is fastest where they run.
+"""Linear layers and attention of few tokens, by the product that is fastest where they run.
 
     use_fast_products(model)            # in place: nn.Linear computes by `linear`, attention too
     y = linear(x, weight, bias)         # F.linear in all but speed
@@ -15,8 +15,8 @@ float32, and some of their products are slow:
 - A single row, which writing text is made of, reads the weights once and computes next to nothing.
   A loop that torch.compile writes itself reads them fastest, and oneDNN where the weights lie as
   it packs them.
-- PyTorch's attention multiplies a single row in bfloat16 without oneDNN, ten times slower than in
-  float32.
+- PyTorch's attention asks MKL for small products in bfloat16. On processors that are not Intel's
+  they take longer than in float32: of one query up to ten times, of 128 and their gradients twice.
 
 Shapes: N rows, C channels in, O channels out; B sequences, H heads, T tokens, D head size.
 """
@@ -27,6 +27,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 FEW_ROWS = 32                           # below, both libraries wait for the weights
+FEW_QUERIES = 128                       # of more, attention is as fast in bfloat16 or faster
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -94,9 +95,10 @@ class FastLinear(nn.Linear):
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> torch.Tensor:
-    """F.scaled_dot_product_attention up to rounding, for q (B, H, T, D): a single token's bfloat16
-    on a CPU is computed in float32."""
-    if q.size(-2) > 1 or q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    """F.scaled_dot_product_attention up to rounding, of queries (B, H, T, D): few ones in bfloat16
+    are computed in float32 where MKL is slow with them."""
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.size(-2) > FEW_QUERIES \
+            or not MKL_IS_FOREIGN:
         return F.scaled_dot_product_attention(q, k, v, **settings)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings).to(q.dtype)

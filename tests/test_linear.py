@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from fast import linear as module
-from fast.linear import FEW_ROWS, FastLinear, attend, linear, pack_weights, use_fast_products
+from fast.linear import (FEW_QUERIES, FEW_ROWS, FastLinear, attend, linear, pack_weights,
+                         use_fast_products)
 from model import GPT, GPTConfig
 
 SHAPES = [(1, 8), (FEW_ROWS - 1, 8), (FEW_ROWS, 8), (5, 30, 8)]         # of x
@@ -139,17 +140,20 @@ def test_a_processor_that_says_nothing_is_unknown(monkeypatch):
     assert module.processor() == ""
 
 
-@pytest.mark.parametrize("tokens, autocast", [(1, False), (1, True), (3, False)])
-def test_attention_to_a_tokens_past_in_bfloat16_is_that_of_float32_rounded_once(tokens, autocast):
-    q, k, v = (torch.randn(2, 3, T, 16).bfloat16() for T in (tokens, 20, 20))
+@pytest.mark.parametrize("tokens, autocast", [(1, False), (1, True), (FEW_QUERIES, True),
+                                              (FEW_QUERIES + 1, False)])
+def test_attention_of_few_bfloat16_queries_is_that_of_float32_rounded_once(tokens, autocast, slow):
+    tensors = [torch.randn(2, 3, T, 16).bfloat16() for T in (tokens, 140, 140)]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = attend(q, k, v, is_causal=False, dropout_p=0.0)
-    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    if tokens == 1:
-        assert torch.equal(y, exact.bfloat16())
-    else:
-        assert torch.equal(y, F.scaled_dot_product_attention(q, k, v))
-    assert attend(q.float(), k.float(), v.float()).dtype == torch.float32
+        found = results(lambda *inputs: attend(*inputs, is_causal=tokens > 1, dropout_p=0.0),
+                        *tensors, dtype=torch.bfloat16)
+    dtype = torch.float32 if slow and tokens <= FEW_QUERIES else torch.bfloat16
+    expected = results(lambda *inputs: F.scaled_dot_product_attention(
+        *(part.to(dtype) for part in inputs), is_causal=tokens > 1).bfloat16(), *tensors,
+        dtype=torch.bfloat16)
+    for one, other in zip(found, expected):
+        assert torch.equal(one, other)
+    assert attend(*(tensor.float() for tensor in tensors)).dtype == torch.float32
 
 
 def test_a_model_attends_by_it_and_packed_weights_write_the_same_logits():
