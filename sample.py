@@ -348,7 +348,7 @@ def main(words: list[str]) -> None:
     if config.compile:
         compile_blocks(model)
     elif device.type == "cpu" and dtype == torch.bfloat16:
-        pack_weights(model)                             # is faster than compiled
+        pack_weights(model)                             # at once as fast as compiled
     if device.type == "cuda":
         record_steps(model, dtype)
     with autocast(device, dtype):

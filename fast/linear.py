@@ -15,8 +15,8 @@ float32, and some of their products are slow:
 - A single row, which writing text is made of, reads the weights once and computes next to nothing.
   A loop that torch.compile writes itself reads them fastest, and oneDNN where the weights lie as
   it packs them.
-- PyTorch's attention asks MKL for small products in bfloat16. On processors that are not Intel's
-  they take longer than in float32: of one query up to ten times, of 128 and their gradients twice.
+- Attention's small products in bfloat16 take longer than in float32 on processors that are not
+  Intel's (which were not measured): of one query up to four times, of 128 with gradients twice.
 
 Shapes: N rows, C channels in, O channels out; B sequences, H heads, T tokens, D head size.
 """
@@ -96,7 +96,7 @@ class FastLinear(nn.Linear):
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> torch.Tensor:
     """F.scaled_dot_product_attention up to rounding, of queries (B, H, T, D): few ones in bfloat16
-    are computed in float32 where MKL is slow with them."""
+    are computed in float32 where that is faster."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.size(-2) > FEW_QUERIES \
             or not MKL_IS_FOREIGN:
         return F.scaled_dot_product_attention(q, k, v, **settings)
