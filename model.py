@@ -80,7 +80,6 @@ class KVCache:
 class CausalSelfAttention(nn.Module):
     """Each token takes a mix of the values of those up to itself, weighted by how its query fits
     their keys: softmax(q k^T / sqrt(D)) v, in each head."""
-    attend = staticmethod(F.scaled_dot_product_attention)           # fast/linear.py has another
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -100,8 +99,9 @@ class CausalSelfAttention(nn.Module):
             keys[:, :, past:past + T], values[:, :, past:past + T] = k, v
             k, v = keys[:, :, :past + T], values[:, :, :past + T]
         # Without a mask, token i sees those up to itself; one new token after a past sees it all.
-        y = self.attend(q, k, v, attn_mask=mask, is_causal=mask is None and not past,
-                        dropout_p=self.dropout if self.training else 0.0)           # (B, H, T, D)
+        attend = getattr(self, "attend", F.scaled_dot_product_attention)    # fast/linear.py's own
+        y = attend(q, k, v, attn_mask=mask, is_causal=mask is None and not past,
+                   dropout_p=self.dropout if self.training else 0.0)                # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 

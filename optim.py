@@ -19,8 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from fast.linear import native_bf16
-
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -96,10 +94,12 @@ FUSED = {"c_attn": 3}
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float,
-                   weight_decay: float) -> torch.optim.Optimizer:
+                   weight_decay: float, dtype: torch.dtype = torch.float32
+                   ) -> torch.optim.Optimizer:
     """The optimizer of a model's trainable parameters: PyTorch's AdamW, or `ByRule`.
 
-    Its `lr` are to be set before every step, as at the head of this file.
+    Its `lr` are to be set before every step, as at the head of this file. dtype: of the model's
+    matrix products, and of Muon's where it is bfloat16.
     """
     groups = parameter_groups(model, weight_decay, config.lora_plus_ratio, config.embedding_lr)
     for group in groups:
@@ -115,7 +115,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig, learning_rate: float,
                 split.append({**group, "params": params, "rule": rule})
                 if rule == "muon" and config.muon_weight_decay is not None:
                     split[-1]["weight_decay"] = config.muon_weight_decay
-    return ByRule(split, config, {p: FUSED[name] for p, name in linear.items() if name in FUSED})
+    parts = {p: FUSED[name] for p, name in linear.items() if name in FUSED}
+    return ByRule(split, config, parts, dtype)
 
 
 class ByRule(torch.optim.AdamW):
@@ -127,9 +128,9 @@ class ByRule(torch.optim.AdamW):
     found_inf = torch.zeros(())
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig,
-                 parts: dict[nn.Parameter, int]):
+                 parts: dict[nn.Parameter, int], dtype: torch.dtype):
         super().__init__(groups, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-        self.config, self.parts = config, parts
+        self.config, self.parts, self.dtype = config, parts, dtype
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)     # AdamW's looks for a step in each state
@@ -145,7 +146,7 @@ class ByRule(torch.optim.AdamW):
             updates = [RULES[group["rule"]](p.grad, self.state[p], self.config, skip)
                        for p in params]
             if group["rule"] == "muon":                 # all at once
-                updates = orthogonal(updates, [self.parts.get(p, 1) for p in params])
+                updates = orthogonal(updates, [self.parts.get(p, 1) for p in params], self.dtype)
             decay = torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"])
             for p, update in zip(params, updates):
                 p.mul_(decay)
@@ -214,7 +215,8 @@ def muon(gradient: torch.Tensor, state: dict[str, Any], config: OptimConfig,
     return gradient.lerp(mean, momentum)
 
 
-def orthogonal(matrices: list[torch.Tensor], parts: list[int]) -> list[torch.Tensor]:
+def orthogonal(matrices: list[torch.Tensor], parts: list[int],
+               dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """Of each matrix (n, m), or each of its `parts` of rows, roughly the nearest orthogonal one.
 
     Its entries have a root mean square of 1 / sqrt(max(n, m)); it is brought to 0.2, that of
@@ -227,7 +229,7 @@ def orthogonal(matrices: list[torch.Tensor], parts: list[int]) -> list[torch.Ten
     wide = [piece if piece.size(0) <= piece.size(1) else piece.t() for piece in pieces]
     for shape in dict.fromkeys(x.shape for x in wide):
         numbers = [i for i, x in enumerate(wide) if x.shape == shape]
-        found = five_steps_on_all_ranks([wide[i] for i in numbers])
+        found = five_steps_on_all_ranks([wide[i] for i in numbers], dtype)
         for i, x in zip(numbers, found):
             x = x.to(pieces[i].dtype) * (0.2 * math.sqrt(max(shape)))
             pieces[i] = x if x.shape == pieces[i].shape else x.t()
@@ -244,28 +246,29 @@ def split_like(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def five_steps_on_all_ranks(matrices: list[torch.Tensor]) -> torch.Tensor:
+def five_steps_on_all_ranks(matrices: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """`five_steps` of all these in one stack, (k, n, m), whose first axis the ranks divide."""
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if ranks == 1:
-        return five_steps(torch.stack(matrices))
+        return five_steps(torch.stack(matrices), dtype)
     share = -(-len(matrices) // ranks)
     first = share * dist.get_rank()
     padded = matrices + ranks * share * matrices[:1]
-    found = five_steps(torch.stack(padded[first:first + share]))
+    found = five_steps(torch.stack(padded[first:first + share]), dtype)
     whole = found.new_empty(ranks * share, *found.shape[1:])
     dist.all_gather_into_tensor(whole, found.contiguous())
     return whole[:len(matrices)]
 
 
-def five_steps(x: torch.Tensor) -> torch.Tensor:
+def five_steps(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Of a stack (k, n, m), n <= m, matrices whose singular values are all near 1.
 
-    P5 ... P1 X, where each P is a polynomial of the X X^T that it finds. In bfloat16, where that is
-    native, as Muon's authors do. The P commute, so that of wide matrices in float32 all is done
-    with (n, n): half the time at m = 4 n. In bfloat16 small singular values' squares would be lost.
+    P5 ... P1 X, where each P is a polynomial of the X X^T that it finds. In bfloat16 on a GPU and
+    where dtype says so, as Muon's authors do. The P commute, so that of wide matrices in float32
+    all is done with (n, n): half the time at m = 4 n. In bfloat16 the squares of small singular
+    values would be lost.
     """
-    lower = native_bf16(x.device)
+    lower = x.is_cuda or dtype == torch.bfloat16
     x = x.to(torch.bfloat16) if lower else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     if lower or x.size(2) < 2 * x.size(1):

@@ -192,7 +192,8 @@ def _train(config: TrainConfig, world: Processes, stop: StopRequest, held: ExitS
     model.recompute_activations = config.recompute_activations
     parallel = Parallel(model, world, config.shard, dtype)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(model, config.optim, config.learning_rate, config.weight_decay)
+    optimizer = make_optimizer(model, config.optim, config.learning_rate, config.weight_decay,
+                               dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state:
         parallel.load(optimizer, state, out)

@@ -68,7 +68,7 @@ def our_step(config: GPTConfig, x: torch.Tensor, y: torch.Tensor, device: torch.
     parallel = Parallel(model, world, "none", dtype)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, OptimConfig(beta1=BETAS[0], beta2=BETAS[1], eps=EPS),
-                               LEARNING_RATE, WEIGHT_DECAY)
+                               LEARNING_RATE, WEIGHT_DECAY, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     loader = types.SimpleNamespace(one_shape=True, batches=lambda step: iter([(x, y)]))
     network = compiled(parallel, "on" if mode == "compiled" else "off", loader, 0, world, dtype)

@@ -30,17 +30,6 @@ FEW_ROWS = 32                           # below, both libraries wait for the wei
 FEW_QUERIES = 128                       # of more, attention is as fast in bfloat16 or faster
 
 
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
-        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    if device.type == "cpu":                            # PyTorch before it had that function
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
-
-
 def processor() -> str:
     """What Linux says of the first core; "" elsewhere."""
     try:
@@ -94,14 +83,19 @@ class FastLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+           attn_mask: torch.Tensor | None = None, **settings: Any) -> torch.Tensor:
     """F.scaled_dot_product_attention up to rounding, of queries (B, H, T, D): few ones in bfloat16
     are computed in float32 where that is faster."""
     if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.size(-2) > FEW_QUERIES \
             or not MKL_IS_FOREIGN:
-        return F.scaled_dot_product_attention(q, k, v, **settings)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **settings)
+    if attn_mask is not None and attn_mask.is_floating_point():
+        attn_mask = attn_mask.float()
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings).to(q.dtype)
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=attn_mask,
+                                           **settings)
+    return y.to(q.dtype)
 
 
 def use_fast_products(model: nn.Module) -> nn.Module:
@@ -109,7 +103,7 @@ def use_fast_products(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Linear:   # not a subclass, which computes something of its own
             module.__class__ = FastLinear
-        elif hasattr(module, "attend"):
+        elif hasattr(module, "c_attn"):
             module.attend = attend
     return model
 

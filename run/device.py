@@ -14,8 +14,6 @@ from typing import Iterator
 
 import torch
 
-from fast.linear import native_bf16
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense peaks in FLOP/s from NVIDIA's data sheets, without sparsity, for the model FLOPs utilisation
@@ -81,6 +79,17 @@ def settled(device: torch.device) -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device.type == "cpu":                            # PyTorch before it had that function
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

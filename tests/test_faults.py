@@ -94,8 +94,8 @@ def test_torchrun_restarts_a_run_whose_rank_died_and_it_goes_on(settings, tmp_pa
 
 
 def test_a_run_continues_with_another_number_of_ranks_and_another_micro_batch(settings, tmp_path):
-    """1 rank, 2 ranks, 1 rank, each with another micro-batch; 1e-6: float32 sums in another order.
-    """
+    """1 rank, 2 ranks, 1 rank, each with another micro-batch; float32 sums in another order, to
+    1e-6 of the loss at the start: as it falls, what it is computed from does not get smaller."""
     settings.update(schedule="constant", model={**MODEL, "dropout": 0.0})   # dropout is a rank's
     whole = {**settings, "out": str(tmp_path / "whole")}
     train(build(TrainConfig, whole))
@@ -105,7 +105,7 @@ def test_a_run_continues_with_another_number_of_ranks_and_another_micro_batch(se
     for key in ("loss", "val_loss"):
         expected, found = ([line[key] for line in lines(out) if key in line]
                            for out in (whole["out"], settings["out"]))
-        assert found == pytest.approx(expected, rel=1e-6), key
+        assert found == pytest.approx(expected, rel=0, abs=1e-6 * expected[0]), key
 
 
 def test_a_second_interrupt_ends_a_run_at_once(settings, tmp_path):

@@ -149,11 +149,10 @@ def test_a_compiled_run_that_is_looked_at_computes_the_same_bits(dataset, tmp_pa
 @pytest.mark.parametrize("shard", ["none", "zero2",
                                    pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_ranks_compute_the_same_bits_and_see_what_one_process_sees(dataset, tmp_path, shard):
-    alone = looks(run(dataset, tmp_path / "alone", watch_every=3, max_steps=3,
-                      model={**TINY["model"], "dropout": 0.0}))[0]
+    same = dict(max_steps=3, dtype="float32", model={**TINY["model"], "dropout": 0.0})
+    alone = looks(run(dataset, tmp_path / "alone", watch_every=3, **same))[0]
     for name, every in (("plain", 0), ("watched", 3)):
-        words = settings(dataset, tmp_path / name, shard=shard, watch_every=every, max_steps=3,
-                         model={**TINY["model"], "dropout": 0.0})
+        words = settings(dataset, tmp_path / name, shard=shard, watch_every=every, **same)
         assert ranks.exit_codes(ranks.plain, 2, words) == [0, 0]
     plain, watched = (read_log(tmp_path / name / "log.jsonl") for name in ("plain", "watched"))
     assert losses(watched) == losses(plain)

@@ -153,6 +153,8 @@ def test_attention_of_few_bfloat16_queries_is_that_of_float32_rounded_once(token
         dtype=torch.bfloat16)
     for one, other in zip(found, expected):
         assert torch.equal(one, other)
+    mask = torch.zeros(tokens, 140, dtype=torch.bfloat16)
+    assert attend(*tensors, attn_mask=mask).dtype == torch.bfloat16
     assert attend(*(tensor.float() for tensor in tensors)).dtype == torch.float32
 
 

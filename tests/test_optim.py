@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-import optim
 from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
 from optim import (RULES, SCHEDULES, OptimConfig, adamw, five_steps, learning_rate, make_optimizer,
@@ -105,12 +104,13 @@ def test_matrices_of_linear_layers_are_apart_and_each_parameter_is_in_one_group(
     assert all(decays[name] == (0.1 if p.dim() == 2 else 0.0) for p, name in named.items())
 
 
-def steps(optimizer_name, shape, gradients, lr=0.1, weight_decay=0.5, **settings):
+def steps(optimizer_name, shape, gradients, lr=0.1, weight_decay=0.5, dtype=torch.float32,
+          **settings):
     """The weight of a linear layer before and after steps with these gradients."""
     model = torch.nn.Linear(shape[1], shape[0], bias=False)
     before = model.weight.detach().clone()
     optimizer = make_optimizer(model, OptimConfig(optimizer=optimizer_name, **settings), lr,
-                               weight_decay)
+                               weight_decay, dtype)
     for gradient in gradients:
         model.weight.grad = gradient.clone()
         optimizer.step()
@@ -139,20 +139,17 @@ def test_galore_takes_new_directions_after_its_interval():
     torch.testing.assert_close(bases[2].abs(), U.abs(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "bfloat16"])
-def lower(request, monkeypatch):
-    """Whether Muon's products are in bfloat16, as where that is native."""
-    monkeypatch.setattr(optim, "native_bf16", lambda device: request.param)
-    return request.param
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
+@DTYPES
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
-def test_a_muon_step_is_nearly_orthogonal_and_pytorchs(shape, lower):
+def test_a_muon_step_is_nearly_orthogonal_and_pytorchs(shape, dtype):
     gradients = [torch.randn(shape) for _ in range(3)]
-    before, after, _ = steps("muon", shape, gradients[:1], weight_decay=0.0)
+    before, after, _ = steps("muon", shape, gradients[:1], weight_decay=0.0, dtype=dtype)
     values = torch.linalg.svdvals((before - after) / (0.1 * 0.2 * math.sqrt(max(shape))))
     assert values.min() > 0.6 and values.max() < 1.25       # Jordan's coefficients: 0.7 to 1.2
-    before, after, _ = steps("muon", shape, gradients)
+    before, after, _ = steps("muon", shape, gradients, dtype=dtype)
     theirs = torch.nn.Parameter(before.clone())
     reference = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.5, momentum=0.95,
                                  adjust_lr_fn="match_rms_adamw")
@@ -161,11 +158,13 @@ def test_a_muon_step_is_nearly_orthogonal_and_pytorchs(shape, lower):
         reference.step()
     # PyTorch iterates in bfloat16, 3 digits; each step moves an entry by about 0.1 * 0.2. Where we
     # do too, both are that far from float32.
-    torch.testing.assert_close(after, theirs.detach(), rtol=0, atol=5e-3 if lower else 2e-3)
+    torch.testing.assert_close(after, theirs.detach(), rtol=0, 
+                               atol=2e-3 if dtype == torch.float32 else 5e-3)
 
 
+@DTYPES
 @pytest.mark.parametrize("shape", [(3, 6, 10), (2, 4, 16), (3, 32, 128)])
-def test_muons_five_steps_of_wide_and_narrow_matrices_are_those_of_the_definition(shape, lower):
+def test_muons_five_steps_of_wide_and_narrow_matrices_are_those_of_the_definition(shape, dtype):
     x = torch.randn(shape)
     expected = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
     for _ in range(5):
@@ -173,9 +172,10 @@ def test_muons_five_steps_of_wide_and_narrow_matrices_are_those_of_the_definitio
         expected = 3.4445 * expected + (-4.7750 * square + 2.0315 * square @ square) @ expected
     # entries are at most 1; five steps in float32, 7 digits, grow the smallest values 500 times
     # in bfloat16 with its 3 digits, each step to within a hundredth
-    found = five_steps(x)
-    assert found.dtype == (torch.bfloat16 if lower else torch.float32)
-    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=5e-2 if lower else 2e-5)
+    found = five_steps(x, dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0,
+                               atol=2e-5 if dtype == torch.float32 else 5e-2)
 
 
 def test_adamw_written_out_equals_pytorchs():
