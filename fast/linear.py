@@ -112,8 +112,8 @@ def pack_weights(model: nn.Module) -> nn.Module:
     """The model, made to write text in bfloat16 under autocast: the weights of its linear layers as
     this CPU's oneDNN packs them, where it can. For good: it is no more to be trained or saved."""
     if torch.backends.mkl.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        for module in model.modules():
-            if isinstance(module, FastLinear):
+        for name, module in model.named_modules():
+            if isinstance(module, FastLinear) and not name.endswith("base_layer"):  # DoRA reads it
                 weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().bfloat16())
                 module.weight = nn.Parameter(weight, requires_grad=False)           # not tied
     return model

@@ -158,7 +158,7 @@ def test_a_muon_step_is_nearly_orthogonal_and_pytorchs(shape, dtype):
         reference.step()
     # PyTorch iterates in bfloat16, 3 digits; each step moves an entry by about 0.1 * 0.2. Where we
     # do too, both are that far from float32.
-    torch.testing.assert_close(after, theirs.detach(), rtol=0, 
+    torch.testing.assert_close(after, theirs.detach(), rtol=0,
                                atol=2e-3 if dtype == torch.float32 else 5e-3)
 
 
