@@ -99,7 +99,7 @@ class CausalSelfAttention(nn.Module):
             keys[:, :, past:past + T], values[:, :, past:past + T] = k, v
             k, v = keys[:, :, :past + T], values[:, :, :past + T]
         # Without a mask, token i sees those up to itself; one new token after a past sees it all.
-        attend = getattr(self, "attend", F.scaled_dot_product_attention)    # or fast/linear.py's
+        attend = getattr(self, "attend", F.scaled_dot_product_attention)    # or fast/attention.py's
         y = attend(q, k, v, attn_mask=mask, is_causal=mask is None and not past,
                    dropout_p=self.dropout if self.training else 0.0)                # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)

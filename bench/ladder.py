@@ -30,7 +30,8 @@ from bench.machine import (Row, in_process, matmul_peak, median_step, publish, t
                            where, with_spread)
 from bench.peers import (BETAS, EPS, LEARNING_RATE, WEIGHT_DECAY, Contestant, measure_contestant,
                          peer_step, random_batch)
-from fast.linear import MKL_IS_SLOW, use_fast_products
+from fast.linear import use_fast_products
+from fast.processor import MKL_IS_SLOW
 from model import GPT, IGNORE, CausalSelfAttention, GPTConfig
 from optim import parameter_groups
 from run.config import parse, run_command

@@ -1,6 +1,6 @@
-"""Linear layers and attention of few tokens, by the product that is fastest where they run.
+"""Linear layers, by the product that is fastest where they run.
 
-    use_fast_products(model)            # in place: nn.Linear computes by `linear`, attention too
+    use_fast_products(model)            # in place; attention too, by fast/attention.py
     y = linear(x, weight, bias)         # F.linear in all but speed
     pack_weights(model)                 # before writing text in bfloat16 on a CPU, for good
 
@@ -15,38 +15,17 @@ float32, and some of their products are slow:
 - A single row, which writing text is made of, reads the weights once and computes next to nothing.
   A loop that torch.compile writes itself reads them fastest, and oneDNN where the weights lie as
   it packs them.
-- Attention's small products in bfloat16 take longer than in float32 on processors that are not
-  Intel's (which were not measured): of one query up to four times, of 128 with gradients twice.
 
-Shapes: N rows, C channels in, O channels out; B sequences, H heads, T tokens, D head size.
+Shapes: N rows, C channels in, O channels out.
 """
-from typing import Any
-
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from fast.attention import attend
+from fast.processor import MKL_IS_FOREIGN, MKL_IS_SLOW
+
 FEW_ROWS = 32                           # below, both libraries wait for the weights
-FEW_QUERIES = 128                       # of more, attention is as fast in bfloat16 or faster
-
-
-def processor() -> str:
-    """What Linux says of the first core; "" elsewhere."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return file.read(4096)
-    except OSError:
-        return ""
-
-
-def mkl_is_foreign(about: str) -> bool:
-    """Whether PyTorch has MKL and oneDNN for a processor that is not Intel's."""
-    return (bool(about) and "GenuineIntel" not in about and torch.backends.mkl.is_available()
-            and torch.backends.mkldnn.is_available())
-
-
-MKL_IS_FOREIGN = mkl_is_foreign(processor())    # constants: torch.compile cannot read files
-MKL_IS_SLOW = MKL_IS_FOREIGN and "avx512f" in processor()
 LARGE = 2**19 if MKL_IS_SLOW else 2**21         # weights: of fewer, oneDNN reads no faster
 
 
@@ -81,21 +60,6 @@ class FastLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., C) -> x W^T + b (..., O)."""
         return linear(x, self.weight, self.bias)
-
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-           attn_mask: torch.Tensor | None = None, **settings: Any) -> torch.Tensor:
-    """F.scaled_dot_product_attention up to rounding, of queries (B, H, T, D): few ones in bfloat16
-    are computed in float32 where that is faster."""
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or q.size(-2) > FEW_QUERIES \
-            or not MKL_IS_FOREIGN:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **settings)
-    if attn_mask is not None and attn_mask.is_floating_point():
-        attn_mask = attn_mask.float()
-    with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=attn_mask,
-                                           **settings)
-    return y.to(q.dtype)
 
 
 def use_fast_products(model: nn.Module) -> nn.Module:

@@ -98,11 +98,15 @@ class Profiler:
 def table(running: profile, rows: set[int], seconds: float, steps: int, cuda: bool) -> str:
     """Milliseconds of a step by part; they add up to it. rows: of the head, as it is multiplied."""
     spent: Counter[str] = Counter()
-    for event in running.key_averages(group_by_input_shape=True):
-        name, own = event.key.lower(), (event.self_device_time_total if cuda
-                                        else event.self_cpu_time_total)
+    for event in running.events():
+        name, own = event.name.lower(), (event.self_device_time_total if cuda
+                                         else event.self_cpu_time_total)
         part = next((part for part, words in PARTS.items() if any(w in name for w in words)),
                     "elementwise")
+        caller = event.cpu_parent                                   # fast/attention.py multiplies
+        while caller and part != "attention":
+            part = "attention" if "causal_attention" in caller.name else part
+            caller = caller.cpu_parent
         if part == "products" and any(rows & {*shape} for shape in event.input_shapes or ()
                                       if isinstance(shape, list)):
             part = "head"

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from fast import linear as module
-from fast.linear import (FEW_QUERIES, FEW_ROWS, FastLinear, attend, linear, pack_weights,
-                         use_fast_products)
+from fast.attention import attend
+from fast.linear import FEW_ROWS, FastLinear, linear, pack_weights, use_fast_products
 from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
 
@@ -123,40 +123,6 @@ def test_few_rows_of_a_large_weight_are_onednns_where_no_gradient_is_wanted(rows
     weight.requires_grad_()
     linear(x, weight).sum().backward()                  # with a gradient: PyTorch's own
     torch.testing.assert_close(weight.grad, x.sum((0, 1)).expand(6, 8))
-
-
-@pytest.mark.parametrize("about, foreign", [
-    ("vendor_id: AuthenticAMD\nflags: avx2 avx512f", True),
-    ("vendor_id: GenuineIntel\nflags: avx2 avx512f", False), ("", False)])
-def test_mkl_is_left_on_intels_processors_and_on_unknown_ones(about, foreign):
-    assert module.mkl_is_foreign(about) == (foreign and torch.backends.mkl.is_available()
-                                            and torch.backends.mkldnn.is_available())
-
-
-def test_a_processor_that_says_nothing_is_unknown(monkeypatch):
-    def open_(path):
-        raise FileNotFoundError(path)
-    assert not module.MKL_IS_SLOW or module.MKL_IS_FOREIGN and "avx512f" in module.processor()
-    monkeypatch.setattr(module, "open", open_, raising=False)
-    assert module.processor() == ""
-
-
-@pytest.mark.parametrize("tokens, autocast", [(1, False), (1, True), (FEW_QUERIES, True),
-                                              (FEW_QUERIES + 1, False)])
-def test_attention_of_few_bfloat16_queries_is_that_of_float32_rounded_once(tokens, autocast, slow):
-    tensors = [torch.randn(2, 3, T, 16).bfloat16() for T in (tokens, 140, 140)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = results(lambda *inputs: attend(*inputs, is_causal=tokens > 1, dropout_p=0.0),
-                        *tensors, dtype=torch.bfloat16)
-    dtype = torch.float32 if slow and tokens <= FEW_QUERIES else torch.bfloat16
-    expected = results(lambda *inputs: F.scaled_dot_product_attention(
-        *(part.to(dtype) for part in inputs), is_causal=tokens > 1).bfloat16(), *tensors,
-        dtype=torch.bfloat16)
-    for one, other in zip(found, expected):
-        assert torch.equal(one, other)
-    mask = torch.zeros(tokens, 140, dtype=torch.bfloat16)
-    assert attend(*tensors, attn_mask=mask).dtype == torch.bfloat16
-    assert attend(*(tensor.float() for tensor in tensors)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("adapter", [None, {}, {"use_dora": True}, {"quantize": "nf4"}], ids=str)

@@ -12,7 +12,7 @@ from bench.machine import RESULTS
 from bench.peers import SHAPES as STEP_SHAPES
 from data import shards
 from data.loader import divide_step
-from fast import linear
+from fast import attention
 from fast.cross_entropy import head_memory
 from fast.linear import use_fast_products
 from model import GPT, GPTConfig
@@ -183,7 +183,7 @@ def test_hand_worked_figures_of_124m():
 def test_backward_keeps_the_activations_that_are_counted(dtype, recompute, device, monkeypatch):
     """The difference of two depths, so that only blocks are counted."""
     B, T, C = 2, 128, 128
-    monkeypatch.setattr(linear, "FEW_QUERIES", 0)       # of few, some CPUs keep float32
+    monkeypatch.setattr(attention, "MASKED_QUERIES", 0)     # of few, some CPUs keep float32
 
     def network(layers):
         return GPT(GPTConfig(block_size=T, vocab_size=64, n_layer=layers, n_head=2, n_embd=C))
