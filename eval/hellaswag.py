@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from eval.hellaswag_items import ENDINGS, Item, Style, items_of_run, load_items, prepare
 from eval.scoring import accuracy, evaluating, spread
+from fast.linear import packed_weights
 from model import IGNORE
 from run.config import parse, run_command
 from run.device import pick_device, pick_dtype
@@ -181,7 +182,7 @@ def log_probs(model: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> torch
 def score_questions(model: nn.Module, questions: list[Question], batch_tokens: int = 0,
                     dtype: torch.dtype = torch.float32, progress: bool = False) -> torch.Tensor:
     """The log-probability of every ending, at its slot: (endings,) float32, on the CPU."""
-    with evaluating(model, dtype) as device:
+    with evaluating(model, dtype) as device, packed_weights(model):
         batch_tokens = batch_tokens or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
         sums = torch.zeros(sum(len(question.slots) for question in questions), device=device)
         with tqdm(total=len(sums), unit="ending", disable=not progress) as bar:

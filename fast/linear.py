@@ -3,6 +3,7 @@
     use_fast_products(model)            # in place; attention too, by fast/attention.py
     y = linear(x, weight, bias)         # F.linear in all but speed
     pack_weights(model)                 # before writing text in bfloat16 on a CPU, for good
+    with packed_weights(model): ...     # or for a while
 
 On a GPU that is PyTorch's own product. On a CPU PyTorch asks oneDNN for bfloat16 and MKL for
 float32, and some of their products are slow:
@@ -18,6 +19,9 @@ float32, and some of their products are slow:
 
 Shapes: N rows, C channels in, O channels out.
 """
+import contextlib
+from typing import Iterator
+
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -73,11 +77,33 @@ def use_fast_products(model: nn.Module) -> nn.Module:
 
 
 def pack_weights(model: nn.Module) -> nn.Module:
-    """The model, made to write text in bfloat16 under autocast: the weights of its linear layers as
-    this CPU's oneDNN packs them, where it can. For good: it is no more to be trained or saved."""
-    if torch.backends.mkl.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        for name, module in model.named_modules():
-            if isinstance(module, FastLinear) and not name.endswith("base_layer"):  # DoRA reads it
-                weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach().bfloat16())
-                module.weight = nn.Parameter(weight, requires_grad=False)           # not tied
+    """The model, made to read and write text in bfloat16 under autocast: the weights of its linear
+    layers as this CPU's oneDNN packs them, where it can. It is no more to be trained or saved."""
+    for layer in packable(model):
+        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().bfloat16())
+        layer.weight = nn.Parameter(weight, requires_grad=False)                    # not tied
     return model
+
+
+@contextlib.contextmanager
+def packed_weights(model: nn.Module) -> Iterator[None]:
+    """`pack_weights`, until the end of the block, where autocast is on for bfloat16 on a CPU."""
+    lower = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    before = {layer: layer.weight for layer in packable(model)} if lower else {}
+    try:
+        if lower:
+            pack_weights(model)
+        yield
+    finally:
+        for layer, weight in before.items():
+            layer.weight = weight
+
+
+def packable(model: nn.Module) -> list[FastLinear]:
+    """Its linear layers on a CPU whose weights no one else reads, as DoRA does its base's, and that
+    are whole here (FSDP's are not); none where oneDNN has no bfloat16."""
+    if not (torch.backends.mkl.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return []
+    return [layer for name, layer in model.named_modules()
+            if isinstance(layer, FastLinear) and not name.endswith("base_layer")
+            and layer.weight.device.type == "cpu" and not hasattr(layer.weight, "to_local")]

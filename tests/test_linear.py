@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from fast import linear as module
 from fast.attention import attend
-from fast.linear import FEW_ROWS, FastLinear, linear, pack_weights, use_fast_products
+from fast.linear import (FEW_ROWS, FastLinear, linear, pack_weights, packed_weights,
+                         use_fast_products)
 from lora import LoRAConfig, add_lora
 from model import GPT, GPTConfig
 
@@ -126,7 +127,7 @@ def test_few_rows_of_a_large_weight_are_onednns_where_no_gradient_is_wanted(rows
 
 
 @pytest.mark.parametrize("adapter", [None, {}, {"use_dora": True}, {"quantize": "nf4"}], ids=str)
-def test_a_model_attends_by_it_and_packed_weights_write_the_same_logits(adapter):
+def test_a_model_attends_by_it_and_packed_weights_give_the_same_logits(adapter):
     """Within a twentieth of the logits' deviation of autocast's: the products are the same, bfloat16
     rounds their sums in another order."""
     torch.manual_seed(0)
@@ -142,6 +143,14 @@ def test_a_model_attends_by_it_and_packed_weights_write_the_same_logits(adapter)
             plain.append(model.next_logits(part, cache))
         packed, cache = pack_weights(copy.deepcopy(model)), model.new_cache(3)
         found = [packed.next_logits(part, cache) for part in idx.split([6, 1, 1, 1], dim=1)]
+    weights = dict(model.named_parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), packed_weights(model):
+        for one, other in zip(found, [model.next_logits(idx[:, :T]) for T in (6, 7, 8, 9)]):
+            torch.testing.assert_close(one, other, rtol=0, atol=float(other.std()) / 20)
+        assert model.lm_head.weight.is_mkldnn == packed.lm_head.weight.is_mkldnn
+    assert all(weights[name] is p for name, p in model.named_parameters())
+    with packed_weights(model):                         # float32 stays
+        assert not model.lm_head.weight.is_mkldnn
     can = torch.backends.mkl.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     assert can == packed.lm_head.weight.is_mkldnn
     for one, other in zip(found, plain):
