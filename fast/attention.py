@@ -14,7 +14,8 @@ are not Intel's (those were not measured). There
   is FlashAttention's way (Dao et al. 2022, 2205.14135) but with whole rows, whose softmax PyTorch
   has. Scores are in float32, as in PyTorch's kernel; what is multiplied with v, q and k is rounded
   to bfloat16 first.
-- attention of few queries, or with a mask, is computed in float32.
+- attention of few queries, or with a mask, is computed in float32; without gradients, by a kernel
+  for each operation if there are some sequences.
 
 Shapes: B sequences, H heads, T tokens, D head size; N = B * H.
 """
@@ -30,6 +31,7 @@ from torch.overrides import has_torch_function
 from fast.processor import HAS_BFLOAT16, MKL_IS_FOREIGN
 
 FEW_QUERIES, MASKED_QUERIES = 64, 128   # so few are faster in float32
+MANY_IN_ALL = 16                        # queries of a head over the batch, without gradients
 SCORES_AT_ONCE = 2**20                  # 4 MB
 PLAIN = F.scaled_dot_product_attention
 BY_PIECES = MKL_IS_FOREIGN and HAS_BFLOAT16
@@ -49,13 +51,16 @@ def any_shape(wanted: bool = True) -> Iterator[None]:
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
            dropout_p: float = 0.0, is_causal: bool = False, **settings: Any) -> Tensor:
     """F.scaled_dot_product_attention up to rounding: queries (B, H, T, D) -> (B, H, T, D)."""
-    settings.update(dropout_p=dropout_p, is_causal=is_causal)
     slow = q.dtype == torch.bfloat16 and q.device.type == "cpu" and MKL_IS_FOREIGN
-    causal = is_causal and not dropout_p and settings.keys() == {"dropout_p", "is_causal"}
     # Who patches PyTorch's function, or watches its calls, is to be asked.
     free = F.scaled_dot_product_attention is PLAIN and not has_torch_function((q, k, v))
-    if slow and BY_PIECES and causal and q.size(2) > FEW_QUERIES and q.shape == k.shape and free:
-        return causal_attention(q, k, v)
+    if slow and free and not dropout_p and not settings:
+        if BY_PIECES and is_causal and q.size(2) > FEW_QUERIES and q.shape == k.shape:
+            return causal_attention(q, k, v)
+        if not is_causal and q.size(2) <= MASKED_QUERIES and not torch.is_grad_enabled() \
+                and q.size(0) * q.size(2) >= MANY_IN_ALL:
+            return attention_of_few(q, k, v, attn_mask)
+    settings.update(dropout_p=dropout_p, is_causal=is_causal)
     if not slow or q.size(-2) > MASKED_QUERIES:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **settings)
     if attn_mask is not None and attn_mask.is_floating_point():
@@ -64,6 +69,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
         y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=attn_mask,
                                            **settings)
     return y.to(q.dtype)
+
+
+def attention_of_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v of few queries each of many sequences; a mask as PyTorch has it."""
+    with torch.autocast("cpu", enabled=False):
+        scores = (q.float() * q.size(-1) ** -0.5) @ k.float().mT            # (B, H, T, past + T)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        scores = scores if mask is None else scores.add_(mask)
+        return scores.softmax(-1).bfloat16() @ v
 
 
 @torch.library.custom_op("oneloop::causal_attention", mutates_args=())
