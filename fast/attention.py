@@ -14,8 +14,8 @@ are not Intel's (those were not measured). There
   is FlashAttention's way (Dao et al. 2022, 2205.14135) but with whole rows, whose softmax PyTorch
   has. Scores are in float32, as in PyTorch's kernel; what is multiplied with v, q and k is rounded
   to bfloat16 first.
-- attention of few queries, or with a mask, is computed in float32; without gradients, by a kernel
-  for each operation if there are some sequences.
+- attention of few queries is computed in float32; without gradients, and from 16 of them in a batch
+  on, only its scores are.
 
 Shapes: B sequences, H heads, T tokens, D head size; N = B * H.
 """
@@ -33,8 +33,7 @@ from fast.processor import HAS_BFLOAT16, MKL_IS_FOREIGN
 FEW_QUERIES, MASKED_QUERIES = 64, 128   # so few are faster in float32
 MANY_IN_ALL = 16                        # queries of a head over the batch, without gradients
 SCORES_AT_ONCE = 2**20                  # 4 MB
-PLAIN = F.scaled_dot_product_attention
-BY_PIECES = MKL_IS_FOREIGN and HAS_BFLOAT16
+PLAIN = torch._C._nn.scaled_dot_product_attention      # what F's is, unless someone patched it
 
 
 @contextlib.contextmanager
@@ -54,8 +53,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
     slow = q.dtype == torch.bfloat16 and q.device.type == "cpu" and MKL_IS_FOREIGN
     # Who patches PyTorch's function, or watches its calls, is to be asked.
     free = F.scaled_dot_product_attention is PLAIN and not has_torch_function((q, k, v))
-    if slow and free and not dropout_p and not settings:
-        if BY_PIECES and is_causal and q.size(2) > FEW_QUERIES and q.shape == k.shape:
+    if slow and HAS_BFLOAT16 and free and not dropout_p and not settings:
+        if is_causal and q.size(2) > FEW_QUERIES and q.shape == k.shape:
             return causal_attention(q, k, v)
         if not is_causal and q.size(2) <= MASKED_QUERIES and not torch.is_grad_enabled() \
                 and q.size(0) * q.size(2) >= MANY_IN_ALL:
@@ -84,7 +83,7 @@ def attention_of_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 @torch.library.custom_op("oneloop::causal_attention", mutates_args=())
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, each token over those up to itself: bfloat16 (B, H, T, D)."""
-    q, k, v, shape = *(part.reshape(-1, *part.shape[2:]) for part in (q, k, v)), q.shape
+    q, k, v, shape = *map(flat, (q, k, v)), q.shape
     y, q32, k32 = torch.empty_like(q), q.float(), k.float()
     with by_onednn():
         for heads, rows, seen in pieces(*q.shape[:2]):
@@ -97,7 +96,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def causal_attention_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor
                               ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, of that of what came out: bfloat16 (B, H, T, D) each."""
-    dy, q, k, v, shape = *(part.reshape(-1, *part.shape[2:]) for part in (dy, q, k, v)), q.shape
+    dy, q, k, v, shape = *map(flat, (dy, q, k, v)), q.shape
     dy32, q32, k32, v32 = (part.float() for part in (dy, q, k, v))
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k32), torch.zeros_like(v32)
     with by_onednn():
@@ -111,6 +110,11 @@ def causal_attention_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor
     scale = q.size(2) ** -0.5
     return tuple((part * scale if part is not dv else part).bfloat16().view(shape)
                  for part in (dq, dk, dv))
+
+
+def flat(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (N, T, D), without gaps."""
+    return x.reshape(-1, *x.shape[2:]).contiguous()
 
 
 def pieces(N: int, T: int) -> Iterator[tuple[slice, slice, slice]]:

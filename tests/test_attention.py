@@ -12,7 +12,7 @@ from tests.test_linear import calls, results
 @pytest.fixture(params=[True, False], ids=["slow MKL", "fast MKL"])
 def slow(request, monkeypatch):
     monkeypatch.setattr(module, "MKL_IS_FOREIGN", request.param)
-    monkeypatch.setattr(module, "BY_PIECES", request.param)
+    monkeypatch.setattr(module, "HAS_BFLOAT16", request.param)
     return request.param
 
 
@@ -61,9 +61,10 @@ def test_pieces_cover_every_query_of_every_head_once(N, T):
     assert largest <= max(module.SCORES_AT_ONCE, 256 * T)
 
 
-def test_pytorchs_own_checks_of_an_operation_pass():
+@pytest.mark.parametrize("B", [1, 2])
+def test_pytorchs_own_checks_of_an_operation_pass(B):
     """Shapes without data, gradients, tracing: what torch.compile needs."""
-    tensors = [tensor.detach().requires_grad_() for tensor in tensors_of(2, 2, 70, 16)]
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors_of(B, 2, 70, 16)]
     torch.library.opcheck(causal_attention, tensors)
 
 
@@ -133,7 +134,7 @@ def test_pieces_are_for_what_is_causal_alone_and_slow_otherwise(slow):
 
 def test_who_patches_or_watches_pytorchs_function_is_asked(monkeypatch):
     monkeypatch.setattr(module, "MKL_IS_FOREIGN", True)
-    monkeypatch.setattr(module, "BY_PIECES", True)
+    monkeypatch.setattr(module, "HAS_BFLOAT16", True)
     tensors, seen = tensors_of(1, 2, FEW_QUERIES + 1, 16), []
 
     class Watch(torch.overrides.TorchFunctionMode):
