@@ -3,7 +3,7 @@
     from small import base_run
     model, tokenizer = base_run()       # the first call trains it, 40 to 60 seconds on 2 CPU cores
 
-base_run: the preset `demo`, 150 steps instead of 750. 4 blocks, 4 heads, 128 channels, 128 tokens
+base_run: the preset `demo`, 150 steps instead of 1,200. 4 blocks, 4 heads, 128 channels, 128 tokens
 of context, 4,096 tokens of vocabulary: 1.3 M parameters, trained on the documentation that Python
 carries. It is an ordinary run in out/notebooks/base, so any notebook finds it finished; delete that
 folder to train it again. Two notebooks that ask for it at once get the same one: the second waits.
@@ -29,8 +29,8 @@ from train import TrainConfig, train
 # From where the notebook runs, so that nothing printed has a path of this machine in it.
 OUT = Path(os.path.relpath(Path(__file__).resolve().parents[1] / "out" / "notebooks"))
 BASE = OUT / "base"
-SETTINGS = {**PRESETS["demo"].settings, "max_steps": 150, "compile": "off", "eval_every": 0,
-            "eval_tokens": 16384, "sample_tokens": 0, "save_every": 200}
+SETTINGS = {**PRESETS["demo"].settings, "max_steps": 150, "weight_decay": 0.1, "compile": "off",
+            "eval_every": 0, "eval_tokens": 16384, "sample_tokens": 0, "save_every": 200}
 
 
 @contextlib.contextmanager

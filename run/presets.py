@@ -85,10 +85,11 @@ LORA = dict(learning_rate=1e-3, min_learning_rate=1e-4, weight_decay=0.0)
 PRESETS = {
     "demo": Preset(
         "a small GPT on the documentation that Python carries; offline, for a first look",
-        "validation loss 4.2 (1.84 bits per byte; Python 3.11) in minutes on 2 CPU cores",
-        dict(MUON, data="corpus", max_steps=750, batch_tokens=16 * 128, micro_batch=16,
-             warmup_steps=20, eval_every=250, save_every=250, log_every=20, sample_tokens=120,
-             sample_prompt="Return the",
+        "validation loss 4.0 (1.74 bits per byte; Python 3.11) in minutes on 2 CPU cores",
+        # It sees its text 3.3 times: five times the usual decay is worth 0.1 nats.
+        dict(MUON, data="corpus", max_steps=1200, batch_tokens=16 * 128, micro_batch=16,
+             weight_decay=0.5, warmup_steps=20, eval_every=300, save_every=300, log_every=20,
+             sample_tokens=120, sample_prompt="Return the",
              model=dict(block_size=128, n_layer=4, n_head=4, n_embd=128))),
     "shakespeare": Preset(
         "tiny shakespeare by bytes, of the size and tokens of nanoGPT's recipe for a CPU",
